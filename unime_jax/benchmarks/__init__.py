@@ -1,0 +1,1 @@
+"""Benchmarks: what is embedded, and how it is scored."""

@@ -1,0 +1,1 @@
+"""Prompts, preprocessing, sources, mixtures and the input pipeline (host side, numpy)."""

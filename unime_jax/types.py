@@ -1,0 +1,91 @@
+"""The few types that cross module borders, and the axis letters used everywhere.
+
+Axis letters, in annotations, einsums and docs alike:
+
+B batch, T tokens, D width, E embedding, N query heads, K key/value heads, H head width,
+F feed-forward width, V vocabulary, L layers, R adapter rank, C tiles, P visual features of
+one tile, S side of a tile in pixels, G rows of one group.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+Array = jax.Array
+# A nested dict of arrays: the parameters of a model, keyed by attribute names.
+Params = dict[str, Any]
+
+
+class UserError(Exception):
+    """A fault in the user's input: one line that names the file, key or row and what to do.
+
+    Entries print it without a traceback and exit with code 2.
+    """
+
+
+def _pytree(cls):
+    """Makes a frozen dataclass a pytree whose fields are all children."""
+    cls = dataclasses.dataclass(frozen=True)(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+@_pytree
+class Inputs:
+    """One group: rows that share a shape. Numpy on the host, jax arrays on the device.
+
+    Attributes:
+      tokens: int32[G, T], right-padded with 0; positions of image features hold 0 as well.
+      lengths: int32[G], real positions of each row, at least 1.
+      image_index: int32[G, T], the row of `features` (flattened over C and P, plus any separators
+        the backbone appends) that stands at this position, -1 for text.
+      tiles: uint8[G, C, S, S, 3], RGB; C = 0 for text rows, which never run the vision tower.
+      features: f32 or f16[G, C, P, D_vision] or None: output of a frozen vision tower; where
+        given, the tower is not run and `tiles` has S = 0.
+    """
+
+    tokens: Any
+    lengths: Any
+    image_index: Any
+    tiles: Any
+    features: Any = None
+
+    @property
+    def rows(self) -> int:
+        return self.tokens.shape[0]
+
+
+@_pytree
+class Batch:
+    """What one training step consumes.
+
+    Attributes:
+      query: groups; concatenated and then permuted by `query_order` they are rows 0..B-1.
+      target: groups, likewise; () where `vectors` stand for the other side.
+      query_order, target_order: int32[B]; row i of the batch is row order[i] of the groups.
+      vectors: f32[B, E] or None: teacher embeddings (stage 1), cached target embeddings (alignment).
+      target_ids: int32[B] or None; equal ids mean the same target.
+    """
+
+    query: tuple[Inputs, ...]
+    target: tuple[Inputs, ...]
+    query_order: Any
+    target_order: Any
+    vectors: Any = None
+    target_ids: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSpec:
+    """What the host must know of a backbone to prepare its images.
+
+    Attributes:
+      kind: which host-side transform applies ("grid": the whole image on one square tile).
+      size: S, the side of a tile in pixels.
+      features: P, visual features of one tile (= tokens it takes in the row).
+    """
+
+    kind: str
+    size: int
+    features: int
