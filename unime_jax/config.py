@@ -1,0 +1,222 @@
+"""Configuration: every key with its default, unit and meaning, and the checks before any work.
+
+A file in `configs/` edits `base_config()`; flags override single keys; `parse` turns both into a
+resolved, locked `ConfigDict`. A `ConfigDict` never goes further down than the entries.
+"""
+
+import json
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from unime_jax.types import UserError
+
+STAGES = ("distill", "align", "contrast")
+
+
+def base_config() -> ConfigDict:
+    """Returns every key of a training run with its default."""
+    c = ConfigDict()
+    c.seed = 0  # parameters' initial values, order of the data, dropout
+    c.output = ""  # directory of the run: checkpoints, metrics, resolved config
+    c.stage = "contrast"  # what is trained: distill (stage 1), align (projector), contrast (stage 2)
+
+    c.model = ConfigDict()
+    c.model.path = ""  # HF directory or the output directory of an earlier run
+    c.model.dtype = "float32"  # of the frozen base and of the computation: float32 or bfloat16
+    c.model.attention = "auto"  # auto (by platform), xla, cudnn
+    c.model.remat = "none"  # kept inside a chunk's layers: none (all), dots, full (nothing)
+
+    c.data = ConfigDict()
+    c.data.path = ""  # directory written by `prepare`, or a pairs.jsonl
+    c.data.max_tokens = 64  # longest row in tokens, prompt included, image features excluded
+    c.data.length_bins = 2  # quantile bins of text length, each with its own padded length
+    c.data.directions = ("image_to_text",)  # of image-text pairs: image_to_text, text_to_image
+    c.data.weights = ()  # (("set", share), ...) of the batch; empty: proportional to size
+    c.data.temperature = 1.0  # shares ~ size ** (1 / temperature); inf would be equal shares
+    c.data.extra_texts = 0.0  # probability of a keyword text in place of a pair's caption
+    c.data.threads = 2  # readers decoding images ahead of the step
+    c.data.features = ""  # directory of cached vision features (frozen tower); "": run the tower
+    c.data.variants = 1  # cached views of an image: 1 is the image itself, more are flips and crops
+    c.data.max_bad_share = 0.01  # unreadable rows tolerated before the run stops, 0 to 1
+
+    c.teacher = ConfigDict()
+    c.teacher.path = ""  # HF directory of the text teacher (`teach`)
+    c.teacher.vectors = ""  # directory of its vectors (written by `teach`, read by stage 1)
+
+    c.loss = ConfigDict()
+    c.loss.temperature = 0.02  # divides cosines
+    c.loss.kl_direction = "teacher_to_student"  # or student_to_teacher
+    c.loss.k = 8  # hard negatives per query; 0: every target of the batch (InfoNCE)
+    c.loss.margin = 0.1  # above the positive's cosine a candidate is a false negative
+    c.loss.shortage = "duplicate"  # fewer than k survivors: duplicate (the paper) or mask
+    c.loss.negatives = "hard"  # hard, random or easy (the paper's Fig. 5)
+
+    c.train = ConfigDict()
+    c.train.steps = 1000
+    c.train.batch_size = 1024  # rows whose similarities meet in one loss
+    c.train.chunk = 0  # rows encoded at a time; 0: the whole group
+    c.train.trainable = ()  # regexes on parameter paths, besides the adapters
+    c.train.adapters = ConfigDict()
+    c.train.adapters.rank = 16  # 0: no adapters
+    c.train.adapters.alpha = 64.0  # the update is scaled by alpha / rank
+    c.train.adapters.dropout = 0.0  # on the adapters' input
+    c.train.adapters.targets = (
+        r"language_model/.*(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj)$"
+    )
+
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 1e-4  # peak
+    c.optim.multipliers = ()  # ((regex on paths, factor), ...); the first match counts
+    c.optim.schedule = "linear"  # after the warm-up: linear or cosine to 0, or constant
+    c.optim.warmup_steps = 100
+    c.optim.b1 = 0.9
+    c.optim.b2 = 0.999
+    c.optim.weight_decay = 0.0
+    c.optim.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 100  # 0: by time alone
+    c.checkpoint.every_seconds = 600.0  # at the first step after so long; 0: by steps alone
+    c.checkpoint.keep = 2  # newest checkpoints kept
+
+    c.log = ConfigDict()
+    c.log.every_steps = 1
+    c.log.tensorboard = True
+
+    c.eval = ConfigDict()
+    c.eval.every_steps = 0  # validation retrieval during training; 0: never
+
+    c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
+    c.mesh.data = 1
+    c.mesh.fsdp = -1
+    c.mesh.tensor = 1
+    return c
+
+
+def parse(argv: list[str], doc: str) -> ConfigDict:
+    """Reads `--config FILE[:ARG]` and `--config.key=value` overrides.
+
+    Args:
+      argv: the command line, program name first.
+      doc: what `--help` prints above the keys.
+
+    Raises:
+      UserError: an unknown flag or key, a value of another type, a config file that fails.
+    """
+    if len(argv) < 2 or any(a in ("-h", "--help", "-help") for a in argv[1:]):
+        print(doc.strip())
+        sys.exit(0)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", flag_values=values, sys_argv=argv, lock_config=True, accept_new_attributes=False
+    )
+    try:
+        rest = values(argv)
+    except SystemExit:
+        raise
+    except UserError:
+        raise
+    except Exception as error:  # absl, importlib and ml_collections each raise their own kinds
+        raise UserError(_explain(error, argv)) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; overrides are --config.key=value")
+    if values.config is None:
+        raise UserError("--config FILE is missing; configs/ has one file per run")
+    return values.config
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
+    text = " ".join(str(error).strip().strip("'\"").split()) or type(error).__name__
+    if isinstance(error, FileNotFoundError):
+        named = next((a for a in argv if ".py" in a), "--config")
+        return f"config file of {named!r} not found; configs/ has one file per run"
+    return f"config: {text}"
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises `UserError(message)` unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_choice(config: ConfigDict, key: str, choices: tuple[str, ...]) -> None:
+    value = lookup(config, key)
+    check(value in choices, f"config.{key}={value!r}: choose one of {', '.join(choices)}")
+
+
+def lookup(config: ConfigDict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def check_path(config: ConfigDict, key: str) -> None:
+    """Checks that the key names an existing path."""
+    path = lookup(config, key)
+    check(bool(path), f"config.{key} is empty; give a path with --config.{key}=PATH")
+    exists = pathlib.Path(path).expanduser().exists()
+    check(exists, f"config.{key}={path}: no such file or directory")
+
+
+def validate_train(config: ConfigDict) -> None:
+    """Checks a training run before any work.
+
+    Raises:
+      UserError: the first impossible value, named with its key.
+    """
+    check_choice(config, "stage", STAGES)
+    check_choice(config, "model.dtype", ("float32", "bfloat16"))
+    check_choice(config, "model.attention", ("auto", "xla", "cudnn"))
+    check_choice(config, "model.remat", ("none", "dots", "full"))
+    check_choice(config, "loss.kl_direction", ("teacher_to_student", "student_to_teacher"))
+    check_choice(config, "loss.shortage", ("duplicate", "mask"))
+    check_choice(config, "loss.negatives", ("hard", "random", "easy"))
+    check_choice(config, "optim.schedule", ("linear", "cosine", "constant"))
+    for key in ("train.steps", "train.batch_size", "data.max_tokens", "data.length_bins",
+                "data.variants", "data.threads", "checkpoint.keep", "log.every_steps"):  # fmt: skip
+        check(lookup(config, key) >= 1, f"config.{key}={lookup(config, key)}: must be at least 1")
+    for key in ("loss.temperature", "optim.learning_rate", "data.temperature"):
+        check(lookup(config, key) > 0, f"config.{key}={lookup(config, key)}: must be above 0")
+    for key in ("loss.k", "train.chunk", "train.adapters.rank", "optim.warmup_steps",
+                "optim.clip_norm", "optim.weight_decay", "checkpoint.every_steps",
+                "checkpoint.every_seconds", "eval.every_steps"):  # fmt: skip
+        value = lookup(config, key)
+        check(value >= 0, f"config.{key}={value}: must not be negative")
+    for key in ("train.adapters.dropout", "data.extra_texts", "data.max_bad_share"):
+        value = lookup(config, key)
+        check(0 <= value < 1, f"config.{key}={value}: must be in [0, 1)")
+    for direction in config.data.directions:
+        check(
+            direction in ("image_to_text", "text_to_image"),
+            f"config.data.directions: {direction!r} is neither image_to_text nor text_to_image",
+        )
+    batch, chunk, k = config.train.batch_size, config.train.chunk, config.loss.k
+    check(batch >= 2, f"config.train.batch_size={batch}: a contrastive batch needs 2 rows or more")
+    if config.stage == "contrast":
+        check(k < batch, f"config.loss.k={k}: must be below config.train.batch_size={batch}")
+    check(chunk <= batch, f"config.train.chunk={chunk} is larger than train.batch_size={batch}")
+    if chunk:
+        check(
+            batch % chunk == 0, f"config.train.chunk={chunk} does not divide train.batch_size={batch}"
+        )
+    check(
+        config.train.adapters.rank > 0 or len(config.train.trainable) > 0,
+        "nothing to train: config.train.adapters.rank is 0 and config.train.trainable is empty",
+    )
+    check(
+        config.checkpoint.every_steps > 0 or config.checkpoint.every_seconds > 0,
+        "config.checkpoint: every_steps and every_seconds are both 0, nothing would be saved",
+    )
+    check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
+    check_path(config, "model.path")
+    check_path(config, "data.path")
+    if config.stage == "distill":
+        check_path(config, "teacher.vectors")
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the resolved config as indented JSON, keys in their written order."""
+    return json.dumps(config.to_dict(), indent=2)
