@@ -8,6 +8,7 @@ one tile, S side of a tile in pixels, G rows of one group.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -43,6 +44,8 @@ class Inputs:
       tiles: uint8[G, C, S, S, 3], RGB; C = 0 for text rows, which never run the vision tower.
       features: f32 or f16[G, C, P, D_vision] or None: output of a frozen vision tower; where
         given, the tower is not run and `tiles` has S = 0.
+      index: int32[G] or None: the place of each row among the rows of all groups; None means that
+        groups stand in order.
     """
 
     tokens: Any
@@ -50,6 +53,7 @@ class Inputs:
     image_index: Any
     tiles: Any
     features: Any = None
+    index: Any = None
 
     @property
     def rows(self) -> int:
@@ -89,3 +93,26 @@ class ImageSpec:
     kind: str
     size: int
     features: int
+
+
+def flatten(params: Params, prefix: str = "") -> dict[str, Array]:
+    """Returns `{"a/b/c": leaf}` of a nested dict; leaves that are None are left out."""
+    flat = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}/"))
+        elif value is not None:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Array]) -> Params:
+    """Inverts `flatten`."""
+    params: Params = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return params

@@ -1,0 +1,90 @@
+"""What is trained, and how: path selection, learning-rate schedules, the optimiser."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unime_jax.types import Array, UserError
+
+ADAPTER_PATTERN = r"/lora_[AB]$"
+
+
+def split_trainable(
+    flat: Mapping[str, Array], patterns: Sequence[str]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Splits parameters into (trainable, frozen): those that match any regex, and the rest.
+
+    Raises:
+      UserError: a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in flat):
+            some = ", ".join(sorted(flat)[:4])
+            raise UserError(
+                f"config.train.trainable: no parameter matches {pattern!r}; paths look like {some}"
+            )
+    trainable = {p: x for p, x in flat.items() if any(re.search(q, p) for q in patterns)}
+    return trainable, {p: x for p, x in flat.items() if p not in trainable}
+
+
+def learning_rate_schedule(
+    *, peak: float, kind: str, warmup_steps: int, steps: int
+) -> optax.Schedule:
+    """Returns linear warm-up from 0 to the peak, then linear or cosine decay to 0, or constant."""
+    decay_steps = max(steps - warmup_steps, 1)
+    after = {
+        "linear": optax.linear_schedule(peak, 0.0, decay_steps),
+        "cosine": optax.cosine_decay_schedule(peak, decay_steps),
+        "constant": optax.constant_schedule(peak),
+    }[kind]
+    if not warmup_steps:
+        return after
+    # Step 0 already moves: 1 / warmup of the peak rather than 0.
+    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(
+    schedule: optax.Schedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+    multipliers: Sequence[tuple[str, float]] = (),
+) -> optax.GradientTransformation:
+    """Returns AdamW on a flat dict of parameters.
+
+    Args:
+      schedule: step -> learning rate.
+      clip_norm: largest global norm of the gradient; 0 switches clipping off.
+      multipliers: (regex on paths, factor on the learning rate); the first match counts.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+        optax.scale_by_adam(b1=b1, b2=b2),
+        # Vectors (norms, biases) are not decayed, stacked ones (an axis of layers) neither.
+        optax.add_decayed_weights(weight_decay, mask=_is_matrix),
+        optax.stateless(lambda updates, _: _scale(updates, multipliers)),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _is_matrix(flat: Mapping[str, Array]) -> dict[str, bool]:
+    return {p: bool(re.search(r"(kernel|embedding|lora_[AB])$", p)) for p in flat}
+
+
+def _scale(updates, multipliers):
+    def factor(path):
+        return next((f for pattern, f in multipliers if re.search(pattern, path)), 1.0)
+
+    return {path: update * factor(path) for path, update in updates.items()}
+
+
+def global_norm(tree) -> Array:
+    """Returns the l2 norm over all leaves, f32."""
+    leaves = [jnp.sum(jnp.square(x.astype(jnp.float32))) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(leaves, jnp.zeros((), jnp.float32)))
