@@ -1,0 +1,36 @@
+"""Alignment of the newcomer's run: train the projector alone, tower and decoder frozen.
+
+The assembled student has a random projector, so it is no multimodal model yet. Its images are
+brought to where the decoder, after stage 1, already puts their captions.
+
+    python -m unime_jax.train --config configs/smol_align.py          # the run
+    python -m unime_jax.train --config configs/smol_align.py:smoke    # a few steps
+"""
+
+from unime_jax.config import base_config
+from unime_jax.runtime import cache_directory
+
+
+def get_config(arg: str = ""):
+    """Returns the configuration; `arg` is "" or "smoke"."""
+    smoke = arg == "smoke"
+    assets = cache_directory() / ("smol-smoke" if smoke else "smol")
+    runs = "runs/smol-smoke" if smoke else "runs/smol"
+    c = base_config()
+    c.stage = "align"
+    c.output = f"{runs}/align"
+    c.model.path = f"{runs}/stage1"
+    c.data.path = str(assets / "data")
+    c.data.max_tokens = 32
+    c.data.features = str(assets / "features")
+    c.data.variants = 1 if smoke else 2
+    c.loss.temperature = 0.05
+    c.train.steps = 4 if smoke else 100
+    c.train.batch_size = 32 if smoke else 128
+    c.train.adapters.rank = 0
+    c.train.trainable = (r"^multi_modal_projector/",)
+    c.optim.learning_rate = 1e-3
+    c.optim.warmup_steps = 1 if smoke else 5
+    c.checkpoint.every_steps = 0
+    c.checkpoint.every_seconds = 30.0
+    return c

@@ -1,0 +1,37 @@
+"""Stage 2 of the newcomer's run: hard-negative contrastive tuning on image-caption pairs.
+
+    python -m unime_jax.train --config configs/smol_stage2.py          # the run
+    python -m unime_jax.train --config configs/smol_stage2.py:smoke    # a few steps
+"""
+
+from unime_jax.config import base_config
+from unime_jax.runtime import cache_directory
+
+
+def get_config(arg: str = ""):
+    """Returns the configuration; `arg` is "" or "smoke"."""
+    smoke = arg == "smoke"
+    assets = cache_directory() / ("smol-smoke" if smoke else "smol")
+    runs = "runs/smol-smoke" if smoke else "runs/smol"
+    c = base_config()
+    c.stage = "contrast"
+    c.output = f"{runs}/stage2"
+    c.model.path = f"{runs}/align"
+    c.data.path = str(assets / "data")
+    c.data.max_tokens = 32
+    c.data.features = str(assets / "features")
+    c.data.variants = 1 if smoke else 2
+    c.loss.temperature = 0.02
+    c.loss.k = 8
+    c.loss.margin = 0.1
+    c.train.steps = 4 if smoke else 60
+    c.train.batch_size = 32 if smoke else 128
+    c.train.chunk = 16 if smoke else 64
+    c.train.adapters.rank = 16
+    c.train.adapters.alpha = 64.0
+    c.train.trainable = (r"^multi_modal_projector/",)
+    c.optim.learning_rate = 3e-4
+    c.optim.warmup_steps = 1 if smoke else 5
+    c.checkpoint.every_steps = 0
+    c.checkpoint.every_seconds = 30.0
+    return c
