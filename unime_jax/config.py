@@ -115,24 +115,27 @@ def parse(argv: list[str], doc: str) -> ConfigDict:
     )
     try:
         rest = values(argv)
-    except SystemExit:
-        raise
+        config = values.config
+        if config is not None:
+            dict(config)  # a config file that failed raises here, at its first use
     except UserError:
         raise
     except Exception as error:  # absl, importlib and ml_collections each raise their own kinds
         raise UserError(_explain(error, argv)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; overrides are --config.key=value")
-    if values.config is None:
+    if config is None:
         raise UserError("--config FILE is missing; configs/ has one file per run")
-    return values.config
+    return config
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    text = " ".join(str(error).strip().strip("'\"").split()) or type(error).__name__
-    if isinstance(error, FileNotFoundError):
-        named = next((a for a in argv if ".py" in a), "--config")
-        return f"config file of {named!r} not found; configs/ has one file per run"
+    """Turns what absl, importlib or ml_collections raised into one line."""
+    message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    text = " ".join(message.split()) or type(error).__name__
+    if "No such file" in text:
+        named = next((a for a in argv if ".py" in a), "--config").removeprefix("--config=")
+        return f"config file {named.split(':')[0]} not found; configs/ has one file per run"
     return f"config: {text}"
 
 

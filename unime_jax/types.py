@@ -95,7 +95,7 @@ class ImageSpec:
     features: int
 
 
-def flatten(params: Params, prefix: str = "") -> dict[str, Array]:
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
     """Returns `{"a/b/c": leaf}` of a nested dict; leaves that are None are left out."""
     flat = {}
     for name, value in params.items():
@@ -106,7 +106,7 @@ def flatten(params: Params, prefix: str = "") -> dict[str, Array]:
     return flat
 
 
-def unflatten(flat: Mapping[str, Array]) -> Params:
+def unflatten(flat: Mapping[str, Any]) -> Params:
     """Inverts `flatten`."""
     params: Params = {}
     for path, leaf in flat.items():

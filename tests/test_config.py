@@ -1,0 +1,108 @@
+"""Config files, overrides and the checks before any work: one clear line for each fault."""
+
+import pathlib
+
+import pytest
+
+from unime_jax import config as config_lib
+from unime_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+STAGE1 = str(ROOT / "configs" / "smol_stage1.py")
+
+
+def parse(*overrides, file=STAGE1):
+    return config_lib.parse(["train", f"--config={file}", *overrides], "doc")
+
+
+@pytest.fixture
+def runnable(tmp_path):
+    c = config_lib.base_config()
+    c.output = str(tmp_path / "run")
+    c.model.path = c.data.path = c.teacher.vectors = str(tmp_path)
+    return c
+
+
+def test_overrides_reach_their_key_with_its_type():
+    c = parse("--config.train.steps=7", "--config.optim.learning_rate=1e-2")
+    assert c.train.steps == 7 and isinstance(c.train.steps, int)
+    assert c.optim.learning_rate == 0.01
+
+
+def test_two_word_flag_and_config_argument():
+    c = config_lib.parse(["train", "--config", f"{STAGE1}:smoke", "--config.seed", "3"], "doc")
+    assert c.seed == 3 and c.train.steps < 10
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        (["--config.train.stepz=7"], "stepz"),
+        (["--config.train.steps=many"], "steps"),
+        (["--confg.train.steps=7"], "confg"),
+        (["--config.nothing.here=1"], "nothing"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_typo_is_one_line_that_names_it(arguments, named):
+    with pytest.raises(UserError, match=named) as caught:
+        parse(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_config_file_is_named():
+    with pytest.raises(UserError, match="absent.py"):
+        parse(file="absent.py")
+
+
+def test_no_config_file():
+    with pytest.raises(UserError, match="--config FILE"):
+        config_lib.parse(["train", "--"], "doc")
+
+
+def test_help_prints_the_documentation(capsys):
+    with pytest.raises(SystemExit) as caught:
+        config_lib.parse(["train", "--help"], "how to train")
+    assert caught.value.code == 0 and "how to train" in capsys.readouterr().out
+
+
+def test_a_sound_config_passes(runnable):
+    config_lib.validate_train(runnable)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("stage", "distil"),
+        ("loss.k", 1024),
+        ("loss.k", -1),
+        ("loss.temperature", 0.0),
+        ("loss.negatives", "harder"),
+        ("train.chunk", 100),
+        ("train.chunk", 2048),
+        ("train.steps", 0),
+        ("train.batch_size", 1),
+        ("train.adapters.rank", 0),
+        ("train.adapters.dropout", 1.0),
+        ("model.path", "/no/such/place"),
+        ("data.path", ""),
+        ("data.directions", ("sideways",)),
+        ("output", ""),
+        ("checkpoint.keep", 0),
+    ],
+)
+def test_impossible_values_name_their_key(runnable, key, value):
+    node = runnable
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node[parent]
+    node[leaf] = value
+    with pytest.raises(UserError, match=leaf) as caught:
+        config_lib.validate_train(runnable)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_config_of_the_repository_parses():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        for argument in ("", ":smoke"):
+            parse(file=f"{path}{argument}")

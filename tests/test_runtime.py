@@ -1,0 +1,50 @@
+"""Exit codes and signals."""
+
+import errno
+import os
+import signal
+
+import pytest
+
+from unime_jax import runtime
+from unime_jax.types import UserError
+
+
+def raising(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (UserError("rows.jsonl line 3: no text"), 2, "error: rows.jsonl line 3: no text\n"),
+        (OSError(errno.ENOSPC, "No space", "out.npy"), 2, "error: no space left on the disk of out.npy"),
+        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: cannot write of out"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_exit_codes(error, code, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        runtime.run_entry(raising(error), ["x"])
+    assert caught.value.code == code
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_our_own_bugs_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        runtime.run_entry(raising(ZeroDivisionError()), ["x"])
+
+
+def test_first_signal_asks_second_interrupts():
+    before = signal.getsignal(signal.SIGINT)
+    with runtime.StopRequest() as stop:
+        assert stop.signal is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    assert signal.getsignal(signal.SIGINT) is before

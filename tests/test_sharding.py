@@ -1,0 +1,48 @@
+"""Meshes, the rule table, and placement on virtual devices."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from unime_jax import sharding
+from unime_jax.types import UserError
+
+
+def test_minus_one_takes_what_is_left():
+    mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, -1, 1)])
+def test_sizes_that_do_not_fit_are_named(sizes):
+    with pytest.raises(UserError, match="config.mesh.data"):
+        sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    "path, shape, spec",
+    [
+        ("language_model/layers/self_attn/q_proj/kernel", (6, 8, 16), P(None, "fsdp", "tensor")),
+        ("language_model/layers/mlp/down_proj/kernel", (6, 16, 8), P(None, "tensor", "fsdp")),
+        ("language_model/layers/self_attn/q_proj/lora_A", (6, 8, 2), P(None, None, None)),
+        ("language_model/embed_tokens/embedding", (64, 8), P("tensor", "fsdp")),
+    ],
+)
+def test_rules(path, shape, spec):
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    assert sharding.spec_of(path, shape, mesh) == spec
+
+
+def test_indivisible_parameter_is_named():
+    mesh = sharding.make_mesh(data=1, fsdp=8, tensor=1)
+    with pytest.raises(UserError, match="q_proj.*fsdp=8"):
+        sharding.spec_of("x/q_proj/kernel", (12, 16), mesh)
+
+
+def test_batch_rows_are_spread_and_odd_arrays_replicated():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    put = sharding.shard_batch({"rows": np.ones((16, 3)), "odd": np.ones(5)}, mesh)
+    assert put["rows"].addressable_shards[0].data.shape == (2, 3)
+    assert put["odd"].sharding.is_fully_replicated
+    assert len(jax.devices()) == 8

@@ -1,0 +1,267 @@
+"""The embedding model as users hold it: load, preprocess, a pure function, embed."""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from unime_jax import checkpoint, models, sharding
+from unime_jax.data import preprocess, prompts
+from unime_jax.models import lora
+from unime_jax.types import Array, Inputs, Params, UserError, flatten, unflatten
+
+MAX_TOKENS = 4096
+
+
+class Embedder:
+    """A model, its host-side preprocessing, and where its parameters live.
+
+    Attributes:
+      graphdef, params: the model; `nnx.merge(graphdef, params)` is its module.
+      model_config: config.json of the backbone.
+      preprocessor: text and images -> fixed-shape rows; None where there are no tokenizer files.
+      mesh: devices, or None for the default one.
+    """
+
+    def __init__(self, model: nnx.Module, *, directory: pathlib.Path, mesh=None):
+        self.graphdef, state = nnx.split(model)
+        self.params: Params = nnx.to_pure_dict(state)
+        self.directory = directory  # of the tokenizer and of config.json
+        self.model_config: dict[str, Any] = models.read_config(directory)
+        self.image_spec = model.image_spec
+        self.mesh = mesh
+        self._apply = jax.jit(functools.partial(_apply, self.graphdef))
+        self._featurise = jax.jit(functools.partial(_featurise, self.graphdef))
+
+    @functools.cached_property
+    def preprocessor(self) -> preprocess.Preprocessor:
+        """Tokenizer and image transform; files are read at first use."""
+        return preprocess.Preprocessor(
+            self.directory,
+            self.image_spec,
+            prompt=prompts.name_for(self.model_config["model_type"]),
+            max_tokens=self.model_config.get("max_position_embeddings", MAX_TOKENS),
+        )
+
+    @property
+    def image_token_id(self) -> int:
+        return self.preprocessor.image_token_id
+
+    def function(self) -> tuple[Callable[[Params, Sequence[Inputs]], Array], Params]:
+        """Returns `(apply, params)`: `apply(params, inputs) -> f32[B, E]`, pure, unit rows.
+
+        `params` is a nested dict of arrays, `inputs` comes from `preprocess`.
+        """
+        return functools.partial(_apply, self.graphdef), self.params
+
+    def preprocess(
+        self,
+        texts: Sequence[str | None] | None = None,
+        images: Sequence[Any] | None = None,
+        instruction: str | None = None,
+    ) -> list[Inputs]:
+        """Turns rows into groups of one shape each; `Inputs.index` remembers their order.
+
+        Args:
+          texts: a text or None per row.
+          images: per row None or a PIL image, encoded bytes, or a path; not shorter than texts.
+          instruction: put before every text.
+        """
+        groups = self._bucket(texts, images, instruction)
+        return [_with_index(inputs, rows) for inputs, rows in groups]
+
+    def embed(
+        self,
+        texts: Sequence[str | None] | None = None,
+        images: Sequence[Any] | None = None,
+        instruction: str | None = None,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Embeds rows of any mixture of text, image and both.
+
+        Args:
+          texts: a text or None per row.
+          images: None, a PIL image, encoded bytes or a path per row.
+          instruction: put before every text.
+          progress: called with the number of rows just finished.
+
+        Returns:
+          f32[N, E], unit norm, in the order given.
+
+        Raises:
+          UserError: lists of different length, a row with neither, an image that cannot be read.
+        """
+        return self._run(self._bucket(texts, images, instruction), progress)
+
+    def embed_tokens(
+        self,
+        token_rows: Sequence[Sequence[int]],
+        images: Sequence[Any] | None = None,
+    ) -> np.ndarray:
+        """Embeds tokenised rows; one `image_token_id` marks the place of each row's image."""
+        return self._run(self.preprocessor.embed_rows(token_rows, images), None)
+
+    def featurise(
+        self, tiles: np.ndarray, *, rows: int = 32, progress: Callable[[int], None] | None = None
+    ) -> np.ndarray:
+        """Runs the vision tower alone: uint8[N, S, S, 3] -> f32[N, P, D]."""
+        done = []
+        for start in range(0, len(tiles), rows):
+            part = tiles[start : start + rows]
+            padded = np.pad(part, [(0, rows - len(part)), (0, 0), (0, 0), (0, 0)])
+            done.append(np.asarray(self._featurise(self.params, padded))[: len(part)])
+            if progress:
+                progress(len(part))
+        return np.concatenate(done)
+
+    def _bucket(self, texts, images, instruction):
+        if texts is None and images is None:
+            raise UserError("embed: give texts, images or both")
+        texts = [None] * len(images) if texts is None else list(texts)
+        images = [None] * len(texts) if images is None else list(images)
+        if len(texts) != len(images):
+            raise UserError(f"embed: {len(texts)} texts but {len(images)} images; None marks a gap")
+        for row, (text, image) in enumerate(zip(texts, images, strict=True)):
+            if text is None and image is None:
+                raise UserError(f"embed: row {row} has neither text nor image")
+        return self.preprocessor.bucket(texts, images, instruction)
+
+    def _run(self, groups, progress) -> np.ndarray:
+        count = sum(len(rows) for _, rows in groups)
+        out = None
+        for inputs, rows in groups:
+            # Whole powers of two bound the number of compiled shapes.
+            padded = _pad_rows(inputs, 1 << (inputs.rows - 1).bit_length())
+            if self.mesh is not None:
+                padded = sharding.shard_batch(padded, self.mesh)
+            vectors = np.asarray(self._apply(self.params, [padded]))[: len(rows)]
+            out = np.empty((count, vectors.shape[1]), np.float32) if out is None else out
+            out[rows] = vectors
+            if progress:
+                progress(len(rows))
+        return np.zeros((0, 0), np.float32) if out is None else out
+
+
+def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
+    """Loads an embedding model.
+
+    Args:
+      path: an HF directory (config.json, safetensors, tokenizer.json) or the output directory of
+        a training run, whose adapters are merged into the model it started from.
+      adapter: a run directory to put on top of `path`.
+      dtype: of parameters and computation, "bfloat16" or "float32"; embeddings are f32.
+      mesh: devices to shard the parameters over (`unime_jax.sharding`), or None.
+
+    Raises:
+      UserError: a missing or inconsistent file, an unknown model type.
+    """
+    model, directory = load_model(path, dtype=dtype, mesh=mesh)
+    if adapter is not None:
+        if not checkpoint.is_run(adapter):
+            raise UserError(f"{adapter}: not the output directory of a training run")
+        _apply_run(model, pathlib.Path(adapter))
+    return Embedder(model, directory=directory, mesh=mesh)
+
+
+def load_model(
+    path, *, dtype: str, attention: str = "auto", remat: str = "none", mesh=None
+) -> tuple[nnx.Module, pathlib.Path]:
+    """Returns the model of an HF or run directory, adapters merged, and its base's HF directory."""
+    path = pathlib.Path(path).expanduser()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give an HF directory or a run directory")
+    if checkpoint.is_run(path):
+        base = checkpoint.read_run(path)["model"]["path"]
+        if not pathlib.Path(base).expanduser().is_dir():
+            raise UserError(f"{path} was trained from {base}, which is not there any more")
+        model, directory = load_model(
+            base, dtype=dtype, attention=attention, remat=remat, mesh=mesh
+        )
+        _apply_run(model, path)
+        return model, directory
+    model = models.load(
+        path,
+        dtype=dtype,
+        attention=resolve_attention(attention, dtype, mesh),
+        remat=remat,
+        sharding_of=None if mesh is None else sharding.sharding_of(mesh),
+    )
+    return model, path
+
+
+def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
+    """Returns the attention kernel for a mesh's platform: cudnn on GPUs in bf16, else xla."""
+    if attention != "auto":
+        return attention
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return "cudnn" if device.platform in ("gpu", "cuda") and dtype == "bfloat16" else "xla"
+
+
+def attach_adapters(model: nnx.Module, adapters: dict[str, Any], *, seed: int) -> None:
+    """Adds the adapters that `config.train.adapters` describes; rank 0 adds none."""
+    if adapters["rank"]:
+        lora.attach(
+            model,
+            rank=adapters["rank"],
+            alpha=adapters["alpha"],
+            dropout=adapters["dropout"],
+            targets=adapters["targets"],
+            rngs=nnx.Rngs(seed),
+        )
+
+
+def _apply_run(model: nnx.Module, run: pathlib.Path) -> None:
+    """Puts a run's newest trainable parameters into the model it started from; merges adapters."""
+    attach_adapters(model, checkpoint.read_run(run)["train"]["adapters"], seed=0)
+    trained = checkpoint.read_trainable(run)
+    flat = flatten(nnx.to_pure_dict(nnx.state(model)))
+    unknown = sorted(set(trained) - set(flat))
+    if unknown:
+        raise UserError(f"{run}: parameters unknown to its base model: {', '.join(unknown[:5])}")
+    for name, value in trained.items():
+        if flat[name].shape != value.shape:
+            raise UserError(f"{run}: {name} is {value.shape}, the base has {flat[name].shape}")
+    merged = {
+        name: trained[name].astype(leaf.dtype) if name in trained else leaf
+        for name, leaf in flat.items()
+    }
+    nnx.update(model, unflatten(merged))
+    lora.merge(model)
+
+
+def _apply(graphdef, params, inputs) -> Array:
+    model = nnx.merge(graphdef, params)
+    vectors = jnp.concatenate([model.embed(group) for group in inputs])
+    if any(group.index is not None for group in inputs):
+        index = jnp.concatenate([group.index for group in inputs])
+        vectors = jnp.zeros_like(vectors).at[index].set(vectors)
+    return vectors
+
+
+def _featurise(graphdef, params, tiles) -> Array:
+    return nnx.merge(graphdef, params).featurise(tiles).astype(jnp.float32)
+
+
+def _with_index(inputs: Inputs, rows) -> Inputs:
+    return Inputs(
+        inputs.tokens,
+        inputs.lengths,
+        inputs.image_index,
+        inputs.tiles,
+        inputs.features,
+        np.asarray(rows, np.int32),
+    )
+
+
+def _pad_rows(inputs: Inputs, rows: int) -> Inputs:
+    """Repeats the last row until there are `rows`."""
+    extra = rows - inputs.rows
+    return jax.tree.map(
+        lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1), mode="edge"), inputs
+    )
