@@ -132,6 +132,7 @@ def parse(argv: list[str], doc: str) -> ConfigDict:
 def _explain(error: Exception, argv: list[str]) -> str:
     """Turns what absl, importlib or ml_collections raised into one line."""
     message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
+    message = message.strip("'\"").replace("\\n", ". ").replace("\\'", "'")
     text = " ".join(message.split()) or type(error).__name__
     if "No such file" in text:
         named = next((a for a in argv if ".py" in a), "--config").removeprefix("--config=")

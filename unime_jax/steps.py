@@ -8,6 +8,7 @@ of the full batch.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +38,9 @@ class TrainState:
       opt_state: the optimiser's.
     """
 
-    step: Array
-    trainable: dict[str, Array]
-    opt_state: optax.OptState
+    step: Any
+    trainable: dict[str, Any]
+    opt_state: Any
 
 
 def create_state(trainable: dict[str, Array], optimizer) -> TrainState:

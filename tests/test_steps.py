@@ -1,0 +1,111 @@
+"""The step: chunking changes nothing, gradients are the full batch's, devices agree, it learns."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from flax import nnx
+
+from unime_jax import losses, optim, sharding, steps
+from unime_jax.types import flatten, unflatten
+
+
+def parts(chunk=0, *, mesh=None, dropout=False, stage="contrast", seed=0):
+    graphdef, state = nnx.split(toy.ToyModel(rngs=nnx.Rngs(0)))
+    trainable, frozen = optim.split_trainable(flatten(nnx.to_pure_dict(state)), ["kernel"])
+    schedule = optax.constant_schedule(1e-2)
+    optimizer = optim.make_optimizer(schedule)
+    objective = steps.make_objective(stage, temperature=0.1, k=4)
+    step = steps.make_train_step(
+        graphdef, objective, optimizer, schedule=schedule, seed=seed, chunk=chunk,
+        dropout=dropout, mesh=mesh,
+    )  # fmt: skip
+    return graphdef, steps.create_state(trainable, optimizer), frozen, step
+
+
+def test_loss_and_gradient_are_those_of_the_plain_formula():
+    graphdef, state, frozen, step = parts(chunk=4)
+    batch = toy.batch()
+    before = state.trainable["kernel"] + 0
+
+    def plain(kernel):
+        model = nnx.merge(graphdef, unflatten({**frozen, "kernel": kernel}))
+        query = jnp.concatenate([model.embed(g) for g in batch.query])[batch.query_order]
+        target = jnp.concatenate([model.embed(g) for g in batch.target])[batch.target_order]
+        return losses.hard_negative_info_nce(
+            query, target, temperature=0.1, k=4, margin=0.1, target_ids=batch.target_ids
+        )[0]
+
+    loss, grad = jax.value_and_grad(plain)(before)
+    _, metrics = step(state, frozen, batch)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["gradient_norm"], jnp.linalg.norm(grad), rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 8, 16])
+def test_chunking_changes_nothing(chunk):
+    results = {}
+    for size in (0, chunk):
+        _, state, frozen, step = parts(chunk=size)
+        for seed in range(3):
+            state, metrics = step(state, frozen, toy.batch(seed=seed))
+        results[size] = (metrics["loss"], state.trainable["kernel"])
+    np.testing.assert_allclose(results[0][0], results[chunk][0], rtol=1e-5)
+    np.testing.assert_allclose(results[0][1], results[chunk][1], atol=1e-5)
+
+
+def test_eight_devices_equal_one():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    results = []
+    for chosen in (None, mesh):
+        _, state, frozen, step = parts(chunk=8, mesh=chosen)
+        for seed in range(2):
+            batch = toy.batch(32, seed=seed)
+            batch = batch if chosen is None else sharding.shard_batch(batch, chosen)
+            state, metrics = step(state, frozen, batch)
+        results.append((metrics["loss"], state.trainable["kernel"]))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-5)
+
+
+def test_dropout_is_a_function_of_seed_and_step():
+    def losses_of(seed):
+        _, state, frozen, step = parts(dropout=True, seed=seed)
+        out = []
+        for _ in range(2):
+            state, metrics = step(state, frozen, toy.batch())
+            out.append(float(metrics["loss"]))
+        return out
+
+    assert losses_of(0) == losses_of(0)
+    assert losses_of(0) != losses_of(1)
+
+
+@pytest.mark.parametrize("stage", ["contrast", "align", "distill"])
+def test_every_stage_learns(stage):
+    _, state, frozen, step = parts(stage=stage)
+    batch = toy.batch()
+    if stage != "contrast":
+        vectors = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        batch = dataclasses.replace(batch, target=(), vectors=vectors)
+    history = []
+    for _ in range(60):
+        state, metrics = step(state, frozen, batch)
+        history.append(float(metrics["loss"]))
+    assert history[-1] < 0.8 * history[0]
+    assert int(state.step) == 60
+
+
+def test_k_zero_is_plain_info_nce():
+    rng = np.random.default_rng(0)
+    query, target = (jnp.asarray(x) for x in rng.normal(size=(2, 8, 4)).astype(np.float32))
+    objective = steps.make_objective("contrast", temperature=0.1, k=0)
+    batch = dataclasses.replace(toy.batch(8), target_ids=None)
+    loss, _ = objective(query, target, batch, jax.random.key(0))
+    expected, _ = losses.info_nce(query, target, temperature=0.1)
+    np.testing.assert_allclose(loss, expected)

@@ -1,0 +1,167 @@
+"""Trains one stage: distillation, alignment or hard-negative tuning.
+
+    python -m unime_jax.train --config configs/smol_stage1.py
+    python -m unime_jax.train --config configs/phi35v_stage2.py --config.model.path=DIR
+
+The config file holds every setting; any key can be overridden with --config.key=value (all keys
+with their meaning: unime_jax/config.py). The run lives in config.output: started again, it goes on
+from its newest checkpoint; Ctrl-C or SIGTERM saves first.
+"""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from unime_jax import checkpoint, embedder, optim, report, runtime, sharding, steps
+from unime_jax.config import parse, to_json, validate_train
+from unime_jax.train_data import TrainData, open_data
+from unime_jax.types import UserError, flatten
+
+
+def main(argv: list[str]) -> None:
+    config = parse(argv, __doc__)
+    validate_train(config)
+    runtime.start()
+    run(config)
+
+
+def run(config) -> dict[str, float]:
+    """Trains as the configuration says and returns the last step's metrics."""
+    print(to_json(config))
+    settings = config.to_dict()
+    mesh = sharding.make_mesh(**settings["mesh"])
+    checkpoint.open_run(config.output, settings)
+
+    model, directory = embedder.load_model(
+        config.model.path,
+        dtype=config.model.dtype,
+        attention=config.model.attention,
+        remat=config.model.remat,
+        mesh=mesh,
+    )
+    data = open_data(settings, embedder.Embedder(model, directory=directory, mesh=mesh))
+    embedder.attach_adapters(model, settings["train"]["adapters"], seed=config.seed)
+    graphdef, state = nnx.split(model)
+    patterns = list(config.train.trainable)
+    if config.train.adapters.rank:
+        patterns.append(optim.ADAPTER_PATTERN)
+    trainable, frozen = optim.split_trainable(flatten(nnx.to_pure_dict(state)), patterns)
+    del model, state
+    _print_sizes(trainable, frozen)
+
+    schedule = optim.learning_rate_schedule(
+        peak=config.optim.learning_rate,
+        kind=config.optim.schedule,
+        warmup_steps=config.optim.warmup_steps,
+        steps=config.train.steps,
+    )
+    optimizer = optim.make_optimizer(
+        schedule,
+        b1=config.optim.b1,
+        b2=config.optim.b2,
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+        multipliers=config.optim.multipliers,
+    )
+    train_step = steps.make_train_step(
+        graphdef,
+        steps.make_objective(config.stage, **settings["loss"]),
+        optimizer,
+        schedule=schedule,
+        seed=config.seed,
+        chunk=config.train.chunk,
+        dropout=config.train.adapters.rank > 0 and config.train.adapters.dropout > 0,
+        mesh=mesh,
+    )
+    return _loop(config, train_step, steps.create_state(trainable, optimizer), frozen, data, mesh)
+
+
+def _loop(config, train_step, state, frozen, data: TrainData, mesh) -> dict[str, float]:
+    saves = checkpoint.Checkpoints(
+        config.output,
+        config=config.to_dict(),
+        keep=config.checkpoint.keep,
+        every_steps=config.checkpoint.every_steps,
+        every_seconds=config.checkpoint.every_seconds,
+    )
+    restored = saves.restore(state)
+    if restored is not None:
+        state = restored
+    first = int(state.step)
+    if first >= config.train.steps:
+        print(f"{config.output}: all {first} steps are done")
+        return {}
+    if first:
+        print(f"{config.output}: going on after step {first}")
+    writer = report.MetricsWriter(
+        config.output, first_step=first, tensorboard=config.log.tensorboard
+    )
+    progress = report.Progress(config.train.steps, f"training ({config.stage})", start=first)
+    batches = data.batches(first)
+    pending, metrics = None, {}
+    print("compiling the step ...", flush=True)
+    with runtime.StopRequest() as stop:
+        started = time.perf_counter()
+        for step in range(first, config.train.steps):
+            batch = next(batches)
+            state, values = train_step(state, frozen, sharding.shard_batch(batch, mesh))
+            # Metrics of the step before are read while this one runs.
+            if pending is not None:
+                metrics = _record(writer, progress, config, *pending)
+            if step == first:
+                jax.block_until_ready(values)
+                print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+            now = time.perf_counter()
+            pending = (step, values, data.counts, now - started)
+            started = now
+            saves.save(state)
+            if stop.signal is not None:
+                break
+        metrics = _record(writer, progress, config, *pending)
+        saves.save(state, force=True)
+        saves.close()
+    progress.close()
+    writer.close()
+    data.close()
+    if stop.signal is not None:
+        print(f"saved after step {int(state.step)}; the same command goes on from there")
+        raise KeyboardInterrupt
+    print(f"done: {config.output}" + data.summary())
+    return metrics
+
+
+def _record(writer, progress, config, step, values, counts: dict[str, float], seconds):
+    """Reads a step's metrics off the device, logs and shows them."""
+    metrics = {name: float(np.asarray(value)) for name, value in jax.device_get(values).items()}
+    if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
+        raise UserError(
+            f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; "
+            f"lower config.optim.learning_rate or check the data of this step"
+        )
+    metrics |= {
+        "pairs_per_second": counts["rows"] / seconds,
+        "tokens_per_second": counts["tokens"] / seconds,
+        "padded_share": counts["padded_share"],
+        "seconds": seconds,
+    }
+    if (step + 1) % config.log.every_steps == 0 or step + 1 == config.train.steps:
+        writer.write(step + 1, metrics)
+    progress.update(step + 1, f"loss {metrics['loss']:.4f}")
+    return metrics
+
+
+def _print_sizes(trainable: dict[str, Any], frozen: dict[str, Any]) -> None:
+    def millions(tree):
+        return sum(x.size for x in tree.values()) / 1e6
+
+    print(
+        f"{millions(trainable):.2f} M trainable parameters in {len(trainable)} arrays, "
+        f"{millions(frozen):.1f} M frozen; {jax.device_count()} {jax.default_backend()} device(s)"
+    )
+
+
+if __name__ == "__main__":
+    runtime.run_entry(main)
