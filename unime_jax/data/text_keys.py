@@ -1,0 +1,81 @@
+"""When two captions count as the same: the rule the train/test split rests on."""
+
+import re
+import unicodedata
+
+# Words that carry no meaning of their own in a caption.
+STOP_WORDS = frozenset(
+    "a an the some of in on at to for from by with without and or its it is are be was this that "
+    "these those your our my his her their you we they he she as into up out off no not do does "
+    "has have had can will so if then than too very just who which what where when how".split()
+)
+_LEADING = frozenset(["a", "an", "the", "some"])
+_IRREGULAR = {
+    "feet": "foot",
+    "teeth": "tooth",
+    "geese": "goose",
+    "mice": "mouse",
+    "men": "man",
+    "women": "woman",
+    "children": "child",
+    "people": "person",
+    "oxen": "ox",
+    "wolves": "wolf",
+    "leaves": "leaf",
+    "knives": "knife",
+    "wives": "wife",
+    "lives": "life",
+    "loaves": "loaf",
+    "shelves": "shelf",
+    "scarves": "scarf",
+    "calves": "calf",
+    "halves": "half",
+    "hooves": "hoof",
+    "thieves": "thief",
+    "dice": "die",
+    "cacti": "cactus",
+    "fungi": "fungus",
+}
+
+
+def singular(word: str) -> str:
+    """Strips a plural ending; made-up stems are fine, equal words must only stay equal."""
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    for irregular, base in _IRREGULAR.items():  # firemen, snowmen
+        if len(irregular) == 3 and len(word) > 5 and word.endswith(irregular):
+            return word[:-3] + base
+    if len(word) <= 3 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    if word.endswith(("sses", "shes", "ches", "xes", "zes", "oes")):
+        return word[:-2]
+    return word[:-1]
+
+
+def words(text: str) -> list[str]:
+    """Splits into lower-case words without punctuation, accents or possessives, singular."""
+    text = unicodedata.normalize("NFKD", text.casefold().replace("_", " "))
+    text = "".join(char for char in text if not unicodedata.combining(char))
+    text = re.sub(r"['’‘]s\b", "", text)
+    text = re.sub(r"['’‘`]", "", text)
+    return [singular(word) for word in re.findall(r"\w+", text)]
+
+
+def caption_key(text: str) -> str:
+    """Normalises a caption: "A tiger.", "tigers" and "Tiger!" give "tiger"."""
+    found = words(text)
+    while len(found) > 1 and found[0] in _LEADING:
+        found = found[1:]
+    return " ".join(found)
+
+
+def compact_key(text: str) -> str:
+    """Is `caption_key` without spaces, so that "t-shirt", "T shirt" and "tshirt" are equal."""
+    return caption_key(text).replace(" ", "")
+
+
+def content_words(text: str) -> list[str]:
+    """Is the caption's words that carry meaning."""
+    return [word for word in words(text) if word not in STOP_WORDS]
