@@ -224,8 +224,9 @@ def _pick(score, out, k):
     ranked = jax.lax.top_k(jnp.where(out, -jnp.inf, score), min(k, score.shape[1]))[1]
     survivors = jnp.sum(~out, axis=1, dtype=jnp.int32)[:, None]
     slots = jnp.arange(k, dtype=jnp.int32)[None, :]
+    # Without survivors all of a row ties at -inf, so that its slots hold index 0.
     indices = jnp.take_along_axis(ranked, slots % jnp.maximum(survivors, 1), axis=1)
-    return jnp.where(survivors == 0, 0, indices), slots < survivors
+    return indices, slots < survivors
 
 
 def _similarity(a, b):

@@ -1,0 +1,24 @@
+"""What a run tells its user: progress, metrics files, tables, plots and the report."""
+
+from unime_jax.report.metrics_log import MetricsWriter, read_metrics
+from unime_jax.report.plots import (
+    plot_cosine_matrices,
+    plot_losses,
+    plot_recall,
+    plot_retrieval_sheet,
+)
+from unime_jax.report.progress import Progress
+from unime_jax.report.tables import Section, Table, write_report
+
+__all__ = [
+    "MetricsWriter",
+    "Progress",
+    "Section",
+    "Table",
+    "plot_cosine_matrices",
+    "plot_losses",
+    "plot_recall",
+    "plot_retrieval_sheet",
+    "read_metrics",
+    "write_report",
+]

@@ -1,0 +1,345 @@
+"""Plots for the report, in one style.
+
+Figures are made without pyplot: nothing global is touched, no display is needed, and matplotlib
+is loaded by the first plot. Every function writes one PNG and returns its path.
+"""
+
+import contextlib
+import itertools
+import math
+import pathlib
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+INK, MUTED, LINE = "#23272e", "#7d858f", "#e4e7eb"
+BLUE, ORANGE, GREEN, GREY = "#2e6296", "#d97b3c", "#3b8c62", "#a9b0b8"
+SERIES = (BLUE, ORANGE, GREEN, "#8a5a9e", "#b8902f", MUTED)
+# From paper white to deep blue: monotonous in lightness, so it survives a grey print.
+SEQUENTIAL = ("#fbfcfd", "#d5e3f0", "#94b9d9", "#4d86b8", "#245a8d", "#10305a")
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 9.0,
+    "axes.linewidth": 0.7,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8.0,
+    "ytick.labelsize": 8.0,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "legend.handlelength": 1.4,
+}
+DPI = 170
+
+# Lines of the second row of `plot_losses`: metric -> (label, colour), where a run has it.
+COSINES = {
+    "positive_cosine": ("matching pairs", BLUE),
+    "hard_negative_cosine": ("hard negatives", ORANGE),
+    "negative_cosine": ("all negatives", ORANGE),
+    "student_cosine": ("student, all pairs", BLUE),
+    "teacher_cosine": ("teacher, all pairs", ORANGE),
+}
+
+
+def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], path) -> pathlib.Path:
+    """Draws loss, cosines and validation metrics of runs over their steps, one column a run.
+
+    Args:
+      runs: title -> metrics by step, as `read_metrics` returns them; runs without steps are left
+        out. Metrics whose names begin with "validation/" fill a third row where there are any.
+      path: of the PNG.
+    """
+    runs = {title: list(steps) for title, steps in runs.items() if len(steps)}
+    if not runs:
+        raise ValueError("no run has any metrics")
+    names = {t: sorted({n for m in s for n in m if "validation/" in n}) for t, s in runs.items()}
+    rows = 3 if any(names.values()) else 2
+    with _figure(3.15 * len(runs) + 0.35, 2.05 * rows + 0.3, path) as figure:
+        axes = figure.subplots(rows, len(runs), squeeze=False, sharex="col")
+        for column, (title, steps) in enumerate(runs.items()):
+            top, middle = axes[0, column], axes[1, column]
+            top.set_title(title)
+            x, y = _series(steps, "loss")
+            top.plot(x, y, color=BLUE, alpha=0.28, linewidth=0.9)
+            top.plot(x, _smooth(y), color=BLUE, linewidth=1.7)
+            top.set_ylim(bottom=0, top=_robust_top(y))
+            for name, (label, color) in COSINES.items():
+                x, y = _series(steps, name)
+                if len(x):
+                    middle.plot(x, _smooth(y), color=color, label=label, linewidth=1.7)
+            _legend(middle)
+            if rows == 3:
+                for name, color in zip(names[title], itertools.cycle(SERIES), strict=False):
+                    x, y = _series(steps, name)
+                    label = name.removeprefix("validation/").replace("_", " ")
+                    axes[2, column].plot(x, y, "o-", color=color, label=label, markersize=3.5)
+                if names[title]:
+                    axes[2, column].set_ylim(bottom=0)
+                    _legend(axes[2, column])
+                else:
+                    axes[2, column].axis("off")
+            for ax in axes[:, column]:
+                ax.margins(x=0.02)
+            last = axes[-1, column] if rows == 2 or names[title] else middle
+            last.tick_params(labelbottom=True)
+            last.set_xlabel("step")
+        for ax, label in zip(axes[:, 0], ["loss", "mean cosine", "validation"], strict=False):
+            ax.set_ylabel(label)
+        figure.align_ylabels()
+    return pathlib.Path(path)
+
+
+def plot_cosine_matrices(matrices: Sequence[tuple[str, np.ndarray]], path) -> pathlib.Path:
+    """Draws cosine matrices of the same matching pairs side by side, on one colour scale.
+
+    A good embedding shows a dark diagonal on a light ground; a collapsed one is dark all over.
+    Below each title stand the mean cosine of matching pairs and of all others. As Fig. 4 of UniME.
+
+    Args:
+      matrices: (title, cosines f32[N, N]); row i and column i match.
+      path: of the PNG.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    values = np.concatenate([np.asarray(m).ravel() for _, m in matrices])
+    low = min(0.0, math.floor(10 * float(values.min())) / 10)
+    colors = LinearSegmentedColormap.from_list("paper", SEQUENTIAL)
+    with _figure(2.75 * len(matrices) + 0.75, 3.35, path) as figure:
+        axes = figure.subplots(1, len(matrices), squeeze=False)[0]
+        for ax, (title, matrix) in zip(axes, matrices, strict=True):
+            matrix = np.asarray(matrix)
+            same = np.eye(len(matrix), dtype=bool)
+            image = ax.imshow(matrix, cmap=colors, vmin=low, vmax=1, interpolation="nearest")
+            ax.set_title(title, pad=19)
+            others = f"{matrix[~same].mean():.2f}" if len(matrix) > 1 else "-"
+            ax.text(
+                0, 1.025, f"pairs {matrix[same].mean():.2f}   others {others}",
+                transform=ax.transAxes, color=MUTED, fontsize=8.5, va="bottom",
+            )  # fmt: skip
+            ticks = [0, len(matrix) - 1]
+            ax.set_xticks(ticks, [str(t + 1) for t in ticks])
+            ax.set_yticks(ticks, [str(t + 1) for t in ticks])
+            ax.set_xlabel("caption", labelpad=-6)
+            ax.grid(False)
+            ax.spines[:].set_visible(True)
+            ax.spines[:].set_color(LINE)
+            ax.tick_params(length=0)
+        axes[0].set_ylabel("image", labelpad=-6)
+        bar = figure.colorbar(image, ax=list(axes), fraction=0.046, aspect=24, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
+        bar.set_label("cosine")
+    return pathlib.Path(path)
+
+
+def plot_retrieval_sheet(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    similarity: np.ndarray,
+    right: Sequence[int],
+    path,
+    *,
+    columns: int = 3,
+    top: int = 5,
+) -> pathlib.Path:
+    """Draws images, each with its nearest captions; the right one is green and ticked.
+
+    Args:
+      images: RGB uint8[H, W, 3] of any size.
+      captions: the candidates.
+      similarity: f32[images, captions].
+      right: for each image the index of its caption.
+      path: of the PNG.
+      columns: images side by side.
+      top: captions shown; where the right one is not among them, its rank is told.
+    """
+    similarity = np.asarray(similarity)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    # A bar's length compares captions of one sheet: from the lowest shown to the highest.
+    order = np.argsort(-similarity, axis=1, kind="stable")
+    shown = np.take_along_axis(similarity, order[:, :top], axis=1)
+    low, high = float(shown.min()), float(shown.max())
+    with _figure(4.0 * columns, 1.42 * rows + 0.05, path, layout="none") as figure:
+        grid = figure.add_gridspec(
+            rows, 2 * columns, width_ratios=[1, 2] * columns, wspace=0.06, hspace=0.16,
+            left=0.008, right=0.992, bottom=0.012, top=0.988,
+        )  # fmt: skip
+        for n, image in enumerate(images):
+            row, column = divmod(n, columns)
+            picture = figure.add_subplot(grid[row, 2 * column])
+            picture.imshow(_square(np.asarray(image)), interpolation="antialiased")
+            picture.set_xticks([])
+            picture.set_yticks([])
+            picture.grid(False)
+            picture.spines[:].set_visible(True)
+            picture.spines[:].set_color(LINE)
+            _captions(
+                figure.add_subplot(grid[row, 2 * column + 1]),
+                captions, similarity[n], order[n], int(right[n]), top, (low, high),
+            )  # fmt: skip
+    return pathlib.Path(path)
+
+
+def plot_recall(
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]], path, *, reference: Sequence[str] = ()
+) -> pathlib.Path:
+    """Draws recall at several k as bars: a panel a direction, a bar a row, a shade a k.
+
+    Args:
+      panels: title -> row name -> k -> recall in [0, 1]; all panels have the same rows.
+      path: of the PNG.
+      reference: rows drawn in grey: chance, baselines, teachers.
+    """
+    names = list(next(iter(panels.values())))
+    ks = sorted({k for rows in panels.values() for row in rows.values() for k in row})
+    height = 0.72 / len(ks)
+    with _figure(3.4 * len(panels) + 1.2, 0.42 * len(names) + 1.15, path) as figure:
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True, sharex=True)[0]
+        for ax, (title, rows) in zip(axes, panels.items(), strict=True):
+            ax.set_title(title)
+            for i, name in enumerate(names):
+                base = GREY if name in reference else BLUE
+                for j, k in enumerate(ks):
+                    value = rows[name].get(k)
+                    if value is None:
+                        continue
+                    y = i + (j - (len(ks) - 1) / 2) * height
+                    ax.barh(y, 100 * value, height * 0.88, color=_tint(base, j, len(ks)))
+                    ax.text(
+                        100 * value + 0.8, y, f"{100 * value:.1f}",
+                        va="center", fontsize=6.5, color=MUTED,
+                    )  # fmt: skip
+            ax.grid(False, axis="y")
+            ax.tick_params(axis="y", length=0)
+            ax.spines["left"].set_visible(False)
+            ax.set_xlabel("recall, %")
+        axes[0].set_yticks(range(len(names)), names)
+        axes[0].invert_yaxis()
+        best = 100 * max(v for rows in panels.values() for r in rows.values() for v in r.values())
+        axes[0].set_xlim(0, min(108, best * 1.12 + 4))
+        _shade_legend(figure, ks)
+    return pathlib.Path(path)
+
+
+# ---------------------------------------------------------------- the style and small helpers
+
+
+@contextlib.contextmanager
+def _figure(width: float, height: float, path, layout: str = "constrained"):
+    """Yields a figure of so many inches in the common style and saves it."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
+        FigureCanvasAgg(figure)
+        yield figure
+        figure.savefig(path, format="png")
+
+
+def _series(steps, name: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(m["step"], m[name]) for m in steps if m.get(name) is not None]
+    x, y = zip(*points, strict=True) if points else ((), ())
+    return np.array(x, float), np.array(y, float)
+
+
+def _smooth(y: np.ndarray) -> np.ndarray:
+    """An exponential mean over about a twentieth of the curve, without the pull of its start."""
+    keep = 1 - 1 / max(1.0, len(y) / 20)
+    mean, weight, out = 0.0, 0.0, []
+    for value in y:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return np.array(out)
+
+
+def _robust_top(y: np.ndarray) -> float | None:
+    """The upper end of a loss axis: the first steps' outliers may leave the frame."""
+    if not len(y):
+        return None
+    return 1.08 * float(max(np.percentile(y, 98), _smooth(y).max())) or 1.0
+
+
+def _legend(ax) -> None:
+    if ax.get_legend_handles_labels()[0]:
+        ax.margins(y=0.12)
+        ax.legend(loc="best", borderaxespad=0.2)
+
+
+def _square(image: np.ndarray) -> np.ndarray:
+    """The image in the middle of a white square; grey images become RGB, alpha goes on white."""
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    if image.shape[2] == 4:
+        alpha = image[..., 3:] / 255
+        image = (image[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+    height, width = image.shape[:2]
+    side = max(height, width)
+    canvas = np.full((side, side, 3), 255, np.uint8)
+    y, x = (side - height) // 2, (side - width) // 2
+    canvas[y : y + height, x : x + width] = image
+    return canvas
+
+
+def _captions(ax, captions, scores, order, right: int, top: int, limits) -> None:
+    """Fills an axis with the nearest captions, best first, each with a bar below it."""
+    ax.set_xlim(0, 1)
+    ax.set_ylim(top + 0.62, -0.28)
+    ax.axis("off")
+    low, high = limits
+    for place, index in enumerate(order[:top]):
+        hit = index == right
+        color = GREEN if hit else INK
+        text = textwrap.shorten(str(captions[index]), 34, placeholder=" …")
+        ax.text(
+            0.075, place + 0.28, text, color=color, fontsize=8.2, va="center", parse_math=False,
+            fontweight="bold" if hit else "normal",
+        )  # fmt: skip
+        ax.text(
+            0.0, place + 0.28, "✓" if hit else str(place + 1), color=color if hit else MUTED,
+            fontsize=8.2, va="center",
+        )  # fmt: skip
+        length = 0.1 + 0.8 * (float(scores[index]) - low) / max(high - low, 1e-6)
+        ax.plot([0.075, 0.075 + length], [place + 0.68] * 2, linewidth=1.6,
+                color=GREEN if hit else GREY, solid_capstyle="butt")  # fmt: skip
+    rank = int(np.flatnonzero(order == right)[0]) + 1
+    if rank > top:
+        text = textwrap.shorten(str(captions[right]), 30, placeholder=" …")
+        ax.text(0.0, top + 0.3, f"{rank}   {text}", color=MUTED, fontsize=7.6, va="center",
+                style="italic", parse_math=False)  # fmt: skip
+
+
+def _tint(color: str, step: int, steps: int):
+    """The colour itself for the first step, paler for the next."""
+    from matplotlib.colors import to_rgb
+
+    pale = 0.62 * step / max(1, steps - 1)
+    return tuple((1 - pale) * c + pale for c in to_rgb(color))
+
+
+def _shade_legend(figure, ks) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=_tint(MUTED, j, len(ks)), label=f"R@{k}") for j, k in enumerate(ks)]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(ks), borderaxespad=0.3)
