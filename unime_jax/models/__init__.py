@@ -1,0 +1,124 @@
+"""Backbones: the one place where a model type becomes a class.
+
+Every class offers `embed(inputs, *, key=None) -> f32[G, E]` (unit rows), `image_spec` (None for
+text models) and `embedding_width`; `parse(config, **options)` and `key_map(parsed)` are its door to
+checkpoints.
+"""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from unime_jax.models import bert, hf
+from unime_jax.models.bert import Bert
+from unime_jax.models.decoder import TextEmbedder
+from unime_jax.models.smol import Smol
+from unime_jax.types import Params, UserError, flatten, unflatten
+
+CLASSES: dict[str, type[nnx.Module]] = {
+    "bert": Bert,
+    "llama": TextEmbedder,
+    "mistral": TextEmbedder,
+    "phi3": TextEmbedder,
+    "unime_smol": Smol,
+}
+
+
+def _class(config: dict[str, Any]) -> type[nnx.Module]:
+    name = config.get("model_type")
+    if name not in CLASSES:
+        known = ", ".join(sorted(CLASSES))
+        raise UserError(f"config.json: model_type {name!r} is unknown; known: {known}")
+    return CLASSES[name]
+
+
+def read_config(directory) -> dict[str, Any]:
+    """Reads a model directory's config.json, and `pooling` where sentence-transformers keeps it."""
+    config = hf.read_config(directory)
+    pooling = bert.read_pooling(directory)
+    return config if pooling is None else {**config, "pooling": pooling}
+
+
+def build(
+    config: dict[str, Any],
+    *,
+    rngs: nnx.Rngs,
+    dtype="float32",
+    attention: str = "xla",
+    remat: str = "none",
+    matmul: str = "transposed",
+) -> nnx.Module:
+    """Builds a model with random weights.
+
+    Args:
+      config: content of config.json.
+      rngs: seeds.
+      dtype: of parameters and computation.
+      attention, remat, matmul: see `layers`.
+
+    Raises:
+      UserError: an unknown model type, or a value that is not supported.
+    """
+    cls = _class(config)
+    parsed = cls.parse(config, attention=attention, remat=remat, matmul=matmul)
+    return cls(parsed, rngs=rngs, dtype=jnp.dtype(dtype))
+
+
+def rules(config: dict[str, Any]) -> hf.KeyMap:
+    """Returns the checkpoint keys of a model."""
+    cls = _class(config)
+    return cls.key_map(cls.parse(config))
+
+
+def load(
+    directory,
+    *,
+    dtype="float32",
+    attention: str = "xla",
+    remat: str = "none",
+    matmul: str = "transposed",
+    sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+) -> nnx.Module:
+    """Loads a model directory, parameter by parameter.
+
+    Args:
+      directory: config.json and safetensors files.
+      dtype, attention, remat, matmul: as in `build`.
+      sharding_of: (path, shape) -> where a parameter lives; None means the default device.
+
+    Raises:
+      UserError: files that are missing, damaged or do not fit each other.
+    """
+    directory = pathlib.Path(directory)
+    config = read_config(directory)
+    model = nnx.eval_shape(
+        lambda: build(
+            config,
+            rngs=nnx.Rngs(0),
+            dtype=dtype,
+            attention=attention,
+            remat=remat,
+            matmul=matmul,
+        )
+    )
+    graphdef, state = nnx.split(model)
+    abstract = nnx.to_pure_dict(state)
+    if sharding_of is not None:
+        abstract = unflatten(
+            {
+                path: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding_of(path, leaf.shape)
+                )
+                for path, leaf in flatten(abstract).items()
+            }
+        )
+    return nnx.merge(graphdef, hf.load(directory, rules(config), abstract))
+
+
+def save(directory, params: Params, config: dict[str, Any], dtype="float32") -> None:
+    """Writes a model in HF layout; adapters must have been merged."""
+    hf.save(directory, params, rules(config), config, jnp.dtype(dtype))

@@ -1,0 +1,362 @@
+"""Decoders of the Llama family: Llama, Mistral and Phi-3 are one module with other settings.
+
+Source: the `llama`, `mistral` and `phi3` models of transformers.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, Int
+
+from unime_jax.models.hf import KeyMap, Rule
+from unime_jax.models.layers import (
+    Embedding,
+    Linear,
+    RMSNorm,
+    attention,
+    fold,
+    last_token,
+    rope,
+    rope_tables,
+    scan_layers,
+    stack,
+    unit,
+)
+from unime_jax.types import Array, Inputs, UserError
+
+MODEL_TYPES = ("llama", "mistral", "phi3")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and switches; names are those of config.json where it has one.
+
+    Attributes:
+      fused: one product for q, k, v and one for gate and up, as Phi-3 stores them.
+      causal: False lets every position see every real position of its row.
+      sliding_window: longer rows than this are refused: windows are not implemented.
+      attention: kernel, one of `layers.ATTENTIONS`.
+      remat: what the backward pass recomputes, one of `layers.REMATS`.
+      matmul: how gradients of weights are written, one of `layers.MATMULS`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    fused: bool = False
+    causal: bool = True
+    attention: str = "xla"
+    remat: str = "none"
+    matmul: str = "transposed"
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], **options) -> "DecoderConfig":
+        """Reads config.json's content; `options` set the fields that it does not have.
+
+        Raises:
+          UserError: a key is missing, or a value changes the mathematics in a way not built here.
+        """
+        model_type = config.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise UserError(f"config.json: model_type {model_type!r} is no decoder known here")
+        _refuse_unknown_mathematics(config)
+        try:
+            heads = config["num_attention_heads"]
+            return cls(
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_hidden_layers=config["num_hidden_layers"],
+                num_attention_heads=heads,
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+                rms_norm_eps=config["rms_norm_eps"],
+                rope_theta=_rope(config).get("rope_theta", 10000.0),
+                attention_bias=model_type == "llama" and config.get("attention_bias", False),
+                mlp_bias=model_type == "llama" and config.get("mlp_bias", False),
+                tie_word_embeddings=config.get("tie_word_embeddings", False),
+                sliding_window=None if model_type == "llama" else config.get("sliding_window"),
+                fused=model_type == "phi3",
+                **options,
+            )
+        except KeyError as error:
+            raise UserError(f"config.json of a {model_type} model lacks {error}") from None
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the RoPE settings, wherever this version of transformers wrote them."""
+    scaling = config.get("rope_scaling") or {}
+    return {**config, **scaling, **(config.get("rope_parameters") or {})}
+
+
+def _refuse_unknown_mathematics(config: dict[str, Any]) -> None:
+    settings = _rope(config)
+    rope_type = settings.get("rope_type", settings.get("type", "default"))
+    expected = {
+        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
+        "rope_scaling": (rope_type, "default"),
+        "partial_rotary_factor": (settings.get("partial_rotary_factor", 1.0), 1.0),
+        "quantization_config": (config.get("quantization_config"), None),
+    }
+    for name, (value, known) in expected.items():
+        if value != known:
+            raise UserError(f"config.json: {name} = {value!r} is not supported, only {known!r}")
+
+
+class Attention(nnx.Module):
+    """Is grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        def linear(inputs, outputs):
+            return Linear(
+                inputs,
+                outputs,
+                bias=config.attention_bias,
+                rngs=rngs,
+                dtype=dtype,
+                matmul=config.matmul,
+            )
+
+        width, head = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+        self.config = config
+        if config.fused:
+            self.qkv_proj = linear(width, queries + 2 * keys)
+        else:
+            self.q_proj = linear(width, queries)
+            self.k_proj = linear(width, keys)
+            self.v_proj = linear(width, keys)
+        self.o_proj = linear(queries, width)
+
+    def __call__(
+        self,
+        x: Float[Array, "G T D"],
+        tables: tuple[Array, Array],
+        lengths: Int[Array, " G"],
+        key: Array | None = None,
+    ) -> Float[Array, "G T D"]:
+        config = self.config
+        head = config.head_dim
+        queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+        if config.fused:
+            qkv = self.qkv_proj(x, fold(key, 0))
+            q, k, v = jnp.split(qkv, [queries, queries + keys], axis=-1)
+        else:
+            q = self.q_proj(x, fold(key, 0))
+            k = self.k_proj(x, fold(key, 1))
+            v = self.v_proj(x, fold(key, 2))
+        q, k, v = (y.reshape(*x.shape[:2], -1, head) for y in (q, k, v))
+        out = attention(
+            rope(q, tables),
+            rope(k, tables),
+            v,
+            causal=config.causal,
+            lengths=lengths,
+            implementation=config.attention,
+        )
+        return self.o_proj(out.reshape(*x.shape[:2], queries), fold(key, 3))
+
+
+class MLP(nnx.Module):
+    """Is SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        def linear(inputs, outputs):
+            return Linear(
+                inputs,
+                outputs,
+                bias=config.mlp_bias,
+                rngs=rngs,
+                dtype=dtype,
+                matmul=config.matmul,
+            )
+
+        width, inner = config.hidden_size, config.intermediate_size
+        self.fused = config.fused
+        if config.fused:
+            self.gate_up_proj = linear(width, 2 * inner)
+        else:
+            self.gate_proj = linear(width, inner)
+            self.up_proj = linear(width, inner)
+        self.down_proj = linear(inner, width)
+
+    def __call__(
+        self, x: Float[Array, "G T D"], key: Array | None = None
+    ) -> Float[Array, "G T D"]:
+        if self.fused:
+            gate, up = jnp.split(self.gate_up_proj(x, fold(key, 0)), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x, fold(key, 0)), self.up_proj(x, fold(key, 1))
+        return self.down_proj(jax.nn.silu(gate) * up, fold(key, 2))
+
+
+class DecoderLayer(nnx.Module):
+    """Is attention and MLP, each behind a norm and added to its input."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        eps, width = config.rms_norm_eps, config.hidden_size
+        self.input_layernorm = RMSNorm(width, eps=eps, dtype=dtype)
+        self.self_attn = Attention(config, rngs=rngs, dtype=dtype)
+        self.post_attention_layernorm = RMSNorm(width, eps=eps, dtype=dtype)
+        self.mlp = MLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "G T D"],
+        tables: tuple[Array, Array],
+        lengths: Int[Array, " G"],
+        key: Array | None = None,
+    ) -> Float[Array, "G T D"]:
+        x = x + self.self_attn(self.input_layernorm(x), tables, lengths, fold(key, 0))
+        return x + self.mlp(self.post_attention_layernorm(x), fold(key, 1))
+
+
+class Stack(nnx.Module):
+    """Is the decoder without its head; the name `model` of checkpoints."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        width = config.hidden_size
+        self.embed_tokens = Embedding(config.vocab_size, width, rngs=rngs, dtype=dtype)
+        self.layers = stack(
+            lambda rngs: DecoderLayer(config, rngs=rngs, dtype=dtype),
+            config.num_hidden_layers,
+            rngs,
+        )
+        self.norm = RMSNorm(width, eps=config.rms_norm_eps, dtype=dtype)
+
+
+class Decoder(nnx.Module):
+    """Turns input vectors into hidden states, and hidden states into next-token scores.
+
+    Attributes:
+      dtype: of computation; parameters may have another one, for instance while they are trained.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.model = Stack(config, rngs=rngs, dtype=dtype)
+        self.lm_head = nnx.data(None)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.data(
+                Linear(
+                    config.hidden_size,
+                    config.vocab_size,
+                    rngs=rngs,
+                    dtype=dtype,
+                    matmul=config.matmul,
+                )
+            )
+
+    def embed_tokens(self, tokens: Int[Array, "G T"]) -> Float[Array, "G T D"]:
+        return self.model.embed_tokens(tokens).astype(self.dtype)
+
+    def __call__(
+        self,
+        embeds: Float[Array, "G T D"],
+        lengths: Int[Array, " G"],
+        *,
+        key: Array | None = None,
+    ) -> Float[Array, "G T D"]:
+        """Returns hidden states after the final norm; those behind a row's length mean nothing.
+
+        Args:
+          embeds: right-padded input vectors.
+          lengths: real positions of each row.
+          key: for the adapters' dropout, or None.
+
+        Raises:
+          UserError: T exceeds the checkpoint's sliding window.
+        """
+        config, tokens = self.config, embeds.shape[1]
+        if config.sliding_window is not None and tokens > config.sliding_window:
+            raise UserError(
+                f"rows of {tokens} tokens exceed the model's sliding_window of "
+                f"{config.sliding_window}, which is not supported; use shorter rows"
+            )
+        tables = rope_tables(jnp.arange(tokens), config.head_dim, config.rope_theta)
+        x = scan_layers(
+            self.model.layers,
+            embeds.astype(self.dtype),
+            lambda layer, x, key: layer(x, tables, lengths, key),
+            key=key,
+            remat=config.remat,
+        )
+        return self.model.norm(x)
+
+    def logits(self, hidden: Float[Array, "*G D"]) -> Float[Array, "*G V"]:
+        if self.lm_head is None:
+            return self.model.embed_tokens.attend(hidden)
+        return self.lm_head(hidden)
+
+
+class TextEmbedder(nnx.Module):
+    """Embeds text with a decoder alone: the last real token's hidden state, scaled to length 1."""
+
+    image_spec = None
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.language_model = Decoder(config, rngs=rngs, dtype=dtype)
+
+    @staticmethod
+    def parse(config: dict[str, Any], **options) -> DecoderConfig:
+        return DecoderConfig.from_hf(config, **options)
+
+    @property
+    def embedding_width(self) -> int:
+        return self.language_model.config.hidden_size
+
+    def hidden(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G T D"]:
+        """Returns the decoder's last hidden states."""
+        return self.language_model(
+            self.language_model.embed_tokens(inputs.tokens), inputs.lengths, key=key
+        )
+
+    def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
+        """Returns unit rows, f32."""
+        return unit(last_token(self.hidden(inputs, key=key), inputs.lengths))
+
+    @staticmethod
+    def key_map(config: DecoderConfig) -> KeyMap:
+        return key_map(config)
+
+
+def key_map(config: DecoderConfig, *, hf: str = "", ours: str = "language_model/") -> KeyMap:
+    """Returns the checkpoint keys of a decoder that stands under a prefix on either side."""
+    attn = ("qkv_proj",) if config.fused else ("q_proj", "k_proj", "v_proj")
+    mlp = ("gate_up_proj",) if config.fused else ("gate_proj", "up_proj")
+    names = [(f"self_attn.{name}", config.attention_bias) for name in (*attn, "o_proj")]
+    names += [(f"mlp.{name}", config.mlp_bias) for name in (*mlp, "down_proj")]
+
+    def under(name, leaf_hf, leaf_ours, transform="same"):
+        path = name.replace(".{L}", "").replace(".", "/")
+        return Rule(f"{hf}{name}.{leaf_hf}", f"{ours}{path}/{leaf_ours}", transform)
+
+    layer = "model.layers.{L}."
+    rules = [
+        under("model.embed_tokens", "weight", "embedding"),
+        under("model.norm", "weight", "scale"),
+        under(f"{layer}input_layernorm", "weight", "scale"),
+        under(f"{layer}post_attention_layernorm", "weight", "scale"),
+    ]
+    rules += [under(layer + name, "weight", "kernel", "linear") for name, _ in names]
+    rules += [under(layer + name, "bias", "bias") for name, bias in names if bias]
+    ignored = [rf"{hf}model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
+    if config.tie_word_embeddings:
+        ignored.append(rf"{hf}lm_head\.weight")  # a copy of embed_tokens
+    else:
+        rules.append(under("lm_head", "weight", "kernel", "linear"))
+    return KeyMap(tuple(rules), ignored=tuple(ignored))

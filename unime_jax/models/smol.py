@@ -1,0 +1,164 @@
+"""A small multimodal model put together from parts: vision tower, projector, decoder.
+
+Its directory holds config.json, model.safetensors and the tokenizer. config.json:
+
+    {
+      "model_type": "unime_smol",
+      "text_config": {...},          a Llama's config.json
+      "vision_config": {
+        "model_type": "efficientnet-lite0",
+        "image_size": 224,           S, a multiple of 32
+        "grid": 7                    optional: features per side, S / 32 unless given; fewer are
+                                     averages over areas
+      },
+      "projector": {
+        "hidden": 1152,              width between its two linear layers
+        "norm": true                 optional: LayerNorm in front, true unless given
+      }
+    }
+
+Keys of model.safetensors: `language_model.model.*` (and `language_model.lm_head.weight` where the
+head is not tied) as a LlamaForCausalLM's, `vision_tower.*` as EfficientNet-Lite0's .pth, and
+`multi_modal_projector.{norm,linear_1,linear_2}.{weight,bias}`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Float, UInt8
+
+from unime_jax.models import decoder, efficientnet
+from unime_jax.models.decoder import Decoder, DecoderConfig
+from unime_jax.models.efficientnet import EfficientNet, EfficientNetConfig
+from unime_jax.models.hf import KeyMap, Rule
+from unime_jax.models.layers import LayerNorm, Linear, last_token, unit
+from unime_jax.types import Array, ImageSpec, Inputs, UserError
+
+_NORM_EPS = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class SmolConfig:
+    """Is config.json, parsed.
+
+    Attributes:
+      projector_hidden: width between the projector's linear layers.
+      projector_norm: whether it normalises the tower's features first.
+    """
+
+    text: DecoderConfig
+    vision: EfficientNetConfig
+    projector_hidden: int
+    projector_norm: bool = True
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], **options) -> "SmolConfig":
+        """Reads config.json's content; `options` are fields of `DecoderConfig`.
+
+        Raises:
+          UserError: a part is missing or unknown.
+        """
+        for part in ("text_config", "vision_config", "projector"):
+            if not isinstance(config.get(part), dict):
+                raise UserError(f"config.json of a unime_smol model lacks {part}")
+        projector = config["projector"]
+        unknown = sorted(set(projector) - {"hidden", "norm"})
+        if unknown or not isinstance(projector.get("hidden"), int):
+            raise UserError(
+                f"config.json: projector = {projector} must have an integer `hidden` and nothing "
+                "else but `norm`"
+            )
+        return cls(
+            text=DecoderConfig.from_hf(config["text_config"], **options),
+            vision=EfficientNetConfig.from_hf(config["vision_config"]),
+            projector_hidden=projector["hidden"],
+            projector_norm=projector.get("norm", True),
+        )
+
+
+class Projector(nnx.Module):
+    """Turns the tower's features into vectors of the decoder's input space."""
+
+    def __init__(self, config: SmolConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        inputs, hidden = config.vision.head, config.projector_hidden
+        options = {"bias": True, "rngs": rngs, "dtype": dtype, "matmul": config.text.matmul}
+        self.norm = nnx.data(
+            LayerNorm(inputs, eps=_NORM_EPS, dtype=dtype) if config.projector_norm else None
+        )
+        self.linear_1 = Linear(inputs, hidden, **options)
+        self.linear_2 = Linear(hidden, config.text.hidden_size, **options)
+
+    def __call__(self, x: Float[Array, "*G Dv"]) -> Float[Array, "*G D"]:
+        if self.norm is not None:
+            x = self.norm(x)
+        return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
+
+
+class Smol(nnx.Module):
+    """Embeds text and images with the last real token's hidden state, scaled to length 1."""
+
+    def __init__(self, config: SmolConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.config = config
+        self.vision_tower = EfficientNet(config.vision, rngs=rngs)
+        self.multi_modal_projector = Projector(config, rngs=rngs, dtype=dtype)
+        self.language_model = Decoder(config.text, rngs=rngs, dtype=dtype)
+
+    @staticmethod
+    def parse(config: dict[str, Any], **options) -> SmolConfig:
+        return SmolConfig.from_hf(config, **options)
+
+    @property
+    def image_spec(self) -> ImageSpec:
+        vision = self.config.vision
+        return ImageSpec("grid", vision.image_size, vision.grid**2)
+
+    @property
+    def embedding_width(self) -> int:
+        return self.config.text.hidden_size
+
+    def featurise(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N P Dv"]:
+        """Runs the vision tower alone; what `Inputs.features` may hold instead of tiles."""
+        return self.vision_tower(tiles)
+
+    def inputs_embeds(self, inputs: Inputs) -> Float[Array, "G T D"]:
+        """Returns the decoder's input: token vectors, and projected features where images stand."""
+        x = self.language_model.embed_tokens(inputs.tokens)
+        features = inputs.features
+        if features is None:
+            rows, tiles = inputs.tiles.shape[:2]
+            if tiles == 0:
+                return x
+            flat = inputs.tiles.reshape(rows * tiles, *inputs.tiles.shape[2:])
+            features = self.featurise(flat)
+        # [G, C, P, Dv] or [G * C, P, Dv] -> [G, C * P, Dv]; f16 features are converted here.
+        features = features.reshape(x.shape[0], -1, features.shape[-1]).astype(x.dtype)
+        visual = self.multi_modal_projector(features)
+        index = inputs.image_index[..., None]
+        return jnp.where(index >= 0, jnp.take_along_axis(visual, jnp.maximum(index, 0), 1), x)
+
+    def hidden(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G T D"]:
+        """Returns the decoder's last hidden states."""
+        return self.language_model(self.inputs_embeds(inputs), inputs.lengths, key=key)
+
+    def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
+        """Returns unit rows, f32; the key is for the adapters' dropout."""
+        return unit(last_token(self.hidden(inputs, key=key), inputs.lengths))
+
+    @staticmethod
+    def key_map(config: SmolConfig) -> KeyMap:
+        hf, ours = "multi_modal_projector.", "multi_modal_projector/"
+        rules = []
+        for name in ("linear_1", "linear_2"):
+            rules.append(Rule(f"{hf}{name}.weight", f"{ours}{name}/kernel", "linear"))
+            rules.append(Rule(f"{hf}{name}.bias", f"{ours}{name}/bias"))
+        if config.projector_norm:
+            rules.append(Rule(f"{hf}norm.weight", f"{ours}norm/scale"))
+            rules.append(Rule(f"{hf}norm.bias", f"{ours}norm/bias"))
+        return (
+            decoder.key_map(config.text, hf="language_model.", ours="language_model/")
+            + efficientnet.key_map(config.vision, hf="vision_tower.", ours="vision_tower/")
+            + KeyMap(tuple(rules))
+        )
