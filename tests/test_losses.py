@@ -215,14 +215,6 @@ def test_mining_by_hand():
     np.testing.assert_array_equal(valid.sum(axis=1), [2, 3, 0, 2])
 
 
-def test_mining_is_not_differentiated():
-    similarity = jnp.asarray(unit_rows(0, 6, 6))
-    grad = jax.grad(lambda s: losses.mine_hard_negatives(s, k=2, margin=0.1)[0].sum() * s.sum())(
-        similarity
-    )
-    assert np.ptp(np.asarray(grad)) == 0
-
-
 # ---------------------------------------------------------------- the contract beyond the goldens
 
 

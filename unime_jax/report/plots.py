@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import math
 import pathlib
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ STYLE = {
     "ytick.labelcolor": INK,
     "xtick.labelsize": 8.0,
     "ytick.labelsize": 8.0,
+    "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.06,
     "legend.frameon": False,
     "legend.fontsize": 8.0,
     "legend.handlelength": 1.4,
@@ -88,7 +91,7 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], path) -> pathli
             if rows == 3:
                 for name, color in zip(names[title], itertools.cycle(SERIES), strict=False):
                     x, y = _series(steps, name)
-                    label = name.removeprefix("validation/").replace("_", " ")
+                    label = _validation_label(name)
                     axes[2, column].plot(x, y, "o-", color=color, label=label, markersize=3.5)
                 if names[title]:
                     axes[2, column].set_ylim(bottom=0)
@@ -142,7 +145,7 @@ def plot_cosine_matrices(matrices: Sequence[tuple[str, np.ndarray]], path) -> pa
             ax.spines[:].set_color(LINE)
             ax.tick_params(length=0)
         axes[0].set_ylabel("image", labelpad=-6)
-        bar = figure.colorbar(image, ax=list(axes), fraction=0.046, aspect=24, pad=0.02)
+        bar = figure.colorbar(image, cax=axes[-1].inset_axes([1.06, 0.0, 0.05, 1.0]))
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         bar.set_label("cosine")
@@ -185,7 +188,10 @@ def plot_retrieval_sheet(
         for n, image in enumerate(images):
             row, column = divmod(n, columns)
             picture = figure.add_subplot(grid[row, 2 * column])
-            picture.imshow(_square(np.asarray(image)), interpolation="antialiased")
+            square = _square(np.asarray(image))
+            # matplotlib's own choice shows the pixels of images that it enlarges.
+            smooth = "bicubic" if len(square) < 1.4 * DPI else "antialiased"
+            picture.imshow(square, interpolation=smooth)
             picture.set_xticks([])
             picture.set_yticks([])
             picture.grid(False)
@@ -265,13 +271,15 @@ def _series(steps, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
-    """An exponential mean over about a twentieth of the curve, without the pull of its start."""
-    keep = 1 - 1 / max(1.0, len(y) / 20)
-    mean, weight, out = 0.0, 0.0, []
-    for value in y:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        out.append(mean / weight)
-    return np.array(out)
+    """Local lines under Gaussian weights, about a tenth of the curve wide; straight at its ends."""
+    if len(y) < 3:
+        return y
+    at = np.arange(len(y), dtype=float)
+    offset = at[None, :] - at[:, None]
+    weight = np.exp(-((offset / max(0.8, len(y) / 40)) ** 2) / 2)
+    total, first, second = ((weight * offset**n).sum(axis=1) for n in range(3))
+    level, slope = weight @ y, (weight * offset) @ y
+    return (second * level - first * slope) / (second * total - first**2)
 
 
 def _robust_top(y: np.ndarray) -> float | None:
@@ -279,6 +287,12 @@ def _robust_top(y: np.ndarray) -> float | None:
     if not len(y):
         return None
     return 1.08 * float(max(np.percentile(y, 98), _smooth(y).max())) or 1.0
+
+
+def _validation_label(name: str) -> str:
+    """validation/image_to_text_recall_at_1 -> image to text R@1."""
+    label = re.sub(r"_(?:r|recall|recall_at_|r_at_)_?(\d+)$", r" R@\1", name.split("/", 1)[1])
+    return label.replace("_", " ")
 
 
 def _legend(ax) -> None:
@@ -303,38 +317,37 @@ def _square(image: np.ndarray) -> np.ndarray:
 
 
 def _captions(ax, captions, scores, order, right: int, top: int, limits) -> None:
-    """Fills an axis with the nearest captions, best first, each with a bar below it."""
+    """Fills an axis with the nearest captions, best first, each on a bar as long as its cosine."""
     ax.set_xlim(0, 1)
-    ax.set_ylim(top + 0.62, -0.28)
+    ax.set_ylim(top + 1, 0)
     ax.axis("off")
     low, high = limits
     for place, index in enumerate(order[:top]):
         hit = index == right
         color = GREEN if hit else INK
-        text = textwrap.shorten(str(captions[index]), 34, placeholder=" …")
-        ax.text(
-            0.075, place + 0.28, text, color=color, fontsize=8.2, va="center", parse_math=False,
-            fontweight="bold" if hit else "normal",
-        )  # fmt: skip
-        ax.text(
-            0.0, place + 0.28, "✓" if hit else str(place + 1), color=color if hit else MUTED,
-            fontsize=8.2, va="center",
-        )  # fmt: skip
-        length = 0.1 + 0.8 * (float(scores[index]) - low) / max(high - low, 1e-6)
-        ax.plot([0.075, 0.075 + length], [place + 0.68] * 2, linewidth=1.6,
-                color=GREEN if hit else GREY, solid_capstyle="butt")  # fmt: skip
+        length = 0.12 + 0.88 * (float(scores[index]) - low) / max(high - low, 1e-6)
+        fill = _tint(GREEN if hit else GREY, 1, 2, 0.8)
+        ax.barh(place + 0.5, 0.925 * length, 0.84, left=0.075, color=fill)
+        mark, text = "✓" if hit else str(place + 1), _shorten(captions[index], 36)
+        style = dict(fontsize=8.2, va="center", parse_math=False)
+        weight = "bold" if hit else "normal"
+        ax.text(0.035, place + 0.5, mark, color=color if hit else MUTED, ha="center", **style)
+        ax.text(0.095, place + 0.5, text, color=color, fontweight=weight, **style)
     rank = int(np.flatnonzero(order == right)[0]) + 1
     if rank > top:
-        text = textwrap.shorten(str(captions[right]), 30, placeholder=" …")
-        ax.text(0.0, top + 0.3, f"{rank}   {text}", color=MUTED, fontsize=7.6, va="center",
-                style="italic", parse_math=False)  # fmt: skip
+        text = f"rank {rank}:  {_shorten(captions[right], 30)}"
+        ax.text(0.095, top + 0.5, text, color=MUTED, style="italic", **style)
 
 
-def _tint(color: str, step: int, steps: int):
+def _shorten(text: str, width: int) -> str:
+    return textwrap.shorten(str(text), width, placeholder=" …")
+
+
+def _tint(color: str, step: int, steps: int, palest: float = 0.62):
     """The colour itself for the first step, paler for the next."""
     from matplotlib.colors import to_rgb
 
-    pale = 0.62 * step / max(1, steps - 1)
+    pale = palest * step / max(1, steps - 1)
     return tuple((1 - pale) * c + pale for c in to_rgb(color))
 
 

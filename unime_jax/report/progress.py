@@ -155,4 +155,3 @@ def format_rate(seconds_per_unit: float, unit: str) -> str:
         return f"{seconds_per_unit:.3g} s/{unit}"
     rate = 1 / max(seconds_per_unit, 1e-9)
     return f"{rate:.0f} {unit}s/s" if rate >= 100 else f"{rate:.3g} {unit}s/s"
-
