@@ -43,7 +43,7 @@ class MetricsWriter:
                 flush_secs=10,
             )
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends the metrics of a step; several calls for one step merge when read."""
         values = {name: float(value) for name, value in metrics.items()}
         # JSON knows no NaN and no infinity.

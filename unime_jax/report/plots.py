@@ -205,12 +205,15 @@ def plot_retrieval_sheet(
 
 
 def plot_recall(
-    panels: Mapping[str, Mapping[str, Mapping[int, float]]], path, *, reference: Sequence[str] = ()
+    panels: Mapping[str, Mapping[str, Mapping[int, float | None]]],
+    path,
+    *,
+    reference: Sequence[str] = (),
 ) -> pathlib.Path:
     """Draws recall at several k as bars: a panel a direction, a bar a row, a shade a k.
 
     Args:
-      panels: title -> row name -> k -> recall in [0, 1]; all panels have the same rows.
+      panels: title -> row name -> k -> recall in [0, 1] or None; all panels have the same rows.
       path: of the PNG.
       reference: rows drawn in grey: chance, baselines, teachers.
     """
@@ -239,8 +242,8 @@ def plot_recall(
             ax.set_xlabel("recall, %")
         axes[0].set_yticks(range(len(names)), names)
         axes[0].invert_yaxis()
-        best = 100 * max(v for rows in panels.values() for r in rows.values() for v in r.values())
-        axes[0].set_xlim(0, min(108, best * 1.12 + 4))
+        best = max(v or 0 for rows in panels.values() for r in rows.values() for v in r.values())
+        axes[0].set_xlim(0, min(108, 112 * best + 4))
         _shade_legend(figure, ks)
     return pathlib.Path(path)
 

@@ -1,11 +1,12 @@
 """Progress of a long loop on the terminal, with rate and time left."""
 
 import collections
+import io
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TextIO
+from typing import Any
 
 # The rate is that of the last half minute, at least of the last few updates: it follows a change
 # of speed and forgets the first step's compilation.
@@ -31,7 +32,7 @@ class Progress:
         *,
         start: int = 0,
         unit: str = "step",
-        stream: TextIO | None = None,
+        stream: io.TextIOBase | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         """Starts the clock.
@@ -63,7 +64,7 @@ class Progress:
         except UnicodeEncodeError:
             self._bar = "#-"
 
-    def update(self, done: int, text: str | Mapping[str, float] = "") -> None:
+    def update(self, done: int, text: str | Mapping[str, Any] = "") -> None:
         """Reports `done` units in all; `text` (or metrics by name) stands at the line's end."""
         now = self._clock()
         self.done = done
@@ -78,7 +79,7 @@ class Progress:
         if self._shown_at is None or now - self._shown_at >= wait:
             self._show(now)
 
-    def advance(self, count: int = 1, text: str | Mapping[str, float] = "") -> None:
+    def advance(self, count: int = 1, text: str | Mapping[str, Any] = "") -> None:
         """Reports `count` more units."""
         self.update(self.done + count, text)
 
@@ -131,12 +132,12 @@ class Progress:
         self._stream.flush()
 
 
-def format_metrics(metrics: Mapping[str, float]) -> str:
+def format_metrics(metrics: Mapping[str, Any]) -> str:
     """Returns "name value" pairs, four significant digits each."""
     return "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in metrics.items())
 
 
-def format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float | int) -> str:
     """Returns 0.4 s, 12 s, 3 min 05 s or 2 h 07 min."""
     if seconds < 9.95:
         return f"{max(seconds, 0.0):.1f} s"
@@ -149,7 +150,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def format_rate(seconds_per_unit: float, unit: str) -> str:
+def format_rate(seconds_per_unit: float | int, unit: str) -> str:
     """Returns "3.1 s/step", or "42 steps/s" where that reads better."""
     if seconds_per_unit >= 1:
         return f"{seconds_per_unit:.3g} s/{unit}"

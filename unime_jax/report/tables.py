@@ -48,11 +48,12 @@ class Table:
         winners = self._winners()
         columns = []
         for c in self._columns:
+            # Stars stand beside the numbers, not in their way.
+            star = {True: "*", False: " "} if self.header[c] in self.best else {}
             cells = [
-                self._cell(r, c) + ("*" if (r, c) in winners else " " if winners else "")
-                for r in range(len(self.rows))
+                self._cell(r, c) + star.get((r, c) in winners, "") for r in range(len(self.rows))
             ]
-            head = self.header[c] + (" " if winners and self._numeric(c) else "")
+            head = self.header[c] + star.get(False, "")
             width = max(map(len, [head, *cells]))
             align = str.rjust if self._numeric(c) else str.ljust
             columns.append([align(head, width), "-" * width, *(align(x, width) for x in cells)])

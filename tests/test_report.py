@@ -1,0 +1,321 @@
+"""Progress, metrics files, tables, the report, and that plots draw what they are given."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+
+from unime_jax import report
+from unime_jax.report import plots
+from unime_jax.report.progress import format_rate, format_seconds
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_progress_in_a_log_prints_a_line_about_every_ten_seconds():
+    out, clock = io.StringIO(), Clock()
+    with report.Progress(100, "training", stream=out, clock=clock) as progress:
+        for step in range(1, 101):
+            clock.now += 1.0
+            progress.update(step, {"loss": 0.25})
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 11  # the first update, one each ten seconds, the end
+    assert lines[1] == "training: 11/100, 1 s/step, 1 min 29 s left, loss 0.25"
+    assert lines[-1] == "training: 100/100, in 1 min 40 s, 1 s/step, loss 0.25"
+    assert "\r" not in out.getvalue()
+
+
+def test_progress_on_a_terminal_redraws_one_line(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    out, clock = Terminal(), Clock()
+    with report.Progress(4, "embedding", unit="row", stream=out, clock=clock) as progress:
+        for _ in range(4):
+            clock.now += 0.5
+            progress.advance(text="a text much too long for so narrow a terminal")
+    text = out.getvalue()
+    assert text.count("\n") == 1 and text.endswith("\n")
+    drawn = [line.split("\x1b")[0] for line in text.split("\r")[1:]]
+    assert len(drawn) == 5 and all(len(line) < 70 for line in drawn)
+    assert drawn[1].startswith("embedding  ━━━━━━━━━━──────────  50%  2/4  2 rows/s  1.0 s left")
+
+
+def test_progress_falls_back_to_ascii():
+    out, clock = Terminal(), Clock()
+    out.encoding = "ascii"
+    with report.Progress(2, "x", stream=out, clock=clock) as progress:
+        progress.update(1)
+    assert out.getvalue().isascii() and "####" in out.getvalue()
+
+
+def test_rate_forgets_the_compiling_step_and_steps_of_an_earlier_run():
+    out, clock = io.StringIO(), Clock()
+    progress = report.Progress(1000, "x", start=500, stream=out, clock=clock)
+    clock.now += 100.0
+    progress.update(501)
+    for step in range(502, 520):
+        clock.now += 2.0
+        progress.update(step)
+    assert out.getvalue().splitlines()[-1].startswith("x: 516/1000, 2 s/step, 16 min 08 s left")
+
+
+def test_rate_follows_a_change_of_speed():
+    out, clock = io.StringIO(), Clock()
+    progress = report.Progress(10_000, "x", stream=out, clock=clock)
+    for step in range(1, 1001):
+        clock.now += 0.1 if step < 900 else 4.0
+        progress.update(step)
+    assert ", 4 s/step," in out.getvalue().splitlines()[-1]
+
+
+def test_track_counts_finished_items_and_close_is_idempotent():
+    out = io.StringIO()
+    progress = report.Progress(3, "x", stream=out)
+    assert list(progress.track("abc")) == ["a", "b", "c"]
+    progress.close()
+    assert out.getvalue().count("3/3") == 1
+
+
+def test_progress_without_anything_to_do():
+    out = io.StringIO()
+    report.Progress(0, "x", stream=out).close()
+    assert out.getvalue() == "x: 0/0, in 0.0 s\n"
+
+
+@pytest.mark.parametrize(
+    "seconds,text",
+    [(0.04, "0.0 s"), (9.9, "9.9 s"), (9.97, "10 s"), (59.7, "1 min 00 s"), (3599.8, "1 h 00 min"),
+     (7620, "2 h 07 min")],
+)  # fmt: skip
+def test_seconds(seconds, text):
+    assert format_seconds(seconds) == text
+
+
+def test_rates():
+    assert format_rate(3.14159, "step") == "3.14 s/step"
+    assert format_rate(0.25, "row") == "4 rows/s"
+    assert format_rate(0.0002, "row") == "5000 rows/s"
+
+
+# ---------------------------------------------------------------- metrics files
+
+
+def test_metrics_are_readable_while_the_run_goes_on(tmp_path):
+    writer = report.MetricsWriter(tmp_path / "run", tensorboard=False)
+    writer.write(1, {"loss": np.float32(0.5), "x": float("nan")})
+    writer.write(1, {"validation/r1": 0.25})
+    assert report.read_metrics(tmp_path / "run") == [
+        {"step": 1, "loss": 0.5, "x": None, "validation/r1": 0.25}
+    ]
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    writer.close()
+
+
+def test_resuming_drops_later_lines_and_a_torn_one(tmp_path):
+    with report.MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step in range(1, 7):
+            writer.write(step, {"loss": step / 10})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    with report.MetricsWriter(tmp_path, first_step=4, tensorboard=False) as writer:
+        writer.write(5, {"loss": 9.0})
+    lines = report.read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[-1]["loss"] == 9.0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_fresh_run_starts_anew(tmp_path):
+    for loss in (1.0, 2.0):
+        with report.MetricsWriter(tmp_path, tensorboard=False) as writer:
+            writer.write(0, {"loss": loss})
+            writer.write(1, {"loss": loss})
+    assert [line["loss"] for line in report.read_metrics(tmp_path)] == [2.0, 2.0]
+    assert report.read_metrics(tmp_path / "nothing") == []
+
+
+def test_tensorboard_holds_the_same_numbers(tmp_path):
+    with report.MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 0.5, "validation/r1": 0.125})
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import RecordWriter  # noqa: F401 (the package is there)
+
+    found = {}
+    for path in (tmp_path / "tensorboard").iterdir():
+        content, at = path.read_bytes(), 0
+        while at < len(content):
+            size = int.from_bytes(content[at : at + 8], "little")
+            event = Event.FromString(content[at + 12 : at + 12 + size])
+            found |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
+            at += 12 + size + 4
+    assert found == {"train/loss": (1, 0.5), "validation/r1": (1, 0.125)}
+
+
+# ---------------------------------------------------------------- tables and the report
+
+TABLE = report.Table(
+    header=("row", "R@1", "n"),
+    rows=[("chance", 0.5, None), ("a|b", 12.34, 7), ("c", 12.31, 8), ("teacher", 50.0, 9)],
+    formats=("", ".1f", "d"),
+    best=("R@1",),
+    reference=("chance", "teacher"),
+)
+
+
+def test_markdown_table():
+    assert TABLE.markdown().splitlines() == [
+        "| row | R@1 | n |",
+        "| --- | ---: | ---: |",
+        "| chance | 0.5 | - |",
+        "| a\\|b | **12.3** | 7 |",
+        "| c | **12.3** | 8 |",
+        "| teacher | 50.0 | 9 |",
+    ]
+
+
+def test_terminal_table_is_aligned():
+    assert TABLE.text().splitlines() == [
+        "row       R@1   n",
+        "-------  -----  -",
+        "chance    0.5   -",
+        "a|b      12.3*  7",
+        "c        12.3*  8",
+        "teacher  50.0   9",
+    ]
+
+
+def test_rows_must_fit_the_header():
+    with pytest.raises(ValueError, match="2 values, not 3"):
+        report.Table(("a", "b", "c"), [(1, 2)])
+
+
+def test_report_is_written_in_both_forms(tmp_path):
+    path = report.write_report(
+        tmp_path / "out",
+        "Results",
+        [
+            report.Section("Scores", "What was measured.", TABLE, note="Read it so."),
+            report.Section("Losses", image="losses.png"),
+        ],
+        seconds=3.5,
+    )
+    text = path.read_text()
+    assert path.name == "report.md"
+    for part in ["# Results", "## Scores", TABLE.markdown(), "Read it so.", "](losses.png)"]:
+        assert part in text
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["tables"]["Scores"][0] == {"row": "chance", "R@1": 0.5, "n": None}
+    assert stored["images"] == {"Losses": "losses.png"} and stored["seconds"] == 3.5
+    assert sorted(os.listdir(tmp_path / "out")) == ["report.json", "report.md"]
+
+
+# ---------------------------------------------------------------- plots
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Catches the figure of a plot, so that a test can ask what is on it."""
+    import matplotlib.figure
+
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return figures
+
+
+def texts(figure):
+    import matplotlib.text
+
+    return [t.get_text() for t in figure.findobj(matplotlib.text.Text) if t.get_text()]
+
+
+def test_loss_plot(tmp_path, drawn):
+    steps = [
+        {"step": s, "loss": 2.0 / s, "positive_cosine": s / 20, "hard_negative_cosine": None}
+        for s in range(1, 11)
+    ]
+    steps[4]["validation/image_to_text_recall_at_10"] = 0.25
+    path = report.plot_losses(
+        {"Stage 1": steps[:4], "Nothing": [], "Stage 2": steps}, tmp_path / "new" / "x.png"
+    )
+    assert path.stat().st_size > 5000
+    words = texts(drawn[0])
+    assert {"Stage 1", "Stage 2", "matching pairs", "image to text R@10"} <= set(words)
+    assert "Nothing" not in words and "hard negatives" not in words
+    raw = drawn[0].axes[1].lines[0]  # first row, second column
+    np.testing.assert_allclose(raw.get_ydata(), [2.0 / s for s in range(1, 11)])
+    with pytest.raises(ValueError, match="no run has any metrics"):
+        report.plot_losses({"Nothing": []}, tmp_path / "y.png")
+
+
+def test_smoothing_keeps_lines_and_removes_noise():
+    line = np.linspace(5, 1, 60)
+    np.testing.assert_allclose(plots._smooth(line), line)
+    noisy = line + np.random.default_rng(0).normal(size=60)
+    assert np.abs(plots._smooth(noisy) - line).mean() < 0.6 * np.abs(noisy - line).mean()
+    np.testing.assert_array_equal(plots._smooth(line[:2]), line[:2])
+
+
+def test_cosine_matrices_share_a_scale_and_tell_the_means(tmp_path, drawn):
+    matrix = np.full((4, 4), 0.25) + 0.5 * np.eye(4)
+    path = report.plot_cosine_matrices(
+        [("before", np.full((4, 4), 0.875)), ("after", matrix)], tmp_path / "x.png"
+    )
+    assert path.is_file()
+    images = [ax.images[0] for ax in drawn[0].axes[:2]]
+    assert {image.get_clim() for image in images} == {(0.0, 1.0)}
+    assert any(t.split() == "pairs 0.75 others 0.25".split() for t in texts(drawn[0]))
+
+
+def test_retrieval_sheet_ticks_the_right_captions(tmp_path, drawn):
+    similarity = np.array([[0.9, 0.1, 0.5, 0.3], [0.9, 0.8, 0.7, 0.1]])
+    images = [np.zeros((20, 30, 3), np.uint8), np.zeros((400, 30, 4), np.uint8)]
+    captions = ["a dog", "$x a cat " + "of many words " * 9, "a fish", "a cow"]
+    report.plot_retrieval_sheet(images, captions, similarity, [0, 3], tmp_path / "x.png", top=3)
+    words = texts(drawn[0])
+    assert words.count("✓") == 1
+    order = [w for w in words if w in ("a dog", "a fish", "a cow")]
+    assert order == ["a dog", "a fish", "a cow", "a dog", "a fish"]
+    assert "rank 4:  a cow" in words
+    assert any(w.startswith("$x a cat of many") and w.endswith("…") for w in words)
+
+
+def test_pictures_are_squared_on_white():
+    image = np.zeros((2, 4, 4), np.uint8)
+    image[..., 3] = [[0, 255, 255, 255]] * 2
+    square = plots._square(image)
+    assert square.shape == (4, 4, 3)
+    assert square[0].min() == 255 and square[1, 0].min() == 255 and square[1, 1].max() == 0
+    assert plots._square(np.full((3, 2), 7, np.uint8))[0, 0].tolist() == [7, 7, 7]
+
+
+def test_recall_bars_tell_their_values(tmp_path, drawn):
+    panels = {
+        title: {"chance": {1: 0.005, 10: 0.05}, "ours": {1: value, 10: None}}
+        for title, value in [("image to text", 0.125), ("text to image", 0.25)]
+    }
+    report.plot_recall(panels, tmp_path / "x.png", reference=["chance"])
+    words = texts(drawn[0])
+    assert {"0.5", "5.0", "12.5", "25.0", "R@1", "R@10", "chance", "ours"} <= set(words)
