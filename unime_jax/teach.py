@@ -59,7 +59,7 @@ def run(config) -> pathlib.Path:
     teacher = embedder.load(config.teacher.path, dtype=config.model.dtype)
     _write(known, json.dumps(manifest, indent=2).encode())
     done = len(sentences) - sum(len(sentences[s : s + SHARD_ROWS]) for s in missing)
-    progress = report.Progress(len(sentences), "teaching", start=done)
+    progress = report.Progress(len(sentences), "teaching", start=done, unit="sentence")
     for start in missing:
         vectors = teacher.embed(texts=sentences[start : start + SHARD_ROWS])
         part = _shard(directory, start).with_suffix(".part")

@@ -43,6 +43,7 @@ def run(config) -> dict[str, float]:
         mesh=mesh,
     )
     data = open_data(settings, embedder.Embedder(model, directory=directory, mesh=mesh))
+    print(data.describe())
     embedder.attach_adapters(model, settings["train"]["adapters"], seed=config.seed)
     graphdef, state = nnx.split(model)
     patterns = list(config.train.trainable)
@@ -125,7 +126,6 @@ def _loop(config, train_step, state, frozen, data: TrainData, mesh) -> dict[str,
         saves.close()
     progress.close()
     writer.close()
-    data.close()
     if stop.signal is not None:
         print(f"saved after step {int(state.step)}; the same command goes on from there")
         raise KeyboardInterrupt

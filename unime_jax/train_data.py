@@ -1,0 +1,188 @@
+"""What a training run reads: its sources, and what a model computes once for all its steps.
+
+Vision features of a frozen tower and embeddings of a frozen decoder are computed once and kept on
+disk or in memory; the steps then read them by number.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from unime_jax import report
+from unime_jax.data import pipeline, sources
+from unime_jax.embedder import Embedder
+from unime_jax.types import Batch, UserError, flatten
+
+_IMAGES_AT_ONCE = 32
+
+
+class TrainData:
+    """Batches of one run, by step."""
+
+    def __init__(self, batches: pipeline.Batches, *, steps: int, threads: int):
+        self._batches, self._steps, self._threads = batches, steps, threads
+        rows = sum(rows for rows, _, _ in batches.info.query_shapes)
+        self.counts = {
+            "rows": rows,
+            "tokens": batches.info.tokens,
+            "padded_share": batches.info.padded_share,
+        }
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        """Yields the batches of steps `first` to the last, made ahead of time."""
+        return self._batches.iterate(first, self._steps, threads=self._threads)
+
+    def describe(self) -> str:
+        """Returns what a batch is made of, a line each."""
+        info = self._batches.info
+        lines = [f"  {line}" for line in info.strata]
+        lines.append(
+            f"  {info.tokens:.0f} tokens a batch, {info.padded_share:.0%} padding, "
+            f"{info.cut_texts} texts longer than config.data.max_tokens are cut"
+        )
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """Returns a note on skipped rows, "" if there were none."""
+        bad = self._batches.bad
+        if not len(bad):
+            return ""
+        return f"; {len(bad)} unreadable rows were skipped, the last: {bad.problems()[-1]}"
+
+
+def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
+    """Opens the data of a run.
+
+    Args:
+      settings: the resolved configuration.
+      embedder: the model before any adapter: it computes cached features and target embeddings.
+
+    Raises:
+      UserError: data that is missing or does not fit.
+    """
+    data, stage = settings["data"], settings["stage"]
+    features = vectors = None
+    if stage == "distill":
+        texts = sources.sentences(data["path"])
+        found = [sources.Texts(texts)]
+        stored, _ = sources.teacher_vectors(settings["teacher"]["vectors"], texts)
+        vectors = _by_text(texts, stored)
+    else:
+        pairs = sources.pairs(data["path"], "train")
+        directions = ["image_to_text"] if stage == "align" else data["directions"]
+        found = [part for way in directions for part in pairs.directed(way).by_source()]
+        if data["features"]:
+            features = cache_features(
+                pairs, embedder, pathlib.Path(data["features"]), variants=data["variants"]
+            )
+        if stage == "align":
+            texts = pairs.texts(others=data["extra_texts"] > 0)
+            with report.Progress(len(texts), "embedding captions", unit="text") as progress:
+                stored = embedder.embed(texts=texts, progress=progress.advance)
+            vectors = _by_text(texts, stored)
+    weights = dict(data["weights"])
+    unknown = set(weights) - {source.name for source in found}
+    if unknown:
+        names = ", ".join(sorted({source.name for source in found}))
+        raise UserError(f"config.data.weights: no set {', '.join(sorted(unknown))}; there are {names}")
+    batches = pipeline.Batches(
+        found,
+        embedder.preprocessor,
+        batch_size=settings["train"]["batch_size"],
+        seed=settings["seed"],
+        max_tokens=data["max_tokens"],
+        bins=data["length_bins"],
+        weights=[weights.get(source.name, 0.0) for source in found] if weights else None,
+        temperature=data["temperature"],
+        other_texts=data["extra_texts"],
+        features=features,
+        augment=data["variants"] > 1,
+        vectors=vectors,
+        max_bad_share=data["max_bad_share"],
+    )
+    return TrainData(batches, steps=settings["train"]["steps"], threads=data["threads"])
+
+
+def _by_text(texts: Sequence[str], stored) -> Callable[[list[str]], np.ndarray]:
+    place = {text: number for number, text in enumerate(texts)}
+    return lambda wanted: stored[np.array([place[text] for text in wanted])]
+
+
+def cache_features(
+    pairs: sources.Pairs, embedder: Embedder, directory: pathlib.Path, *, variants: int
+) -> np.ndarray:
+    """Runs the frozen vision tower over every view of every image, once.
+
+    View 0 is the image itself, the others are random flips and crops, the same on every call.
+    Begun files are gone on with; another tower or other images get a file of their own. An image
+    that cannot be read gets zeros, and a warning.
+
+    Returns:
+      f16[images, variants, P, D], memory-mapped.
+    """
+    directory = directory.expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    spec = embedder.image_spec
+    name = f"features-{_fingerprint(pairs, embedder)}-{variants}"
+    path, done_path = directory / f"{name}.npy", directory / f"{name}.done.json"
+    total = len(pairs.rows)
+    done = json.loads(done_path.read_text())["images"] if done_path.is_file() else 0
+    if path.is_file() and done == total:
+        return np.load(path, mmap_mode="r")
+    if not path.is_file():
+        width = embedder.featurise(np.zeros((1, spec.size, spec.size, 3), np.uint8)).shape[-1]
+        shape, done = (total, variants, spec.features, width), 0
+        np.lib.format.open_memmap(path, "w+", np.float16, shape)
+    features = np.load(path, mmap_mode="r+")
+    bad = 0
+    with report.Progress(total, "vision features", start=done, unit="image") as progress:
+        for start in range(done, total, _IMAGES_AT_ONCE):
+            numbers = range(start, min(start + _IMAGES_AT_ONCE, total))
+            tiles = []
+            for number in numbers:
+                views = _views(pairs, number, embedder, variants)
+                bad += views is None
+                blank = np.zeros((variants, spec.size, spec.size, 3), np.uint8)
+                tiles.append(blank if views is None else views)
+            found = embedder.featurise(np.concatenate(tiles))
+            features[start : numbers.stop] = found.reshape(len(numbers), *features.shape[1:])
+            features.flush()
+            _write_json(done_path, {"images": numbers.stop})
+            progress.update(numbers.stop)
+    if bad:
+        print(f"{bad} of {total} images cannot be read; their features are zeros")
+    return np.load(path, mmap_mode="r")
+
+
+def _views(pairs, number: int, embedder: Embedder, variants: int) -> np.ndarray | None:
+    try:
+        content = pairs.image(number)
+        views = [embedder.preprocessor.image(content)]
+        for variant in range(1, variants):
+            rng = np.random.default_rng((number, variant))
+            views.append(embedder.preprocessor.image(content, augment=rng))
+    except UserError:
+        return None
+    return np.concatenate(views)
+
+
+def _fingerprint(pairs: sources.Pairs, embedder: Embedder) -> str:
+    """Hashes the tower's weights, the tile size and the rows."""
+    digest = hashlib.sha256(repr(embedder.image_spec).encode())
+    for path, leaf in sorted(flatten(embedder.params).items()):
+        if path.startswith("vision_tower/"):
+            digest.update(path.encode() + np.asarray(leaf).tobytes()[:4096])
+    for row in pairs.rows:
+        digest.update(f"{row.source}\t{row.caption}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _write_json(path: pathlib.Path, value: Any) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value))
+    os.replace(part, path)
