@@ -12,40 +12,28 @@ import argparse
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 import time
 
-from unime_jax.types import UserError
+from unime_jax import runtime
 
 _FORMAT = 1  # raise it when what is written changes: prepared directories are then redone
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    try:
-        _prepare_smol(args)
-    except UserError as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"prepare: {error.filename or args.cache}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nprepare: interrupted; run it again to go on", file=sys.stderr)
-        return 130
-    return 0
+def main(argv: list[str]) -> None:
+    _prepare_smol(_parser().parse_args(argv[1:]))
 
 
 def _parser() -> argparse.ArgumentParser:
-    cache = os.environ.get("UNIME_JAX_CACHE") or "~/.cache/unime_jax"
     parser = argparse.ArgumentParser(
         prog="python -m unime_jax.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=["smol"], help="which assets to prepare")
-    parser.add_argument("--cache", default=cache, help="where everything goes (%(default)s)")
+    parser.add_argument(
+        "--cache", default=runtime.cache_directory(), help="where everything goes (%(default)s)"
+    )
     parser.add_argument("--layers", type=int, default=6, help="decoder layers to keep, 1 to 30 (6)")
     parser.add_argument("--pairs", help="your own pairs.jsonl instead of the Debian packages")
     parser.add_argument("--smoke", action="store_true", help="a few hundred pairs only")
@@ -57,7 +45,7 @@ def _prepare_smol(args: argparse.Namespace) -> None:
     from unime_jax.data import assets, smol
 
     cache_dir = pathlib.Path(args.cache).expanduser()
-    target = cache_dir / ("smol_smoke" if args.smoke else "smol")
+    target = cache_dir / ("smol-smoke" if args.smoke else "smol")
     wanted = {"format": _FORMAT, "layers": args.layers, "seed": args.seed, "pairs": args.pairs}
     if assets.read_json(target / "prepared.json") == wanted:
         print(f"{target} is up to date")
@@ -109,17 +97,12 @@ class _Replacing:
 
 
 def _write_models(target: pathlib.Path, files: dict, args: argparse.Namespace) -> list[tuple]:
-    import safetensors.numpy
-
-    from unime_jax.data import assets, smol, smol_student
+    from unime_jax.data import smol, smol_student
 
     print("student: language model, vision tower, projector ...", flush=True)
     with _Replacing(target / "student") as scratch:
         config, tensors, tokenizer = smol.student(files, layers=args.layers, seed=args.seed)
-        safetensors.numpy.save_file(tensors, scratch / "model.safetensors", {"format": "pt"})
-        assets.write_json(scratch / "config.json", config)
-        for name, text in tokenizer.items():
-            (scratch / name).write_text(text)
+        smol_student.save(scratch, config, tensors, tokenizer)
     millions = sum(array.size for array in tensors.values()) / 1e6
     with _Replacing(target / "teacher") as scratch:
         smol_student.copy_teacher(files["teacher"], scratch)
@@ -150,4 +133,4 @@ def _write_data(target: pathlib.Path, files: dict, args: argparse.Namespace) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    runtime.run_entry(main)

@@ -165,7 +165,9 @@ def read_wheel(path: pathlib.Path, suffix: str) -> bytes:
                 raise UserError(f"{path} holds {len(names)} files named *{suffix}, expected one")
             return wheel.read(names[0])
     except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise UserError(f"{path} is not a readable wheel ({error}): delete it and run again") from None
+        raise UserError(
+            f"{path} is not a readable wheel ({error}): delete it and run again"
+        ) from None
 
 
 def read_deb(

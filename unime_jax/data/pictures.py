@@ -2,7 +2,11 @@
 
 import importlib.util
 import io
+import os
+import pathlib
 import warnings
+
+import numpy as np
 
 from unime_jax.types import UserError
 
@@ -57,6 +61,39 @@ def _flatten(image, trim: bool):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def load_rgb(source, *, at_least: int | None = None):
+    """Opens a PIL image, encoded bytes or a path as a PIL RGB image; see `open_rgb`."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return open_rgb(bytes(source), "image", at_least=at_least)
+    if isinstance(source, (str, os.PathLike)):
+        try:
+            content = pathlib.Path(source).expanduser().read_bytes()
+        except OSError as error:
+            raise UserError(f"{source}: cannot be read ({error.strerror})") from None
+        return open_rgb(content, str(source), at_least=at_least)
+    if not hasattr(source, "convert"):
+        raise UserError(
+            f"an image is given as PIL image, bytes or path, not {type(source).__name__}"
+        )
+    return _flatten(source, trim=False)
+
+
+def square(image, size: int, augment: np.random.Generator | None = None) -> np.ndarray:
+    """Fits an image into a white square, aspect kept; uint8[size, size, 3]."""
+    from PIL import Image, ImageOps
+
+    if augment is not None:
+        if augment.random() < 0.5:
+            image = ImageOps.mirror(image)
+        share = augment.uniform(0.7, 1.0) ** 0.5
+        width, height = (max(1, round(side * share)) for side in image.size)
+        left = int(augment.integers(0, image.width - width + 1))
+        top = int(augment.integers(0, image.height - height + 1))
+        image = image.crop((left, top, left + width, top + height))
+    image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white")
+    return np.asarray(image)
 
 
 def shrink(image) -> bytes:

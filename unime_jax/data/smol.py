@@ -9,6 +9,7 @@ import tempfile
 
 from unime_jax.data import (
     assets,
+    clipart_titles,
     pictures,
     smol_pictures,
     smol_split,
@@ -95,15 +96,10 @@ def read_wordnet(files: dict[str, pathlib.Path]) -> wordnet.WordNet:
 
 def read_pairs(files: dict[str, pathlib.Path], words: wordnet.WordNet) -> list[RawPair]:
     """Reads all picture packages, two at a time (unpacking is most of the work)."""
-    nouns = frozenset(
-        lemma
-        for synset in words.synsets.values()
-        if synset.name[0] == "n" and synset.lexfile in wordnet.VISIBLE
-        for lemma in synset.lemmas
-    )
+    titles = clipart_titles.Titles(words)
 
     def clipart(found):
-        return smol_pictures.open_clip_art(found, words.vocabulary(), nouns)
+        return smol_pictures.open_clip_art(found, titles)
 
     readers = {
         "openclipart": (smol_pictures.wanted_clipart, clipart),
@@ -173,7 +169,12 @@ def miniature(pairs: list[RawPair]) -> list[RawPair]:
     for pair in pairs:
         by_source[pair.source].append(pair)
     kept = []
-    for source, count in (("tuxpaint", 220), ("art4apps", 100), ("emoji", 150), ("openclipart", 60)):
+    for source, count in (
+        ("tuxpaint", 220),
+        ("art4apps", 100),
+        ("emoji", 150),
+        ("openclipart", 60),
+    ):
         rows = by_source[source]
         kept += rows[:: max(1, len(rows) // count)][:count]
     return kept

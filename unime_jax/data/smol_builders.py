@@ -13,7 +13,6 @@ import tensorflow_datasets as tfds
 from unime_jax.data.smol_split import Pair, Sentence
 
 
-
 class SmolPairs(tfds.core.GeneratorBasedBuilder):
     """Pictures with captions: Tux Paint, art4apps, Noto emoji, Open Clip Art."""
 

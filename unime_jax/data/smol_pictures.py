@@ -9,11 +9,10 @@ import pathlib
 import re
 import xml.etree.ElementTree
 
-from unime_jax.data import text_keys
+from unime_jax.data import clipart_titles
 from unime_jax.types import UserError
 
 Files = collections.abc.Iterable[tuple[str, bytes]]
-Vocabulary = collections.abc.Set[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +73,7 @@ def tux_paint(files: Files) -> list[RawPair]:
             continue
         category, _, short = stem.rpartition("/")
         folders = [part for part in category.split("/") if part not in ("cartoon", "toys")]
-        pairs.append(
-            RawPair("tuxpaint", category, short, caption, _spaced(folders), content, kind)
-        )
+        pairs.append(RawPair("tuxpaint", category, short, caption, _spaced(folders), content, kind))
     return pairs
 
 
@@ -148,32 +145,6 @@ _CLIPART_OUT = re.compile(
     r"(^|/)(shapes|special|logos|buttons|decorations|icons|diagrams|cards|flags|led|map_symbols"
     r"|stickmen|smilies|pantyhose|duplicates)/"
 )
-# Contributors whose names follow the title and look like words.
-_CLIPART_AUTHORS = frozenset(
-    """aj ali alex alexander andrea andreas andrew andy anita anonymous anthony anton architetto
-    archite archit archi arc ashton astrid aubanel benj benji ben bram brice brill carlos charles
-    chaspo chris christian christoph christophe clemente costea cumulus dan daniel danny darek
-    dave davek david dennis didier dino dirk don donna dona durex enrique eric erich erik ernesto
-    erwan felipe fernando filip fra francesco frank fred frouke gabriel gabrielle ganson
-    geoff george gerald geral gerard gino giuseppe goneri greg guillaume hans hardi harry henry
-    igor indana ingo jaime jakob james jamin jan jarno jason jasper jean jeff jeremy jerry jim joe
-    joel john jon jonadab jonathan jonathon jordan jose josef jorge juan juliane jurgen jure k karl
-    kenneth kevin kilian kurt larry laura leif leigh leo liam liekens linda lorenzo louis lucas
-    lumen luis mads marcelo marco marcos mark mario martin massimiliano massimo mat mathias matt
-    matthew matthias mauro max meda michael michel mike mikhail mimooh mirko mo molumen nae nathan
-    nick nicolas nicu nik noah norbert nurbldoff olaf oliver olivier omar orlando oscar otto papapishu
-    park patricia patrick paul pedro pete peter peterm petri petr phil philip philippe pierre ralf ray
-    rene ricardo richard rick rob robert roberto rodrigo roger roman romus ron rory roy ruud ryan
-    sagar sam samuel santiago sebastian sergio sek seth shandy simon snifty stan stefan stephen steve
-    steven steffen stuart susan sven tanguy taz ted terry theresa thomas thom tim timothy tobias
-    tom tomas tony uliphant utrescu valessio vladimir w walter william willem wojciech yves zoltan
-    b a.j r. bogdan reinhard horst""".split()
-)
-_CLIPART_UNSAID = frozenset("sexy stripper pantyhose cannabis nude gnome gnu van come".split())
-_CLIPART_NOISE = frozenset(
-    "bw r s v md simple contour svg png color colour icon symbol sketch form body part outline".split()
-)
-_FUNCTION_WORDS = frozenset("a an and at by for from in of on or out over the to under up with".split())
 
 
 def wanted_clipart(name: str) -> bool:
@@ -185,44 +156,16 @@ def wanted_clipart(name: str) -> bool:
     )
 
 
-def clipart_title(stem: str, vocabulary: Vocabulary, nouns: Vocabulary) -> str | None:
-    """Reads the title off a file name like "apple_with_worm_dan_gerh_01" (24 letters at most).
-
-    The words up to the first that is a contributor's name or no English word; None if no noun
-    is among them (many files have Italian or French titles).
-    """
-    title = []
-    for word in re.findall(r"[a-z.]+|\d+", stem.lower()):
-        word = word.strip(".")
-        if word in _CLIPART_AUTHORS:
-            break
-        if word.isdigit() or word in _CLIPART_NOISE or not word:
-            continue
-        if word not in _FUNCTION_WORDS and not (
-            len(word) > 2 and (word in vocabulary or text_keys.singular(word) in vocabulary)
-        ):
-            break
-        title.append(word)
-    while title and title[-1] in _FUNCTION_WORDS:
-        title.pop()
-    if _CLIPART_UNSAID & set(title) or not any(
-        word in nouns or text_keys.singular(word) in nouns for word in title
-    ):
-        return None
-    return " ".join(title)
-
-
-def open_clip_art(files: Files, vocabulary: Vocabulary, nouns: Vocabulary) -> list[RawPair]:
+def open_clip_art(files: Files, titles: clipart_titles.Titles) -> list[RawPair]:
     """Reads clip art whose file name holds an English title; the same file only once."""
     pairs, seen = [], set()
     for path, content in sorted(files):
         path = pathlib.PurePosixPath(path.removeprefix(_CLIPART).removesuffix(".png"))
-        title = clipart_title(path.name, vocabulary, nouns)
+        title = titles.read(path.name)
         if title is None or content in seen:
             continue
         seen.add(content)
-        folders = [part for part in path.parent.parts if part != "unsorted"]
-        keywords = _spaced(folders)
+        keywords = _spaced(part for part in path.parent.parts if part != "unsorted")
         category = str(path.parent)
         pairs.append(RawPair("openclipart", category, path.name, title, keywords, content))
     return pairs

@@ -39,7 +39,15 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Sentence:
-    """One row of the sentences data set; `kind` is "gloss", "example" or "caption"."""
+    """One row of the sentences data set.
+
+    Attributes:
+      text: the sentence.
+      kind: "gloss" or "example" of a synset, or "caption", "keyword" or "definition" of a
+        training pair.
+      synset: its name, "" for texts of pairs.
+      second: the text to be found from `text`, "" where there is none.
+    """
 
     text: str
     kind: str
@@ -232,10 +240,17 @@ def split_sentences(
     rows["train"] = [
         row for row in trained if guard.allows_text(row.text) and row.text not in taken_texts
     ]
-    texts = [t for p in pairs["train"] for t in (p.raw.caption, *p.keywords, p.gloss) if t]
-    unique = {text_keys.compact_key(text): text for text in reversed(texts)}
-    rows["captions"] = [Sentence(text, "caption") for text in reversed(unique.values())]
+    rows["captions"] = _caption_rows(pairs["train"])
     return {name: sorted(r, key=lambda row: _draw(row.text)) for name, r in rows.items()}
+
+
+def _caption_rows(pairs: list[Pair]) -> list[Sentence]:
+    """Lists every text of the training pairs once; what is a caption somewhere is a caption."""
+    texts = [Sentence(pair.raw.caption, "caption") for pair in pairs]
+    texts += [Sentence(text, "keyword") for pair in pairs for text in pair.keywords]
+    texts += [Sentence(pair.gloss, "definition") for pair in pairs if pair.gloss]
+    unique = {text_keys.compact_key(row.text): row for row in reversed(texts)}
+    return list(unique.values())
 
 
 def _usable(text: str) -> bool:

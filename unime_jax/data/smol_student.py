@@ -209,6 +209,16 @@ def assemble(
     return config, tensors
 
 
+def save(directory: pathlib.Path, config: dict, tensors: dict, tokenizer: dict[str, str]) -> None:
+    """Writes a checkpoint directory in HF layout."""
+    import safetensors.numpy
+
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    assets.write_json(directory / "config.json", config)
+    for name, text in tokenizer.items():
+        (directory / name).write_text(text, encoding="utf-8")
+
+
 _TEACHER_FILES = (
     "config.json",
     "config_sentence_transformers.json",

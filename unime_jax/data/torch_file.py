@@ -34,7 +34,9 @@ class _Tensor:
         if self.offset < 0 or min(self.stride, default=0) < 0 or last >= self.storage.size:
             raise ValueError("a tensor reaches outside of its storage")
         strides = [stride * item for stride in self.stride]
-        view = np.lib.stride_tricks.as_strided(self.storage.array[self.offset :], self.size, strides)
+        view = np.lib.stride_tricks.as_strided(
+            self.storage.array[self.offset :], self.size, strides
+        )
         return np.ascontiguousarray(view)
 
 

@@ -10,6 +10,7 @@ FILES = [f"data.{part}" for part in PARTS] + ["index.noun"]
 # Lexicographer files of nouns one can see: animal, artifact, body, food, location, object,
 # person, phenomenon, plant, shape.
 VISIBLE = frozenset([5, 6, 8, 13, 15, 17, 18, 19, 20, 25])
+PERSON = 18
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""What a batch is made of: fixed shares of strata, each an endless shuffled stream."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from unime_jax.types import UserError
+
+
+def shares(
+    sizes: Sequence[int],
+    batch: int,
+    *,
+    weights: Sequence[float] | None = None,
+    temperature: float = 1.0,
+) -> list[int]:
+    """Divides a batch among strata by the largest remainder.
+
+    Args:
+      sizes: rows of each stratum; an empty one gets nothing.
+      batch: rows to divide.
+      weights: shares instead of sizes; they need not sum to 1.
+      temperature: shares are proportional to size ** (1 / temperature).
+
+    Raises:
+      UserError: negative or only zero weights, or all strata empty.
+    """
+    wanted = np.asarray(sizes if weights is None else weights, np.float64)
+    if len(wanted) != len(sizes) or np.any(wanted < 0) or not np.isfinite(wanted).all():
+        raise UserError(f"weights {list(wanted)}: one finite share of at least 0 for each set")
+    wanted = np.where(np.asarray(sizes) > 0, wanted, 0.0)
+    if not wanted.any():
+        raise UserError("no rows to train on: every set is empty or has weight 0")
+    wanted = np.where(wanted > 0, (wanted / wanted.max()) ** (1 / temperature), 0.0)
+    exact = batch * wanted / wanted.sum()
+    counts = np.floor(exact).astype(int)
+    # Stable: of equal remainders the first stratum wins, on every machine.
+    order = np.argsort(-(exact - counts), kind="stable")
+    counts[order[: batch - counts.sum()]] += 1
+    return counts.tolist()
+
+
+class Mixture:
+    """Draws the rows of every batch, as a function of seed and step alone.
+
+    Attributes:
+      counts: rows of each stratum in a batch.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        batch: int,
+        *,
+        weights: Sequence[float] | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ):
+        self.counts = shares(sizes, batch, weights=weights, temperature=temperature)
+        self._sizes = list(sizes)
+        self._seed = seed
+        # A step touches one or two epochs of a stratum; neighbouring steps the same ones.
+        self._epoch = functools.lru_cache(maxsize=4 * len(self._sizes))(self._permutation)
+
+    def _permutation(self, stratum: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, stratum, epoch)).permutation(self._sizes[stratum])
+
+    def row(self, stratum: int, position: int) -> int:
+        """Returns the row at a position of a stratum's stream; each epoch is a permutation."""
+        epoch, place = divmod(position, self._sizes[stratum])
+        return int(self._epoch(stratum, epoch)[place])
+
+    def rows(self, step: int) -> list[tuple[int, int]]:
+        """Lists the (stratum, row) pairs of a batch, stratum by stratum."""
+        return [
+            (number, self.row(number, step * count + place))
+            for number, count in enumerate(self.counts)
+            for place in range(count)
+        ]

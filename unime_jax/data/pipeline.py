@@ -1,0 +1,374 @@
+"""Batches of fixed shape, as a function of the step alone.
+
+A batch holds fixed numbers of rows of each stratum: a data set and a bin of text length. So every
+step has the same shapes (one compile), any step can be made at any time by any thread, and
+resuming needs nothing but the step.
+"""
+
+import collections
+import dataclasses
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from unime_jax.data import bad_rows, mixture, text_keys
+from unime_jax.data.preprocess import Preprocessor, Row
+from unime_jax.data.sources import Example, Source
+from unime_jax.types import Batch, Inputs, UserError
+
+_ROUND = 4  # padded lengths are multiples of this
+_TRIES = 100  # rows to try in place of unreadable ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Stratum:
+    """Rows of one source whose texts have about the same length.
+
+    Attributes:
+      source: its number.
+      members: rows of the source.
+      query_tokens, target_tokens: padded length of either side; 0: no such side.
+    """
+
+    source: int
+    members: np.ndarray
+    query_tokens: int
+    target_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a run should know of its batches.
+
+    Attributes:
+      strata: one line each: set, direction, rows, rows a batch, lengths.
+      query_shapes, target_shapes: (rows, T, C) of each group.
+      padded_share: expected share of positions that are padding, 0 to 1.
+      cut_texts: texts that are longer than max_tokens and lose their end.
+      tokens: positions of a batch, padding excluded, on average.
+    """
+
+    strata: list[str]
+    query_shapes: list[tuple[int, int, int]]
+    target_shapes: list[tuple[int, int, int]]
+    padded_share: float
+    cut_texts: int
+    tokens: float
+
+
+class Batches:
+    """Random access to batches; `batches[step]` is the same whoever asks, whenever.
+
+    Args:
+      data: sources; image-text pairs in both directions are two sources (`Pairs.directed`).
+      preprocessor: of the backbone.
+      batch_size: rows of a batch.
+      seed: of the order of rows, augmentation and drawn texts.
+      max_tokens: longest row, image features excluded; longer texts lose their end.
+      bins: quantile bins of text length in each source, 1 to 4.
+      weights: share of each source instead of its size.
+      temperature: shares are proportional to size ** (1 / temperature).
+      other_texts: probability of one of a row's other texts in place of its own.
+      features: f16[images, variants, P, D] in place of decoding images and running the tower.
+      augment: decode images with a random flip and crop (without `features`).
+      vectors: texts -> f32[n, E], stands for the other side: of the query's text if it has one
+        (stage 1), else of the target's (alignment); no target groups are made then.
+      max_bad_share: share of unreadable rows at which `__getitem__` raises UserError.
+
+    Attributes:
+      info: see `Info`.
+      bad: unreadable rows met so far; another row of the stratum took the place of each.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Source],
+        preprocessor: Preprocessor,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        max_tokens: int = 64,
+        bins: int = 1,
+        weights: Sequence[float] | None = None,
+        temperature: float = 1.0,
+        other_texts: float = 0.0,
+        features: np.ndarray | None = None,
+        augment: bool = False,
+        vectors: Callable[[list[str]], np.ndarray] | None = None,
+        max_bad_share: float = 0.01,
+    ):
+        if not 1 <= bins <= 4:
+            raise UserError(f"config.data.length_bins={bins}: 1 to 4")
+        self._data = list(data)
+        self._preprocessor = preprocessor
+        self._seed = seed
+        self._max_tokens = max_tokens
+        self._other_texts = other_texts
+        self._features = features
+        self._augment = augment
+        self._vectors = vectors
+        self.bad = bad_rows.BadRows(sum(map(len, data)), max_bad_share)
+        # Texts recur from epoch to epoch and in both directions.
+        self._row = functools.lru_cache(maxsize=1 << 18)(self._tokenize)
+        per_source = mixture.shares(
+            [len(source) for source in data], batch_size, weights=weights, temperature=temperature
+        )
+        self._strata, counts = self._stratify(per_source, bins)
+        sizes = [len(stratum.members) for stratum in self._strata]
+        self._mixture = mixture.Mixture(sizes, batch_size, weights=counts, seed=seed)
+        self.info = self._describe()
+
+    def __getitem__(self, step: int) -> Batch:
+        """Makes the batch of a step."""
+        rows = [self._example(step, i, *row) for i, row in enumerate(self._mixture.rows(step))]
+        query, query_order = self._groups([(row[1], row[2]) for row in rows])
+        target, target_order = (), None
+        vectors = None
+        if self._vectors is None:
+            target, target_order = self._groups([(row[3], row[4]) for row in rows])
+        else:
+            vectors = np.asarray(self._vectors([row[5] for row in rows]), np.float32)
+        ids = np.array([zlib.crc32(row[0].encode()) & 0x7FFFFFFF for row in rows], np.int32)
+        return Batch(query, target, query_order, target_order, vectors, ids)
+
+    def dataset(self, steps: int):
+        """Returns the first `steps` batches as a grain.MapDataset."""
+        import grain
+
+        return grain.MapDataset.range(steps).map(self.__getitem__)
+
+    def iterate(self, first: int, steps: int, *, threads: int = 2, ahead: int = 4) -> Iterator:
+        """Yields batches first..steps-1, made ahead of time by some threads."""
+        import grain
+
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        return iter(self.dataset(steps)[first:].to_iter_dataset(options))
+
+    # ---- one row
+
+    def _tokenize(self, text: str | None, has_image: bool) -> Row:
+        row = self._preprocessor.tokenize(text, has_image)
+        return row.cut(self._max_tokens + self._width(has_image), self._preprocessor.features)
+
+    def _width(self, has_image: bool) -> int:
+        return self._preprocessor.features if has_image else 0
+
+    def _example(self, step: int, place: int, stratum: int, member: int) -> tuple:
+        """Makes one row; an unreadable one gives way to the next of its stratum."""
+        found = self._strata[stratum]
+        for attempt in range(_TRIES):
+            number = int(found.members[(member + attempt) % len(found.members)])
+            example = self._data[found.source][number]
+            rng = np.random.default_rng((self._seed, step, place))
+            try:
+                return self._sides(example, found, rng)
+            except UserError as error:
+                self.bad.add((found.source, number), str(error))
+        raise UserError(f"{_TRIES} rows in a row are unreadable: {self.bad.problems()[-1]}")
+
+    def _sides(self, example: Example, found: Stratum, rng: np.random.Generator) -> tuple:
+        """Returns (target id, query key, query row, target key, target row, text)."""
+        example = self._with_other_text(example, found, rng)
+        query = self._side(example.query_text, example.query_image, rng)
+        target = None, None
+        if found.target_tokens and self._vectors is None:
+            target = self._side(example.target_text, example.target_image, rng)
+        query_key = (found.query_tokens, int(example.query_image is not None))
+        target_key = (found.target_tokens, int(example.target_image is not None))
+        text = example.query_text if example.query_text is not None else example.target_text
+        return example.target_id, query_key, query, target_key, target, text
+
+    def _with_other_text(self, example: Example, found: Stratum, rng) -> Example:
+        """Draws another text of the row in place of its own, if one fits the stratum."""
+        if not example.other_texts or rng.random() >= self._other_texts:
+            return example
+        on_target = example.target_text is not None
+        tokens = found.target_tokens if on_target else found.query_tokens
+        fitting = [
+            text for text in example.other_texts if len(self._row(text, False).ids) <= tokens
+        ]
+        if not fitting:
+            return example
+        text = fitting[rng.integers(len(fitting))]
+        if not on_target:
+            return dataclasses.replace(example, query_text=text)
+        return dataclasses.replace(example, target_text=text, target_id=text_keys.compact_key(text))
+
+    def _side(self, text, image, rng) -> tuple[Row, np.ndarray | None]:
+        row = self._row(text, image is not None)
+        if image is None:
+            return row, None
+        if self._features is not None:
+            variant = rng.integers(self._features.shape[1])
+            return row, np.asarray(self._features[image.number, variant])[None]
+        try:
+            tiles = self._preprocessor.image(image.load(), augment=rng if self._augment else None)
+        except UserError as error:
+            raise UserError(f"{image.name}: {error}") from None
+        return row, tiles
+
+    def _groups(self, sides: list[tuple]) -> tuple[tuple[Inputs, ...], np.ndarray]:
+        """Packs one side of a batch into groups, and says where each row went."""
+        by_shape = collections.defaultdict(list)
+        for place, (shape, _) in enumerate(sides):
+            by_shape[shape].append(place)
+        groups, placed = [], []
+        for shape, places in sorted(by_shape.items()):
+            rows = [sides[place][1] for place in places]
+            groups.append(self._preprocessor.group(rows, tokens=shape[0], tiles=shape[1]))
+            placed += places
+        return tuple(groups), np.argsort(np.array(placed)).astype(np.int32)
+
+    # ---- strata
+
+    def _stratify(self, per_source: list[int], bins: int) -> tuple[list[Stratum], list[int]]:
+        """Cuts the sources into strata; returns them and the rows a batch takes of each.
+
+        All sources share the same bins, so that a batch has few shapes.
+        """
+        used = [number for number, count in enumerate(per_source) if count]
+        self._lost = 0
+        lengths = {
+            number: np.array([self._measure(self._data[number][i]) for i in range(size)])
+            for number in used
+            if (size := len(self._data[number]))
+        }
+        edges = bin_edges(
+            np.concatenate([lengths[number].sum(1) for number in used]),
+            np.concatenate(
+                [np.full(len(lengths[n]), per_source[n] / len(lengths[n])) for n in used]
+            ),
+            bins,
+        )
+        parts = []  # (source, bin, members, rows a batch)
+        for number in used:
+            total = lengths[number].sum(1)
+            rows = np.argsort(total, kind="stable")
+            where = np.searchsorted(edges, total[rows])
+            members = fill_up(rows, where, len(edges), per_source[number])
+            shares = mixture.shares(list(map(len, members)), per_source[number])
+            parts += [(number, i, *row) for i, row in enumerate(zip(members, shares, strict=True))]
+        parts = [part for part in parts if len(part[2])]
+        longest = collections.defaultdict(int)  # (bin, side, has image) -> tokens
+        for number, i, members, _ in parts:
+            for side in (0, 1):
+                key = (i, side, self._has_image(number)[side])
+                longest[key] = max(longest[key], int(lengths[number][members, side].max()))
+        strata = []
+        for number, i, members, _ in parts:
+            image = self._has_image(number)
+            padded = [-(-longest[i, side, image[side]] // _ROUND) * _ROUND for side in (0, 1)]
+            strata.append(Stratum(number, members, *padded))
+        self._lengths = [lengths[number][members] for number, _, members, _ in parts]
+        return strata, [part[3] for part in parts]
+
+    def _has_image(self, number: int) -> tuple[bool, bool]:
+        first = self._data[number][0]
+        return first.query_image is not None, first.target_image is not None
+
+    def _measure(self, example: Example) -> tuple[int, int]:
+        """Returns the lengths of both sides in positions, after cutting."""
+        lengths = []
+        for text, image in (
+            (example.query_text, example.query_image),
+            (example.target_text, example.target_image),
+        ):
+            if text is None and image is None or (lengths and self._vectors is not None):
+                lengths.append(0)
+                continue
+            row = self._row(text, image is not None)
+            self._lost += row.lost > 0
+            lengths.append(row.length(self._width(image is not None)))
+        return tuple(lengths)
+
+    def _describe(self) -> Info:
+        lines, shapes, real, padded = [], [collections.Counter() for _ in range(2)], 0.0, 0
+        for stratum, lengths, count in zip(
+            self._strata, self._lengths, self._mixture.counts, strict=True
+        ):
+            source = self._data[stratum.source]
+            first = source[int(stratum.members[0])]
+            sides = (
+                (stratum.query_tokens, first.query_image),
+                (stratum.target_tokens, first.target_image),
+            )
+            for counter, (tokens, image) in zip(shapes, sides, strict=True):
+                if tokens:
+                    counter[tokens, int(image is not None)] += count
+            real += count * lengths.mean(0).sum()
+            padded += count * (stratum.query_tokens + stratum.target_tokens)
+            direction = getattr(source, "direction", "text")
+            lines.append(
+                f"{source.name} ({direction}): {len(stratum.members)} rows, {count} a batch, "
+                f"length {stratum.query_tokens} and {stratum.target_tokens}"
+            )
+        query, target = (
+            [(rows, tokens, tiles) for (tokens, tiles), rows in sorted(counter.items())]
+            for counter in shapes
+        )
+        return Info(lines, query, target, 1 - real / padded, self._lost, float(real))
+
+
+def bin_edges(lengths: np.ndarray, weights: np.ndarray, bins: int) -> np.ndarray:
+    """Chooses upper bounds of length bins so that padding is least.
+
+    Args:
+      lengths: of the rows.
+      weights: how often each row is drawn.
+      bins: how many bins there may be.
+
+    Returns:
+      Rising bounds; the last is the longest length.
+    """
+    values = -(-lengths // _ROUND) * _ROUND
+    bounds = np.unique(values)
+    mass = np.array([weights[values == bound].sum() for bound in bounds])
+    total = np.concatenate([[0.0], np.cumsum(mass)])
+    # cost[j]: least padded length of the rows up to bound j; one more bin a round.
+    cost = total[1:] * bounds
+    before = [np.full(len(bounds), -1)]
+    for _ in range(min(bins, len(bounds)) - 1):
+        choices = cost[:, None] + (total[None, 1:] - total[1:, None]) * bounds[None, :]
+        choices[np.tril_indices(len(bounds))] = np.inf  # the bin before ends lower
+        choices = np.concatenate([choices, cost[None, :]])
+        before.append(np.where(choices.argmin(0) == len(bounds), -2, choices.argmin(0)))
+        cost = choices.min(0)
+    edges, at = [], len(bounds) - 1
+    for step in reversed(before):
+        if step[at] == -2:  # another bin would not help here
+            continue
+        edges.append(bounds[at])
+        at = step[at]
+    return np.array(edges[::-1])
+
+
+def fill_up(rows: np.ndarray, where: np.ndarray, bins: int, count: int) -> list[np.ndarray]:
+    """Moves rows to longer bins until every bin in use gets a row of each batch.
+
+    Args:
+      rows: of one source, short to long.
+      where: the bin of each row.
+      bins: how many there are.
+      count: rows that a batch takes of the source.
+
+    Returns:
+      The members of each bin, in order; some may be empty.
+    """
+    least = -(-len(rows) // count)
+    parts = [rows[where == i] for i in range(bins)]
+    for i in reversed(range(bins)):
+        for below in reversed(range(i)):
+            missing = least - len(parts[i])
+            if not len(parts[i]) or missing <= 0:
+                break
+            split = max(0, len(parts[below]) - missing)
+            parts[i] = np.concatenate([parts[below][split:], parts[i]])
+            parts[below] = parts[below][:split]
+    for i in range(bins - 1):  # what is left over at the short end
+        if 0 < len(parts[i]) < least:
+            longer = next(j for j in range(i + 1, bins) if len(parts[j]))
+            parts[longer] = np.concatenate([parts[i], parts[longer]])
+            parts[i] = parts[i][:0]
+    return [np.sort(part) for part in parts]

@@ -1,0 +1,132 @@
+"""Every prompt, once.
+
+An embedding is the hidden state behind "... in one word:": what a model was trained with has to
+be repeated to the character. A prompt is a template with the places TEXT and IMAGE; `render`
+returns segments, so that "<image>" inside a user's text stays text.
+"""
+
+import dataclasses
+
+from unime_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered prompt.
+
+    Attributes:
+      role: "prompt" (the template's own), "text" (the user's, may be cut) or "image" (the slot).
+      value: its characters; "" for the slot.
+    """
+
+    role: str
+    value: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """The prompt of one model family.
+
+    Attributes:
+      text: around a text without an image; image: around an image without a text; both: around
+        an image with a text. {text} and {image} mark the places, as in `str.format`.
+      model_types: values of `model_type` in config.json that this is the default of.
+    """
+
+    text: str
+    image: str = ""
+    both: str = ""
+    model_types: tuple[str, ...] = ()
+
+
+TEMPLATES = {
+    # Sentence encoders: the text alone.
+    "none": Template(text="{text}", model_types=("bert",)),
+    # A raw language model without a chat format, as the newcomer's student.
+    "smol": Template(
+        text="{text}\nSummary above sentence in one word:",
+        image="{image}\nSummary above image in one word:",
+        both="{image}\n{text}\nSummary above image and sentence in one word:",
+        model_types=("unime_smol", "llama", "mistral", "phi3"),
+    ),
+    # The released demo of the Phi-3.5-V model: a space before <|end|>.
+    "phi35v": Template(
+        text="<|user|>\n{text}\nSummary above sentence in one word: <|end|>\n<|assistant|>\n",
+        image="<|user|>\n{image}\nSummary above image in one word: <|end|>\n<|assistant|>\n",
+        both="<|user|>\n{image}\n{text}\nSummary above image and sentence in one word: "
+        "<|end|>\n<|assistant|>\n",
+        model_types=("phi3_v",),
+    ),
+    # Its evaluation scripts drop that space: another embedding.
+    "phi35v_eval": Template(
+        text="<|user|>\n{text}\nSummary above sentence in one word:<|end|>\n<|assistant|>\n",
+        image="<|user|>\n{image}\nSummary above image in one word:<|end|>\n<|assistant|>\n",
+        both="<|user|>\n{image}\n{text}\nSummary above image and sentence in one word:"
+        "<|end|>\n<|assistant|>\n",
+    ),
+    # Stage 1 as the paper words it (section 3.2): plural, newline behind the colon.
+    "phi35v_stage1": Template(
+        text="<|user|>\n{text}\nSummary above sentences in one word:\n<|end|>\n<|assistant|>\n",
+    ),
+    "llava16": Template(
+        text="[INST] {text}\nSummary above sentence in one word: [/INST]",
+        image="[INST] {image}\nSummary above image in one word: [/INST]",
+        both="[INST] {image}\n{text}\nSummary above image and sentence in one word: [/INST]",
+        model_types=("llava_next",),
+    ),
+    "llava16_stage1": Template(
+        text="[INST] {text}\nSummary above sentences in one word:\n [/INST]",
+    ),
+}
+
+
+def name_for(model_type: str) -> str:
+    """Returns the default prompt of a `model_type`.
+
+    Raises:
+      UserError: no template lists it.
+    """
+    for name, template in TEMPLATES.items():
+        if model_type in template.model_types:
+            return name
+    known = sorted(kind for template in TEMPLATES.values() for kind in template.model_types)
+    raise UserError(f"no prompt for model_type {model_type!r}; known: {', '.join(known)}")
+
+
+def render(
+    name: str, text: str | None, has_image: bool, instruction: str | None = None
+) -> list[Segment]:
+    """Puts a row into a prompt.
+
+    Args:
+      name: key of `TEMPLATES`.
+      text: the row's text; None or "" for an image alone.
+      has_image: whether the row has an image.
+      instruction: a task description, put before the text on a line of its own; never cut.
+
+    Raises:
+      UserError: an unknown name, an empty row, an image for a prompt that takes none.
+    """
+    if name not in TEMPLATES:
+        raise UserError(f"unknown prompt {name!r}; known: {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    text = text or ""
+    if not text.strip() and not has_image:
+        raise UserError("empty text without an image: nothing to embed")
+    if has_image and not template.image:
+        raise UserError(f"prompt {name!r} takes no image: the model is for text only")
+    words = [Segment("text", text)] if text else []
+    if instruction:
+        words.insert(0, Segment("prompt", instruction + ("\n" if text else "")))
+    if not has_image:
+        pattern = template.text
+    else:
+        pattern = template.both if words else template.image
+    filling = {"{text}": words, "{image}": [Segment("image")]}
+    segments = []
+    while pattern:
+        places = [place for place in filling if place in pattern]
+        first = min(places, key=pattern.index, default=None)
+        before, _, pattern = pattern.partition(first) if first else (pattern, "", "")
+        segments += ([Segment("prompt", before)] if before else []) + filling.get(first, [])
+    return segments

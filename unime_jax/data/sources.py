@@ -1,0 +1,369 @@
+"""Reads training and evaluation data with random access: tfds directories and pairs.jsonl."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Float32
+
+from unime_jax.data import text_keys
+from unime_jax.types import UserError
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """An image not read yet.
+
+    Attributes:
+      number: its place among the source's images; cached features lie under it.
+      name: what messages call it.
+      load: returns the encoded bytes.
+    """
+
+    number: int
+    name: str
+    load: Callable[[], bytes]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row: a query, its target, and which data set it belongs to.
+
+    Attributes:
+      query_text, target_text: None where that side is an image alone.
+      query_image, target_image: None where that side is a text alone.
+      target_id: equal for equal targets, "" without a target.
+      set: the data set's name.
+      other_texts: texts that say the same as this row's text, to be drawn in its place.
+    """
+
+    query_text: str | None = None
+    query_image: ImageRef | None = None
+    target_text: str | None = None
+    target_image: ImageRef | None = None
+    target_id: str = ""
+    set: str = ""
+    other_texts: tuple[str, ...] = ()
+
+
+class Source(Protocol):
+    """Rows by number. `name` stands in reports; reading a row reads no image."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+class Texts:
+    """Sentences alone (stage 1): the row has a query and no target."""
+
+    def __init__(self, sentences: Sequence[str], name: str = "sentences"):
+        self.name = name
+        self._sentences = list(sentences)
+
+    def __len__(self) -> int:
+        return len(self._sentences)
+
+    def __getitem__(self, index: int) -> Example:
+        text = self._sentences[index]
+        return Example(query_text=text, target_id=text_keys.compact_key(text), set=self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRow:
+    """One picture and what is said of it; fields as `prepare` wrote them."""
+
+    caption: str
+    key: str
+    source: str
+    keywords: tuple[str, ...] = ()
+    gloss: str = ""
+    seen: bool = True
+
+
+class Pairs:
+    """Pictures with captions.
+
+    Attributes:
+      rows: captions and the like, images left out.
+      name: of the set.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[PairRow],
+        load: Callable[[int], bytes],
+        *,
+        name: str,
+        direction: str = "image_to_text",
+        members: Sequence[int] | None = None,
+        labels: Sequence[str] | None = None,
+    ):
+        if direction not in DIRECTIONS:
+            raise UserError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
+        self.rows = rows
+        self.name = name
+        self.direction = direction
+        self._load = load
+        self._members = list(range(len(rows))) if members is None else list(members)
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __getitem__(self, index: int) -> Example:
+        number = self._members[index]
+        row = self.rows[number]
+        label = self._labels[number] if self._labels else f"{self.name} row {number}"
+        image = ImageRef(number, label, lambda: self._load(number))
+        others = (*row.keywords, *([row.gloss] if row.gloss else []))
+        if self.direction == "image_to_text":
+            return Example(
+                query_image=image,
+                target_text=row.caption,
+                target_id=row.key.replace(" ", ""),
+                set=self.name,
+                other_texts=others,
+            )
+        return Example(
+            query_text=row.caption,
+            target_image=image,
+            target_id=f"image {number}",
+            set=self.name,
+            other_texts=others,
+        )
+
+    def directed(self, direction: str) -> "Pairs":
+        """Returns the same rows the other way round."""
+        return Pairs(
+            self.rows,
+            self._load,
+            name=self.name,
+            direction=direction,
+            members=self._members,
+            labels=self._labels,
+        )
+
+    def by_source(self) -> list["Pairs"]:
+        """Splits into one `Pairs` per picture package; image numbers stay those of the whole."""
+        names = sorted({self.rows[number].source for number in self._members})
+        return [
+            Pairs(
+                self.rows,
+                self._load,
+                name=name,
+                direction=self.direction,
+                members=[n for n in self._members if self.rows[n].source == name],
+                labels=self._labels,
+            )
+            for name in names
+        ]
+
+    def image(self, number: int) -> bytes:
+        """Reads the encoded image `number` of the whole."""
+        return self._load(number)
+
+    def images(self) -> Iterator[bytes]:
+        """Reads all encoded images, in order."""
+        return (self._load(number) for number in self._members)
+
+    def captions(self) -> list[str]:
+        return [self.rows[number].caption for number in self._members]
+
+    def texts(self, *, others: bool = True) -> list[str]:
+        """Lists every text that may stand for a row, each once, captions first."""
+        found = dict.fromkeys(self.captions())
+        if others:
+            for number in self._members:
+                row = self.rows[number]
+                found.update(dict.fromkeys((*row.keywords, *filter(None, [row.gloss]))))
+        return list(found)
+
+
+def pairs(path: str | os.PathLike, split: str = "train") -> Pairs:
+    """Opens image-caption pairs: a directory written by `prepare`, or a pairs.jsonl.
+
+    Raises:
+      UserError: nothing readable there, no such split, a malformed line.
+    """
+    path = pathlib.Path(path).expanduser()
+    if path.suffix == ".jsonl":
+        return _jsonl_pairs(path)
+    images = _open(path, "smol_pairs", split)
+    rows = [
+        PairRow(
+            caption=_text(found["caption"]),
+            key=_text(found["key"]),
+            source=_text(found["source"]),
+            keywords=tuple(map(_text, found["keywords"])),
+            gloss=_text(found["gloss"]),
+            seen=bool(found["seen"]),
+        )
+        for found in images
+    ]
+    return Pairs(rows, lambda number: images[number]["image"], name=split)
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """Reads the lines of a pairs.jsonl, {"image": path, "text": ...}; paths relative to the file.
+
+    Raises:
+      UserError: an unreadable file or the first malformed line, named by its number.
+    """
+    path = pathlib.Path(path).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path} line {number}: not valid JSON ({error})") from None
+        for key in ("image", "text"):
+            if (
+                not isinstance(row, dict)
+                or not isinstance(row.get(key), str)
+                or not row[key].strip()
+            ):
+                raise UserError(f'{path} line {number}: "{key}" is missing or empty')
+        rows.append({**row, "image": path.parent / row["image"]})
+    if not rows:
+        raise UserError(f"{path}: no pairs in it")
+    return rows
+
+
+def _jsonl_pairs(path: pathlib.Path) -> Pairs:
+    found = read_jsonl(path)
+    rows = [
+        PairRow(caption=row["text"], key=text_keys.caption_key(row["text"]), source="pairs")
+        for row in found
+    ]
+
+    def load(number: int) -> bytes:
+        try:
+            return found[number]["image"].read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{found[number]['image']}: cannot be read ({error.strerror})"
+            ) from None
+
+    labels = [str(row["image"]) for row in found]
+    return Pairs(rows, load, name="pairs", labels=labels)
+
+
+def _open(path: pathlib.Path, name: str, split: str):
+    """Opens one split of a tfds directory; images stay encoded."""
+    versions = sorted((path / name).glob("*/dataset_info.json"))
+    if not versions:
+        raise UserError(f"{path} holds no {name}: run `python -m unime_jax.prepare smol`")
+    os.environ.setdefault("TFDS_LOG_LEVEL", "error")
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(str(versions[-1].parent))
+        if split not in builder.info.splits:
+            known = ", ".join(builder.info.splits)
+            raise UserError(f"{path / name} has no split {split!r}; it has {known}")
+        decoders = {"image": tfds.decode.SkipDecoding()} if name == "smol_pairs" else None
+        return builder.as_data_source(split, decoders=decoders)
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"{path / name} is damaged ({error}): delete it and run prepare again"
+        ) from None
+
+
+def _text(value) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def split_sentences(path: str | os.PathLike, split: str) -> list[dict[str, str]]:
+    """Reads a split of the sentences (heldout, gloss_to_example, ...) as plain dicts."""
+    rows = _open(pathlib.Path(path).expanduser(), "smol_sentences", split)
+    return [{key: _text(value) for key, value in row.items()} for row in rows]
+
+
+def sentences(path: str | os.PathLike) -> list[str]:
+    """Reads every text of stage 1: WordNet's sentences, then the training captions."""
+    path = pathlib.Path(path).expanduser()
+    if path.suffix == ".jsonl":
+        return list(dict.fromkeys(row["text"] for row in read_jsonl(path)))
+    found = [row["text"] for row in split_sentences(path, "train")]
+    found += [row["text"] for row in split_sentences(path, "captions") if row["kind"] == "caption"]
+    return list(dict.fromkeys(found))
+
+
+def sentences_hash(texts: Sequence[str]) -> str:
+    """Fingerprints a list of texts, order included."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+class Vectors:
+    """Unit rows on disk in shards of equal length, read as they are needed."""
+
+    def __init__(self, shards: Sequence[np.ndarray]):
+        self._shards = list(shards)
+        self._rows = len(self._shards[0])
+        self.shape = (sum(map(len, self._shards)), self._shards[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows) -> Float32[np.ndarray, "N E"]:
+        rows = np.asarray(rows)
+        out = np.empty((*rows.shape, self.shape[1]), np.float32)
+        for number in np.unique(rows // self._rows):
+            here = rows // self._rows == number
+            out[here] = self._shards[number][rows[here] % self._rows]
+        return out
+
+
+def teacher_vectors(
+    directory: str | os.PathLike, texts: Sequence[str] | None = None
+) -> tuple[Vectors, dict]:
+    """Opens the vectors that `teach` wrote, and their manifest.
+
+    Args:
+      directory: of the shards.
+      texts: the sentences they should belong to, in order; checked if given.
+
+    Raises:
+      UserError: missing, incomplete or damaged shards, or vectors of other sentences.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    again = "run `python -m unime_jax.teach` again"
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text())
+        count, shard_rows = manifest["count"], manifest["shard_rows"]
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no teacher vectors: {again}") from None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{directory / 'manifest.json'} is damaged ({error}): {again}") from None
+    if texts is not None and manifest.get("sentences_sha256") != sentences_hash(texts):
+        raise UserError(f"{directory}: vectors of other sentences than the data now has: {again}")
+    shards = []
+    for start in range(0, count, shard_rows):
+        path = directory / f"vectors-{start // shard_rows:05d}.npy"
+        try:
+            shard = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}): {again}") from None
+        if len(shard) != min(shard_rows, count - start):
+            raise UserError(f"{path}: {len(shard)} rows, {min(shard_rows, count - start)} expected")
+        shards.append(shard)
+    return Vectors(shards), manifest
