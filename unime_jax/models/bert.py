@@ -101,9 +101,7 @@ class BertLayer(nnx.Module):
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         def linear(inputs, outputs):
-            return Linear(
-                inputs, outputs, bias=True, rngs=rngs, dtype=dtype, matmul=config.matmul
-            )
+            return Linear(inputs, outputs, bias=True, rngs=rngs, dtype=dtype, matmul=config.matmul)
 
         width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         self.config = config

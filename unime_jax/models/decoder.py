@@ -193,9 +193,7 @@ class MLP(nnx.Module):
             self.up_proj = linear(width, inner)
         self.down_proj = linear(inner, width)
 
-    def __call__(
-        self, x: Float[Array, "G T D"], key: Array | None = None
-    ) -> Float[Array, "G T D"]:
+    def __call__(self, x: Float[Array, "G T D"], key: Array | None = None) -> Float[Array, "G T D"]:
         if self.fused:
             gate, up = jnp.split(self.gate_up_proj(x, fold(key, 0)), 2, axis=-1)
         else:

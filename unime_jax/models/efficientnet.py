@@ -6,6 +6,8 @@ frozen.
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -100,16 +102,37 @@ class Conv(nnx.Module):
     ) -> Float[Array, "G h2 w2 O"]:
         """Convolves with `kernel * scale`."""
         kernel = self.kernel[...] * scale
-        if kernel.shape[0] == 1:
+        size = kernel.shape[0]
+        if size == 1:
             return jnp.einsum("ghwi,io->ghwo", x, kernel[0, 0])
-        return jax.lax.conv_general_dilated(
-            x,
-            kernel,
-            (self.stride, self.stride),
-            "SAME",
-            feature_group_count=x.shape[-1] if self.depthwise else 1,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        windows = _windows(x, size, self.stride)
+        if self.depthwise:
+            # A sum over shifted copies: 10 to 40 times faster than XLA:CPU's grouped convolution.
+            terms = (window * kernel[i, j, 0] for (i, j), window in windows.items())
+            return functools.reduce(operator.add, terms)
+        columns = jnp.concatenate(list(windows.values()), axis=-1)
+        return jnp.einsum("ghwi,io->ghwo", columns, kernel.reshape(-1, kernel.shape[-1]))
+
+
+def _windows(x: Array, size: int, stride: int) -> dict[tuple[int, int], Array]:
+    """Returns, for every tap of a kernel, what it sees at each output position ("SAME")."""
+
+    def padding(n):
+        outputs = -(-n // stride)
+        total = max((outputs - 1) * stride + size - n, 0)
+        return outputs, (total // 2, total - total // 2)
+
+    (rows, pad_rows), (columns, pad_columns) = padding(x.shape[1]), padding(x.shape[2])
+    x = jnp.pad(x, ((0, 0), pad_rows, pad_columns, (0, 0)))
+    return {
+        (i, j): x[
+            :,
+            i : i + (rows - 1) * stride + 1 : stride,
+            j : j + (columns - 1) * stride + 1 : stride,
+        ]
+        for i in range(size)
+        for j in range(size)
+    }
 
 
 class BatchNorm(nnx.Module):
@@ -197,6 +220,11 @@ class EfficientNet(nnx.Module):
 
     def __call__(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N P D"]:
         """Returns the features of every position, row by row; P = grid^2."""
+        return jax.lax.platform_dependent(
+            tiles, cpu=lambda tiles: _by_chunks(self._features, tiles), default=self._features
+        )
+
+    def _features(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N P D"]:
         x = self._grid(tiles)
         rows, columns = (area_weights(n, self.config.grid) for n in x.shape[1:3])
         if x.shape[1:3] != (self.config.grid, self.config.grid):
@@ -206,6 +234,19 @@ class EfficientNet(nnx.Module):
     def classify(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N V"]:
         """Returns ImageNet logits."""
         return self.fc(self._grid(tiles).mean((1, 2)))
+
+
+def _by_chunks(function, tiles: Array, size: int = 4) -> Array:
+    """Applies a function to a few tiles at a time.
+
+    Activations of 4 tiles stay in a CPU's cache: 2 to 4 times the images per second of 32 at once.
+    """
+    count = len(tiles)
+    if count <= size:
+        return function(tiles)
+    tiles = jnp.pad(tiles, ((0, -count % size), (0, 0), (0, 0), (0, 0)))
+    out = jax.lax.map(function, tiles.reshape(-1, size, *tiles.shape[1:]))
+    return out.reshape(-1, *out.shape[2:])[:count]
 
 
 def area_weights(inputs: int, outputs: int) -> np.ndarray:

@@ -243,9 +243,7 @@ def _read(reader: _Reader, rule: Rule, leaf: jax.ShapeDtypeStruct) -> Array:
         return value if order is None else value.transpose(order)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        index = tuple(
-            slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True)
-        )
+        index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
         if not rule.stacked:
             return np.ascontiguousarray(one(rule.hf, index).astype(dtype, copy=False))
         layers = range(index[0].start, index[0].stop)

@@ -88,9 +88,7 @@ class Linear(nnx.Module):
         self.lora_dropout = 0.0
         self.matmul = matmul
 
-    def __call__(
-        self, x: Float[Array, "... I"], key: Array | None = None
-    ) -> Float[Array, "... O"]:
+    def __call__(self, x: Float[Array, "... I"], key: Array | None = None) -> Float[Array, "... O"]:
         """Applies the layer; with a key, dropout acts on the adapter's input."""
         y = matmul(x, self.kernel[...], self.matmul)
         if self.bias is not None:
