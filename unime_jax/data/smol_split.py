@@ -145,26 +145,33 @@ def meaning(raw: RawPair, words: wordnet.WordNet) -> wordnet.Synset | None:
 
 def split_pairs(
     decoded: list[tuple[RawPair, bytes]],
-    words: wordnet.WordNet,
+    words: wordnet.WordNet | None,
     *,
+    held_source: str = "tuxpaint",
     test: int = 200,
     validation: int = 100,
 ) -> tuple[dict[str, list[Pair]], Guard, collections.Counter]:
     """Splits decoded pairs; returns the splits, the guard and what was dropped, by source.
 
-    Test and validation are Tux Paint's, each caption with one picture only, so that every
+    Test and validation come from one source, each caption with one picture only, so that every
     image has exactly one right text; captions of several pictures stay in training.
+
+    Raises:
+      UserError: too few captions to hold any out.
     """
     keys = collections.Counter(
-        text_keys.compact_key(raw.caption) for raw, _ in decoded if raw.source == "tuxpaint"
+        text_keys.compact_key(raw.caption) for raw, _ in decoded if raw.source == held_source
     )
     candidates = [
         (raw, image)
         for raw, image in decoded
-        if raw.source == "tuxpaint" and keys[text_keys.compact_key(raw.caption)] == 1
+        if raw.source == held_source and keys[text_keys.compact_key(raw.caption)] == 1
     ]
-    if len(candidates) < test + validation:
-        raise UserError(f"only {len(candidates)} Tux Paint captions: too few for test + validation")
+    if not test or not validation or len(candidates) < test + validation:
+        raise UserError(
+            f"{len(candidates)} {held_source} pictures with a caption of their own are too few "
+            f"to hold out {test} for test and {validation} for validation"
+        )
     candidates.sort(key=lambda item: _draw(text_keys.compact_key(item[0].caption)))
     held = {"test": candidates[:test], "validation": candidates[test : test + validation]}
     guard = Guard(raw.caption for rows in held.values() for raw, _ in rows)
@@ -189,9 +196,9 @@ def _held_out_pair(raw: RawPair, image: bytes, known: set[str]) -> Pair:
     return Pair(raw, image, text_keys.caption_key(raw.caption), seen=seen)
 
 
-def _training_pair(raw: RawPair, image: bytes, words: wordnet.WordNet, guard: Guard) -> Pair:
+def _training_pair(raw: RawPair, image: bytes, words: wordnet.WordNet | None, guard: Guard) -> Pair:
     key = text_keys.caption_key(raw.caption)
-    synset = meaning(raw, words)
+    synset = None if words is None else meaning(raw, words)
     texts, gloss = list(raw.keywords), ""
     if synset is not None and guard.allows_synset(synset):
         gloss = synset.gloss if guard.allows_text(synset.gloss) else ""
@@ -204,7 +211,7 @@ def _training_pair(raw: RawPair, image: bytes, words: wordnet.WordNet, guard: Gu
 
 
 def split_sentences(
-    words: wordnet.WordNet,
+    words: wordnet.WordNet | None,
     pairs: dict[str, list[Pair]],
     guard: Guard,
     *,
@@ -214,8 +221,13 @@ def split_sentences(
     """Draws sentences of WordNet for stage 1; held-out ones share no synset with training.
 
     Two thirds are a meaning's definition with an example sentence of it (the teacher puts
-    them near each other), one third definitions of things one can see.
+    them near each other), one third definitions of things one can see. Without WordNet the
+    training captions are all there is, and held-out captions stand for held-out sentences.
     """
+    captions = _caption_rows(pairs["train"])
+    if words is None:
+        rows = [Sentence(p.raw.caption, "caption") for p in pairs["test"] + pairs["validation"]]
+        return {"train": captions[:train], "heldout": rows[:held_out], "captions": captions}
     used = {pair.gloss for pair in pairs["train"] if pair.gloss}
     allowed = [synset for synset in words.synsets.values() if guard.allows_synset(synset)]
     allowed.sort(key=lambda synset: _draw(synset.name))
@@ -240,7 +252,7 @@ def split_sentences(
     rows["train"] = [
         row for row in trained if guard.allows_text(row.text) and row.text not in taken_texts
     ]
-    rows["captions"] = _caption_rows(pairs["train"])
+    rows["captions"] = captions
     return {name: sorted(r, key=lambda row: _draw(row.text)) for name, r in rows.items()}
 
 
