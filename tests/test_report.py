@@ -201,6 +201,12 @@ def test_terminal_table_is_aligned():
     ]
 
 
+def test_nan_is_shown_but_never_the_best_and_no_json():
+    table = report.Table(("row", "x"), [("a", float("nan")), ("b", 0.5)], ("", ".1f"), best=("x",))
+    assert table.markdown().splitlines()[2:] == ["| a | nan |", "| b | **0.5** |"]
+    assert table.records() == [{"row": "a", "x": None}, {"row": "b", "x": 0.5}]
+
+
 def test_rows_must_fit_the_header():
     with pytest.raises(ValueError, match="2 values, not 3"):
         report.Table(("a", "b", "c"), [(1, 2)])

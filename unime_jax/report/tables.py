@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -60,8 +61,9 @@ class Table:
         return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns a dict per row, values unformatted."""
-        return [dict(zip(self.header, row, strict=True)) for row in self.rows]
+        """Returns a dict per row, values unformatted; None where JSON has no number (nan)."""
+        rows = [[value if _finite(value) else None for value in row] for row in self.rows]
+        return [dict(zip(self.header, row, strict=True)) for row in rows]
 
     @property
     def _columns(self) -> range:
@@ -86,7 +88,7 @@ class Table:
             running = [
                 r
                 for r, row in enumerate(self.rows)
-                if row[0] not in self.reference and row[column] is not None
+                if row[0] not in self.reference and _finite(row[column])
             ]
             if running:
                 # Compared as printed: equal figures are all the best.
@@ -147,6 +149,11 @@ def write_report(directory, title: str, sections: Sequence[Section], **extra) ->
     path = directory / "report.md"
     _replace(path, "\n\n".join(parts) + "\n")
     return path
+
+
+def _finite(value) -> bool:
+    """Whether there is a value, and one that counts."""
+    return value is not None and (isinstance(value, str) or math.isfinite(value))
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

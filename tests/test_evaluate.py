@@ -1,0 +1,241 @@
+"""The evaluation entry, with embedders whose answers are known."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from unime_jax import evaluate, evaluation
+from unime_jax.data import preprocess, sources
+from unime_jax.types import ImageSpec, UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIZE, WIDTH = 4, 24
+
+
+def png(number: int) -> bytes:
+    """A picture whose colour is its number."""
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (6, 3), (number + 1, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+class FakePreprocessor:
+    def tokenize(self, text, has_image, instruction=None):
+        ids = (1, *(2 + int(word) for word in text.split() if word.isdigit()), 0)
+        return preprocess.Row(ids, 1, len(ids) - 1)
+
+    def image(self, content):
+        if content == b"broken":
+            raise UserError("not a readable image")
+        from unime_jax.data import pictures
+
+        return np.asarray(pictures.load_rgb(content).resize((SIZE, SIZE)))[None]
+
+
+class FakeEmbedder:
+    """Puts every number in its own direction: text "word 7", a picture of colour 7.
+
+    "raw" puts everything in one place, "teacher" and "bert" read no images.
+    """
+
+    directions = np.linalg.qr(np.random.default_rng(0).normal(size=(WIDTH, WIDTH)))[0]
+    preprocessor = FakePreprocessor()
+
+    def __init__(self, path):
+        self.kind = pathlib.Path(path).name
+        self.image_spec = None if self.kind in ("teacher", "bert") else ImageSpec("grid", SIZE, 2)
+        self.params = {"language_model": {"embed_tokens": {"embedding": np.eye(WIDTH + 2)}}}
+
+    def embed(self, texts=None, images=None, progress=None):
+        if texts is not None:
+            numbers = [int(text.split()[-1]) for text in texts]
+        else:
+            assert self.image_spec is not None
+            numbers = [int(self.preprocessor.image(image)[0, 0, 0, 0]) - 1 for image in images]
+        progress(len(numbers))
+        vectors = self.directions[numbers].astype(np.float32)
+        return np.ones_like(vectors) / WIDTH**0.5 if self.kind == "raw" else vectors
+
+    def featurise(self, tiles, progress):
+        progress(len(tiles))
+        hot = np.eye(WIDTH, dtype=np.float32)[tiles[:, 0, 0, 0].astype(int) - 1]
+        return np.stack([hot, hot * 3], axis=1)  # the mean over positions is 2 * hot
+
+
+@pytest.fixture
+def world(monkeypatch, tmp_path):
+    """Tiny data in memory and fake models; notes which splits were read."""
+    read = []
+
+    def split(path, name):
+        read.append(name)
+        numbers = {"test": range(8), "validation": range(8, 14), "train": range(16)}[name]
+        rows = [sources.PairRow(f"word {n}", f"key {n}", "here", seen=n % 2 == 0) for n in numbers]
+        images = [png(n) for n in numbers]
+        if name == "train":
+            images[3] = b"broken"
+        return sources.Pairs(rows, lambda i: images[i], name=name)
+
+    def sentences(path, name):
+        if name == "heldout":
+            return [{"text": f"word {n % 3}"} for n in range(7)]
+        return [{"text": f"meaning {n}", "second": f"use {n}"} for n in range(5)]
+
+    monkeypatch.setattr(sources, "pairs", split)
+    monkeypatch.setattr(sources, "split_sentences", sentences)
+    monkeypatch.setattr(sources, "sentences", lambda path: ["word 1", "word 2"])
+    monkeypatch.setattr(evaluation.embedder, "load", lambda path, dtype: FakeEmbedder(path))
+    for name in ("raw", "stage2", "bert", "teacher", "data"):
+        (tmp_path / name).mkdir()
+    return read
+
+
+@pytest.fixture
+def config(tmp_path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("eval_smol", ROOT / "configs" / "eval_smol.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = module.get_config("smoke")
+    for name in c.models:
+        c.models[name] = ""
+    for name in c.runs:
+        c.runs[name] = ""
+    c.models.raw, c.models.stage2 = str(tmp_path / "raw"), str(tmp_path / "stage2")
+    c.teacher.path, c.data.path = str(tmp_path / "teacher"), str(tmp_path / "data")
+    c.data.features = ""
+    c.output = str(tmp_path / "out")
+    return c
+
+
+def column(result, table, name):
+    return {row["row"]: row[name] for row in result["tables"][table]}
+
+
+def test_tables_hold_what_the_models_can_do(world, config):
+    result = evaluate.run(config)
+    assert list(column(result, "Sentences", "R@1")) == [
+        "chance", evaluation.IDF, "raw model", "after stage 2", "teacher"
+    ]  # fmt: skip
+    assert column(result, "Sentences", "R@1")["raw model"] == 0
+    assert column(result, "Sentences", "R@1")["after stage 2"] == 100
+    assert column(result, "Sentences", "Spearman")["after stage 2"] == pytest.approx(1)
+    assert column(result, "Sentences", "Spearman")["raw model"] is None
+    pictures = column(result, "Pictures", "i2t R@1")
+    assert pictures["chance"] == pytest.approx(100 / 8)
+    assert pictures["raw model"] == 0 and pictures["after stage 2"] == 100
+    # All but the unreadable picture can be learned by a linear map.
+    assert pictures["ridge regression"] >= 100 * 6 / 8
+    assert list(pictures) == ["chance", "ridge regression", "raw model", "after stage 2"]
+    for word in ("seen", "unseen"):
+        assert column(result, f"Pictures, {word} words", "t2i R@1")["after stage 2"] == 100
+        assert column(result, f"Pictures, {word} words", "t2i R@1")["chance"] == 100 / 8
+
+
+def test_report_and_plots_are_written(world, config, tmp_path, capsys):
+    run_directory = tmp_path / "run"
+    run_directory.mkdir()
+    (run_directory / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    config.runs.stage1 = str(run_directory)
+    result = evaluate.run(config)
+    out = pathlib.Path(config.output)
+    stored = json.loads((out / "report.json").read_text())
+    assert stored["tables"]["Pictures"] == result["tables"]["Pictures"]
+    assert stored["split"] == "test" and stored["ridge_strength"] > 0
+    text, printed = (out / "report.md").read_text(), capsys.readouterr().out
+    for name in ("recall", "cosine", "retrieval", "losses"):
+        assert (out / f"{name}.png").stat().st_size > 3000
+        assert f"({name}.png)" in text and f"{name}.png" in printed
+    assert "| after stage 2 | **1.000** |" in text
+    assert "R@k, %, among all 8 test pairs" in printed
+    assert f"unime_jax.load('{config.models.stage2}')" in printed
+
+
+def test_choosing_on_validation_never_reads_the_test_pairs(world, config):
+    config.data.split = "validation"
+    result = evaluate.run(config)
+    assert "test" not in world and "validation" in world
+    assert column(result, "Pictures", "i2t R@1")["chance"] == pytest.approx(100 / 6)
+
+
+def test_a_text_model_has_no_row_among_pictures(world, config, tmp_path):
+    config.models.stage1 = str(tmp_path / "bert")
+    result = evaluate.run(config)
+    assert "after stage 1" in column(result, "Sentences", "R@1")
+    assert "after stage 1" not in column(result, "Pictures", "i2t R@1")
+    config.models.raw = config.models.stage2 = ""
+    assert list(evaluate.run(config)["tables"]) == ["Sentences"]
+
+
+def test_without_a_teacher_there_is_no_spearman_and_no_ridge(world, config):
+    config.teacher.path = ""
+    result = evaluate.run(config)
+    assert set(column(result, "Sentences", "Spearman").values()) == {0.0, None}
+    assert "ridge regression" not in column(result, "Pictures", "i2t R@1")
+    assert result["ridge_strength"] is None and "train" not in world
+
+
+def test_limit_takes_fewer_rows(world, config):
+    config.limit = 4
+    result = evaluate.run(config)
+    assert column(result, "Pictures", "i2t R@1")["chance"] == 25
+    assert column(result, "Sentences", "R@1")["chance"] == 25
+
+
+def test_ridge_reads_the_features_that_training_kept(world, config, monkeypatch):
+    asked = []
+
+    def cached(pairs, model, directory, *, variants):
+        asked.append((len(pairs), model.kind, str(directory), variants))
+        views = np.eye(WIDTH, dtype=np.float16)[:16, None, None]
+        return np.concatenate([views, np.zeros_like(views)], axis=1).repeat(2, axis=2)
+
+    monkeypatch.setattr(evaluation.train_data, "cache_features", cached)
+    config.data.features, config.data.variants = "somewhere", 2
+    result = evaluate.run(config)
+    assert asked == [(16, "raw", "somewhere", 2)]
+    assert column(result, "Pictures", "i2t R@1")["ridge regression"] == 100
+
+
+def test_unreadable_pictures_of_training_are_left_out(world, config, tmp_path):
+    encoder = evaluation._Encoder(str(tmp_path / "stage2"), title="x", dtype="float32")
+    pooled = encoder.pooled([png(4), b"broken", png(0)])
+    assert pooled.any(axis=1).tolist() == [True, False, True]
+    np.testing.assert_allclose(pooled[0], 2 * np.eye(WIDTH)[4])
+
+
+@pytest.mark.parametrize(
+    "key,value,message",
+    [
+        ("output", "", "config.output is empty"),
+        ("limit", -1, "config.limit=-1: must not be negative"),
+        ("dtype", "int8", "config.dtype='int8': choose one of float32, bfloat16"),
+        ("data.split", "train", "config.data.split='train': choose one of test, validation"),
+        ("data.path", "/nowhere", "config.data.path=/nowhere: no such file or directory"),
+        ("models.stage2", "/nowhere", "config.models.stage2=/nowhere: no such file"),
+        ("teacher.path", "/nowhere", "config.teacher.path=/nowhere: no such file"),
+        ("runs.align", "/nowhere", "config.runs.align=/nowhere: no such run directory"),
+    ],
+)
+def test_impossible_values_are_refused_by_key(world, config, key, value, message):
+    evaluate.validate(config)
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    with pytest.raises(UserError, match="^" + message.replace(".", r"\.")):
+        evaluate.validate(config)
+
+
+def test_a_model_must_be_named(world, config):
+    config.models.raw = config.models.stage2 = ""
+    with pytest.raises(UserError, match="config.models is all empty"):
+        evaluate.validate(config)
