@@ -169,6 +169,7 @@ class Bert(nnx.Module):
         Raises:
           UserError: rows are longer than the checkpoint has position embeddings.
         """
+        inputs = jax.tree.map(jnp.asarray, inputs)
         tokens = inputs.tokens.shape[1]
         if tokens > self.config.max_position_embeddings:
             raise UserError(

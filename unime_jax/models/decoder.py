@@ -319,13 +319,14 @@ class TextEmbedder(nnx.Module):
 
     def hidden(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G T D"]:
         """Returns the decoder's last hidden states."""
+        inputs = jax.tree.map(jnp.asarray, inputs)
         return self.language_model(
             self.language_model.embed_tokens(inputs.tokens), inputs.lengths, key=key
         )
 
     def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
         """Returns unit rows, f32."""
-        return unit(last_token(self.hidden(inputs, key=key), inputs.lengths))
+        return unit(last_token(self.hidden(inputs, key=key), jnp.asarray(inputs.lengths)))
 
     @staticmethod
     def key_map(config: DecoderConfig) -> KeyMap:

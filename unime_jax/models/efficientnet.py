@@ -211,27 +211,27 @@ class EfficientNet(nnx.Module):
         self.bn1 = BatchNorm(config.head, eps=eps, dtype=dtype)
         self.fc = Linear(config.head, config.num_classes, bias=True, rngs=rngs, dtype=dtype)
 
-    def _grid(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N h w D"]:
+    def _grid(self, tiles: UInt8[Array | np.ndarray, "N S S 3"]) -> Float[Array, "N h w D"]:
         x = (tiles.astype(jnp.float32) - 127.0) / 128.0
         x = jax.nn.relu6(_conv_norm(self.conv_stem, self.bn0, x))
         for n in range(len(self.blocks)):
             x = self.blocks[str(n)](x)
         return jax.nn.relu6(_conv_norm(self.conv_head, self.bn1, x))
 
-    def __call__(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N P D"]:
+    def __call__(self, tiles: UInt8[Array | np.ndarray, "N S S 3"]) -> Float[Array, "N P D"]:
         """Returns the features of every position, row by row; P = grid^2."""
         return jax.lax.platform_dependent(
             tiles, cpu=lambda tiles: _by_chunks(self._features, tiles), default=self._features
         )
 
-    def _features(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N P D"]:
+    def _features(self, tiles: UInt8[Array | np.ndarray, "N S S 3"]) -> Float[Array, "N P D"]:
         x = self._grid(tiles)
         rows, columns = (area_weights(n, self.config.grid) for n in x.shape[1:3])
         if x.shape[1:3] != (self.config.grid, self.config.grid):
             x = jnp.einsum("nhwd,ph,qw->npqd", x, rows, columns)
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
-    def classify(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N V"]:
+    def classify(self, tiles: UInt8[Array | np.ndarray, "N S S 3"]) -> Float[Array, "N V"]:
         """Returns ImageNet logits."""
         return self.fc(self._grid(tiles).mean((1, 2)))
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
@@ -119,12 +120,13 @@ class Smol(nnx.Module):
     def embedding_width(self) -> int:
         return self.config.text.hidden_size
 
-    def featurise(self, tiles: UInt8[Array, "N S S 3"]) -> Float[Array, "N P Dv"]:
+    def featurise(self, tiles: UInt8[Array | np.ndarray, "N S S 3"]) -> Float[Array, "N P Dv"]:
         """Runs the vision tower alone; what `Inputs.features` may hold instead of tiles."""
         return self.vision_tower(tiles)
 
     def inputs_embeds(self, inputs: Inputs) -> Float[Array, "G T D"]:
         """Returns the decoder's input: token vectors, and projected features where images stand."""
+        inputs = jax.tree.map(jnp.asarray, inputs)
         x = self.language_model.embed_tokens(inputs.tokens)
         features = inputs.features
         if features is None:
@@ -141,11 +143,12 @@ class Smol(nnx.Module):
 
     def hidden(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G T D"]:
         """Returns the decoder's last hidden states."""
-        return self.language_model(self.inputs_embeds(inputs), inputs.lengths, key=key)
+        lengths = jnp.asarray(inputs.lengths)
+        return self.language_model(self.inputs_embeds(inputs), lengths, key=key)
 
     def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
         """Returns unit rows, f32; the key is for the adapters' dropout."""
-        return unit(last_token(self.hidden(inputs, key=key), inputs.lengths))
+        return unit(last_token(self.hidden(inputs, key=key), jnp.asarray(inputs.lengths)))
 
     @staticmethod
     def key_map(config: SmolConfig) -> KeyMap:
