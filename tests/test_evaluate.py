@@ -182,6 +182,18 @@ def test_without_a_teacher_there_is_no_spearman_and_no_ridge(world, config):
     assert result["ridge_strength"] is None and "train" not in world
 
 
+def test_data_without_wordnet_has_no_definitions(world, config, monkeypatch):
+    def sentences(path, name):
+        if name == "heldout":
+            return [{"text": f"word {n}"} for n in range(4)]
+        raise UserError("data/smol_sentences has no split 'gloss_to_example'; it has heldout")
+
+    monkeypatch.setattr(sources, "split_sentences", sentences)
+    result = evaluate.run(config)
+    assert list(result["tables"]["Sentences"][0]) == ["row", "Spearman"]
+    assert column(result, "Sentences", "Spearman")["after stage 2"] == pytest.approx(1)
+
+
 def test_limit_takes_fewer_rows(world, config):
     config.limit = 4
     result = evaluate.run(config)
