@@ -126,7 +126,11 @@ def test_norms_match_torch_with_gradients(kind):
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_matches_torch_with_gradients(kv_heads, causal):
     lengths = jnp.array([6, 3], jnp.int32)
-    q, k, v = normal(2, 6, 4, 8), normal(2, 6, kv_heads, 8, seed=1), normal(2, 6, kv_heads, 8, seed=2)
+    q, k, v = (
+        normal(2, 6, 4, 8),
+        normal(2, 6, kv_heads, 8, seed=1),
+        normal(2, 6, kv_heads, 8, seed=2),
+    )
     real = np.arange(6) < np.asarray(lengths)[:, None]
     direction = normal(2, 6, 4, 8, seed=3) * real[..., None, None]
 

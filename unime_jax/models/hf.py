@@ -28,6 +28,8 @@ TRANSFORMS: dict[str, tuple[int, ...] | None] = {
     "conv": (2, 3, 1, 0),  # OIHW -> HWIO; depthwise O1HW -> HW1O
 }
 SHARD_BYTES = 5 * 10**9
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _SHOWN = 8  # problems of one kind that a message spells out
 
 
@@ -131,10 +133,7 @@ def _renamed(name: str, key_map: KeyMap) -> str:
 
 
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    index, single = (
-        directory / "model.safetensors.index.json",
-        directory / "model.safetensors",
-    )
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     if single.exists():
         return [single]
     if not index.exists():
@@ -222,8 +221,8 @@ def _listed(kind: str, items: list[str]) -> str:
     return f"{len(items)} {kind}: {', '.join(items[:_SHOWN])}{more}"
 
 
-def _in_file(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns what one tensor of ours looks like in the file: a shape, or slices."""
+def _in_file(rule: Rule, shape: tuple) -> tuple:
+    """Puts what is said of each of our axes (a size, a slice) into the file's order."""
     order = TRANSFORMS[rule.transform]
     if order is None:
         return tuple(shape)
@@ -258,7 +257,12 @@ def _read(reader: _Reader, rule: Rule, leaf: jax.ShapeDtypeStruct) -> Array:
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
-def _exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.ndarray]]:
+def exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the file's keys and tensors, one at a time.
+
+    Raises:
+      UserError: a parameter has no key in this layout.
+    """
     flat = flatten(params)
     rules = {rule.ours: rule for rule in key_map.rules}
     unknown = sorted(set(flat) - set(rules))
@@ -268,11 +272,52 @@ def _exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.
     for path, rule in rules.items():
         leaf = flat[path]
         for layer, key in enumerate(_keys(rule, leaf.shape)):
-            value = np.asarray(leaf[layer] if rule.stacked else leaf).astype(dtype)
+            value = np.asarray(leaf[layer] if rule.stacked else leaf).astype(jnp.dtype(dtype))
             order = TRANSFORMS[rule.transform]
             if order is not None:
                 value = value.transpose(np.argsort(order))
             yield key, np.ascontiguousarray(value)
+
+
+class _Writer:
+    """Collects tensors into files of limited size; `finish` gives them their names at last."""
+
+    def __init__(self, directory: pathlib.Path, shard_bytes: int):
+        self._directory = directory
+        self._limit = shard_bytes
+        self._part: dict[str, np.ndarray] = {}
+        self._size = self._total = 0
+        self._written: list[tuple[pathlib.Path, list[str]]] = []
+
+    def add(self, key: str, value: np.ndarray) -> None:
+        if self._part and self._size + value.nbytes > self._limit:
+            self._flush()
+        self._part[key] = value
+        self._size += value.nbytes
+
+    def _flush(self) -> None:
+        path = self._directory / f".part-{len(self._written)}.safetensors"
+        # transformers refuses files without this note.
+        safetensors.numpy.save_file(self._part, path, metadata={"format": "pt"})
+        self._written.append((path, list(self._part)))
+        self._total += self._size
+        self._part, self._size = {}, 0
+
+    def finish(self) -> None:
+        """Renames the finished files, so that a torn write never looks like a checkpoint."""
+        self._flush()
+        count = len(self._written)
+        if count == 1:
+            os.replace(self._written[0][0], self._directory / SINGLE_FILE)
+            return
+        weight_map = {}
+        for number, (path, keys) in enumerate(self._written, start=1):
+            name = f"model-{number:05}-of-{count:05}.safetensors"
+            os.replace(path, self._directory / name)
+            weight_map.update(dict.fromkeys(keys, name))
+        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (self._directory / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
 def save(
@@ -291,45 +336,13 @@ def save(
         fails.
     """
     directory = pathlib.Path(directory)
-    parts: list[dict[str, np.ndarray]] = [{}]
-    size = total = 0
+    writer = _Writer(directory, shard_bytes)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        temporary: list[pathlib.Path] = []
-        weight_map: dict[str, int] = {}
-
-        def flush():
-            path = directory / f".part-{len(temporary)}.safetensors"
-            safetensors.numpy.save_file(parts[0], path, metadata={"format": "pt"})
-            temporary.append(path)
-            parts[0] = {}
-
-        for key, value in _exported(params, key_map, jnp.dtype(dtype)):
-            if parts[0] and size + value.nbytes > shard_bytes:
-                flush()
-                size = 0
-            parts[0][key] = value
-            weight_map[key] = len(temporary)
-            size, total = size + value.nbytes, total + value.nbytes
-        flush()
-        _publish(directory, temporary, weight_map, total)
+        for key, value in exported(params, key_map, dtype):
+            writer.add(key, value)
+        writer.finish()
         text = json.dumps({**config, "dtype": jnp.dtype(dtype).name}, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{directory} cannot be written: {error}") from None
-
-
-def _publish(directory, temporary, weight_map, total) -> None:
-    """Gives finished files their names, so that a torn write never looks like a checkpoint."""
-    count = len(temporary)
-    if count == 1:
-        os.replace(temporary[0], directory / "model.safetensors")
-        return
-    names = [f"model-{n + 1:05}-of-{count:05}.safetensors" for n in range(count)]
-    for path, name in zip(temporary, names, strict=True):
-        os.replace(path, directory / name)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {key: names[n] for key, n in weight_map.items()},
-    }
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
