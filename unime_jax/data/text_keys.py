@@ -10,46 +10,40 @@ STOP_WORDS = frozenset(
     "has have had can will so if then than too very just who which what where when how".split()
 )
 _LEADING = frozenset(["a", "an", "the", "some"])
-_IRREGULAR = {
-    "feet": "foot",
-    "teeth": "tooth",
-    "geese": "goose",
-    "mice": "mouse",
-    "men": "man",
-    "women": "woman",
-    "children": "child",
-    "people": "person",
-    "oxen": "ox",
-    "wolves": "wolf",
-    "leaves": "leaf",
-    "knives": "knife",
-    "wives": "wife",
-    "lives": "life",
-    "loaves": "loaf",
-    "shelves": "shelf",
-    "scarves": "scarf",
-    "calves": "calf",
-    "halves": "half",
-    "hooves": "hoof",
-    "thieves": "thief",
-    "dice": "die",
-    "cacti": "cactus",
-    "fungi": "fungus",
-}
+_IRREGULAR = dict(
+    pair.split("=")
+    for pair in """
+    feet=foot teeth=tooth geese=goose mice=mouse men=man women=woman children=child people=person
+    oxen=ox wolves=wolf leaves=leaf knives=knife wives=wife lives=life loaves=loaf shelves=shelf
+    scarves=scarf calves=calf halves=half hooves=hoof thieves=thief elves=elf dice=die
+    cacti=cactus fungi=fungus lens=lens lenses=lens gases=gas irises=iris atlases=atlas
+    canvas=canvas canvases=canvas fuses=fuse muses=muse uses=use axes=axe woodlice=woodlouse
+    """.split()
+)
+# Singulars whose plural looks like that of a word without their last e (shoes, heroes).
+_WITH_E = frozenset(
+    """shoe toe hoe foe canoe doe roe oboe aloe horseshoe ache headache moustache mustache quiche
+    niche avalanche brioche porsche pie tie lie die cookie movie zombie genie selfie smoothie
+    brownie cutie hoodie birdie collie goalie hippie magpie necktie bowtie rookie calorie prairie
+    pixie""".split()
+)
 
 
 def singular(word: str) -> str:
-    """Strips a plural ending; made-up stems are fine, equal words must only stay equal."""
+    """Strips a plural ending; "bus" and "glass" stay, a word that is no plural may lose its s."""
     if word in _IRREGULAR:
         return _IRREGULAR[word]
-    for irregular, base in _IRREGULAR.items():  # firemen, snowmen
-        if len(irregular) == 3 and len(word) > 5 and word.endswith(irregular):
-            return word[:-3] + base
+    if len(word) > 5 and word.endswith("men"):  # firemen, snowmen
+        return word[:-2] + "an"
     if len(word) <= 3 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
         return word
+    if word[:-1] in _WITH_E:
+        return word[:-1]
     if word.endswith("ies"):
         return word[:-3] + "y"
-    if word.endswith(("sses", "shes", "ches", "xes", "zes", "oes")):
+    if word.endswith(("sses", "shes", "ches", "xes", "zzes", "tzes", "oes")):
+        return word[:-2]
+    if word.endswith("uses") and not word.endswith(("ouses", "auses")):  # buses, walruses
         return word[:-2]
     return word[:-1]
 
