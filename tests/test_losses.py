@@ -379,6 +379,28 @@ def test_low_temperature_stays_finite():
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 
+def test_a_sharded_batch_gives_the_same_loss_and_gradients():
+    devices = jax.devices()
+    if len(devices) < 2:
+        pytest.skip("needs several devices")
+    query, target = unit_rows(23, 32, 16), unit_rows(24, 32, 16)
+    ids = (np.arange(32) // 2).astype(np.int32)
+    step = jax.jit(
+        jax.value_and_grad(
+            lambda q, t, i: losses.hard_negative_info_nce(q, t, target_ids=i, **HARD)[0],
+            argnums=(0, 1),
+        )
+    )
+    rows = jax.sharding.NamedSharding(
+        jax.sharding.Mesh(np.array(devices), ("data",)), jax.sharding.PartitionSpec("data")
+    )
+    want, want_grads = step(query, target, ids)
+    got, grads = step(*(jax.device_put(x, rows) for x in (query, target, ids)))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for g, w in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-6)
+
+
 def test_bfloat16_vectors_are_computed_in_f32():
     x = jnp.asarray(unit_rows(19, 8, 16), jnp.bfloat16)
     y = jnp.asarray(unit_rows(20, 8, 16), jnp.bfloat16)
