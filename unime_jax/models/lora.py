@@ -22,7 +22,13 @@ def _linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
 
 
 def attach(
-    model: nnx.Module, *, rank: int, alpha: float, dropout: float, targets: str, rngs: nnx.Rngs
+    model: nnx.Module,
+    *,
+    rank: int,
+    alpha: int | float,
+    dropout: int | float,
+    targets: str,
+    rngs: nnx.Rngs,
 ) -> nnx.Module:
     """Adds an adapter to every linear layer whose path matches; changes the model in place.
 
