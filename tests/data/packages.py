@@ -81,7 +81,10 @@ def gguf_file(path: pathlib.Path, *, layers=3, width=16, heads=4, kv_heads=2, ff
     writer.add_chat_template("{{ messages }}")
     head = width // heads
     published = {"model.embed_tokens.weight": (len(tokens), width), "model.norm.weight": (width,)}
-    names = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
     for layer in range(layers):
         for part, ours, shape in (
             ("attn_norm", "input_layernorm", (width,)),
@@ -185,7 +188,9 @@ def build_all(directory: pathlib.Path) -> dict[str, assets.Package]:
     pth = legacy_pth({"_conv_stem.weight": np.ones((2, 3, 3, 3), np.float32)})
     teacher = {f"t/model/{name}": b"{}" for name in smol.smol_student.TEACHER_FILES}
     made = {
-        "language model": wheel(directory / "lm-1-py3-none-any.whl", {"a/x.gguf": gguf_path.read_bytes()}),
+        "language model": wheel(
+            directory / "lm-1-py3-none-any.whl", {"a/x.gguf": gguf_path.read_bytes()}
+        ),
         "vision tower": wheel(directory / "tower-1-py3-none-any.whl", {"a/models/x.pth": pth}),
         "teacher": wheel(directory / "teacher-1-py3-none-any.whl", teacher),
     }

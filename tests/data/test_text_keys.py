@@ -42,7 +42,14 @@ def test_spellings_of_one_caption_are_equal(one, other):
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("a red hat", "a hat"), ("cat", "cats and dogs"), ("bus", "bu"), ("A glass", "a gla"), ("cap", "cape"), ("pie", "pi")],
+    [
+        ("a red hat", "a hat"),
+        ("cat", "cats and dogs"),
+        ("bus", "bu"),
+        ("A glass", "a gla"),
+        ("cap", "cape"),
+        ("pie", "pi"),
+    ],
 )
 def test_other_captions_differ(one, other):
     assert text_keys.compact_key(one) != text_keys.compact_key(other)

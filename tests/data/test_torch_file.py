@@ -5,9 +5,9 @@ import os
 import pickle
 
 import numpy as np
+import packages
 import pytest
 
-from tests.data import packages
 from unime_jax.data import torch_file
 from unime_jax.types import UserError
 
@@ -62,6 +62,11 @@ def test_a_cut_file_is_named(keep):
 def test_a_tensor_that_reaches_outside_of_its_storage_is_refused():
     storage = torch_file._Storage(np.float32, 4)
     storage.array = np.zeros(4, np.float32)
-    for offset, size, stride in ((0, (5,), (1,)), (3, (2,), (1,)), (0, (2,), (-1,)), (-1, (1,), (1,))):
+    for offset, size, stride in (
+        (0, (5,), (1,)),
+        (3, (2,), (1,)),
+        (0, (2,), (-1,)),
+        (-1, (1,), (1,)),
+    ):
         with pytest.raises(ValueError, match="outside"):
             torch_file._Tensor(storage, offset, size, stride).array()

@@ -13,7 +13,7 @@ class BadRows:
       limit: share of them that may be bad, 0 to 1.
     """
 
-    def __init__(self, total: int, limit: float):
+    def __init__(self, total: int, limit: int | float):
         self._lock = threading.Lock()
         self._seen: dict[tuple, str] = {}
         self._allowed = limit * total

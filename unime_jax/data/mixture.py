@@ -12,8 +12,8 @@ def shares(
     sizes: Sequence[int],
     batch: int,
     *,
-    weights: Sequence[float] | None = None,
-    temperature: float = 1.0,
+    weights: Sequence[int | float] | None = None,
+    temperature: int | float = 1.0,
 ) -> list[int]:
     """Divides a batch among strata by the largest remainder.
 
@@ -53,8 +53,8 @@ class Mixture:
         sizes: Sequence[int],
         batch: int,
         *,
-        weights: Sequence[float] | None = None,
-        temperature: float = 1.0,
+        weights: Sequence[int | float] | None = None,
+        temperature: int | float = 1.0,
         seed: int = 0,
     ):
         self.counts = shares(sizes, batch, weights=weights, temperature=temperature)

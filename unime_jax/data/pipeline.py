@@ -91,13 +91,13 @@ class Batches:
         seed: int = 0,
         max_tokens: int = 64,
         bins: int = 1,
-        weights: Sequence[float] | None = None,
-        temperature: float = 1.0,
-        other_texts: float = 0.0,
+        weights: Sequence[int | float] | None = None,
+        temperature: int | float = 1.0,
+        other_texts: int | float = 0.0,
         features: np.ndarray | None = None,
         augment: bool = False,
         vectors: Callable[[list[str]], np.ndarray] | None = None,
-        max_bad_share: float = 0.01,
+        max_bad_share: int | float = 0.01,
     ):
         if not 1 <= bins <= 4:
             raise UserError(f"config.data.length_bins={bins}: 1 to 4")
@@ -185,10 +185,10 @@ class Batches:
         if not example.other_texts or rng.random() >= self._other_texts:
             return example
         on_target = example.target_text is not None
-        tokens = found.target_tokens if on_target else found.query_tokens
-        fitting = [
-            text for text in example.other_texts if len(self._row(text, False).ids) <= tokens
-        ]
+        fitting = example.other_texts
+        if not (on_target and self._vectors):  # a vector has no length
+            tokens = found.target_tokens if on_target else found.query_tokens
+            fitting = [text for text in fitting if len(self._row(text, False).ids) <= tokens]
         if not fitting:
             return example
         text = fitting[rng.integers(len(fitting))]
@@ -308,7 +308,7 @@ class Batches:
             [(rows, tokens, tiles) for (tokens, tiles), rows in sorted(counter.items())]
             for counter in shapes
         )
-        return Info(lines, query, target, 1 - real / padded, self._lost, float(real))
+        return Info(lines, query, target, float(1 - real / padded), self._lost, float(real))
 
 
 def bin_edges(lengths: np.ndarray, weights: np.ndarray, bins: int) -> np.ndarray:

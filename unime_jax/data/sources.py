@@ -1,12 +1,13 @@
 """Reads training and evaluation data with random access: tfds directories and pairs.jsonl."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32
@@ -53,6 +54,7 @@ class Example:
     other_texts: tuple[str, ...] = ()
 
 
+@runtime_checkable
 class Source(Protocol):
     """Rows by number. `name` stands in reports; reading a row reads no image."""
 
@@ -199,18 +201,24 @@ def pairs(path: str | os.PathLike, split: str = "train") -> Pairs:
     if path.suffix == ".jsonl":
         return _jsonl_pairs(path)
     images = _open(path, "smol_pairs", split)
-    rows = [
-        PairRow(
-            caption=_text(found["caption"]),
-            key=_text(found["key"]),
-            source=_text(found["source"]),
-            keywords=tuple(map(_text, found["keywords"])),
-            gloss=_text(found["gloss"]),
-            seen=bool(found["seen"]),
-        )
-        for found in images
-    ]
-    return Pairs(rows, lambda number: images[number]["image"], name=split)
+    with _damage(path):
+        rows = [
+            PairRow(
+                caption=_text(found["caption"]),
+                key=_text(found["key"]),
+                source=_text(found["source"]),
+                keywords=tuple(map(_text, found["keywords"])),
+                gloss=_text(found["gloss"]),
+                seen=bool(found["seen"]),
+            )
+            for found in images
+        ]
+
+    def load(number: int) -> bytes:
+        with _damage(path):
+            return images[number]["image"]
+
+    return Pairs(rows, load, name=split)
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
@@ -272,17 +280,25 @@ def _open(path: pathlib.Path, name: str, split: str):
     os.environ.setdefault("TFDS_LOG_LEVEL", "error")
     import tensorflow_datasets as tfds
 
-    try:
+    with _damage(path):
         builder = tfds.builder_from_directory(str(versions[-1].parent))
         if split not in builder.info.splits:
             known = ", ".join(builder.info.splits)
             raise UserError(f"{path / name} has no split {split!r}; it has {known}")
         decoders = {"image": tfds.decode.SkipDecoding()} if name == "smol_pairs" else None
         return builder.as_data_source(split, decoders=decoders)
-    except (OSError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{path / name} is damaged ({error}): delete it and run prepare again"
-        ) from None
+
+
+@contextlib.contextmanager
+def _damage(path: pathlib.Path):
+    """Turns what tfds, protobuf and array_record raise, each its own kinds, into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{path} is damaged ({reason}): delete it and run prepare again") from None
 
 
 def _text(value) -> str:
@@ -291,8 +307,10 @@ def _text(value) -> str:
 
 def split_sentences(path: str | os.PathLike, split: str) -> list[dict[str, str]]:
     """Reads a split of the sentences (heldout, gloss_to_example, ...) as plain dicts."""
-    rows = _open(pathlib.Path(path).expanduser(), "smol_sentences", split)
-    return [{key: _text(value) for key, value in row.items()} for row in rows]
+    path = pathlib.Path(path).expanduser()
+    rows = _open(path, "smol_sentences", split)
+    with _damage(path):
+        return [{key: _text(value) for key, value in row.items()} for row in rows]
 
 
 def sentences(path: str | os.PathLike) -> list[str]:
@@ -324,7 +342,7 @@ class Vectors:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, rows) -> Float32[np.ndarray, "N E"]:
+    def __getitem__(self, rows) -> Float32[np.ndarray, "*rows E"]:
         rows = np.asarray(rows)
         out = np.empty((*rows.shape, self.shape[1]), np.float32)
         for number in np.unique(rows // self._rows):

@@ -1,0 +1,191 @@
+"""Reading data with random access."""
+
+import json
+import shutil
+
+import numpy as np
+import packages
+import pytest
+
+from unime_jax.data import bad_rows, smol_builders, smol_split, sources
+from unime_jax.data.smol_pictures import RawPair
+from unime_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+
+    def pair(caption, source, **kwargs):
+        raw = RawPair(source, "animals", "x", caption, (), b"")
+        return smol_split.Pair(raw, packages.png(), caption.lower(), **kwargs)
+
+    train = [
+        pair("Cat", "tuxpaint", keywords=("pet", "animal"), gloss="a feline"),
+        pair("Dog", "emoji", keywords=("pet",)),
+        pair("Owl", "tuxpaint"),
+    ]
+    sentences = {
+        "train": [smol_split.Sentence("one two three", "gloss", "n1")],
+        "heldout": [smol_split.Sentence("four", "gloss")],
+        "captions": [smol_split.Sentence("Cat", "caption"), smol_split.Sentence("pet", "keyword")],
+        "gloss_to_example": [smol_split.Sentence("a", "gloss", "n2", "b")],
+    }
+    test = [pair("Cow", "tuxpaint", seen=False)]
+    smol_builders.write(directory, {"train": train, "test": test}, sentences)
+    return directory
+
+
+def test_pairs_come_back_in_order(prepared):
+    pairs = sources.pairs(prepared)
+    assert pairs.captions() == ["Cat", "Dog", "Owl"]
+    assert pairs.texts() == ["Cat", "Dog", "Owl", "pet", "animal", "a feline"]
+    assert pairs.texts(others=False) == ["Cat", "Dog", "Owl"]
+    assert list(pairs.images()) == [packages.png()] * 3
+    example = pairs[0]
+    assert (example.query_text, example.target_text) == (None, "Cat")
+    assert example.query_image.load() == packages.png()
+    assert example.other_texts == ("pet", "animal", "a feline")
+    assert example.target_id == "cat"
+    assert not sources.pairs(prepared, "test").rows[0].seen
+
+
+def test_the_other_direction(prepared):
+    example = sources.pairs(prepared).directed("text_to_image")[1]
+    assert (example.query_text, example.target_text) == ("Dog", None)
+    assert example.target_image.number == 1
+    with pytest.raises(UserError, match="unknown direction"):
+        sources.pairs(prepared).directed("sideways")
+
+
+def test_parts_keep_the_image_numbers_of_the_whole(prepared):
+    parts = {part.name: part for part in sources.pairs(prepared).by_source()}
+    assert {name: len(part) for name, part in parts.items()} == {"tuxpaint": 2, "emoji": 1}
+    assert [parts["tuxpaint"][i].query_image.number for i in range(2)] == [0, 2]
+    assert parts["emoji"][0].set == "emoji"
+
+
+def test_sentences_are_wordnets_and_captions(prepared):
+    found = sources.sentences(prepared)
+    assert found == ["one two three", "Cat"]
+    assert sources.split_sentences(prepared, "gloss_to_example")[0]["second"] == "b"
+    assert sources.sentences_hash(found) != sources.sentences_hash(found[::-1])
+    assert sources.sentences_hash(["ab", "c"]) != sources.sentences_hash(["a", "bc"])
+
+
+def test_what_is_not_there_is_said(prepared, tmp_path):
+    with pytest.raises(UserError, match="has no split 'tset'; it has .*test"):
+        sources.pairs(prepared, "tset")
+    with pytest.raises(UserError, match="holds no smol_pairs: run"):
+        sources.pairs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("*/dataset_info.json", lambda path: path.write_text("{")),
+        ("*/*train*array_record*", lambda path: path.write_bytes(path.read_bytes()[:-900])),
+        ("*/*train*array_record*", lambda path: path.unlink()),
+    ],
+    ids=["info", "truncated", "missing"],
+)
+def test_a_damaged_directory_is_named(prepared, tmp_path, pattern, damage):
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    damage(next((copy / "smol_pairs").glob(pattern)))
+    with pytest.raises(UserError, match="copy is damaged .*delete it and run prepare again"):
+        sources.pairs(copy)
+
+
+# ---- pairs.jsonl
+
+
+def test_own_pairs(tmp_path):
+    pairs = sources.pairs(packages.jsonl(tmp_path, 3))
+    assert pairs.captions() == ["thing 0", "thing 1", "thing 2"]
+    assert pairs.image(1) == (tmp_path / "1.png").read_bytes()
+    assert pairs[2].query_image.name == str(tmp_path / "2.png")
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(UserError, match="1.png: cannot be read"):
+        pairs.image(1)
+    assert sources.sentences(tmp_path / "pairs.jsonl") == pairs.captions()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ('{"image": "a.png"}', 'line 2: "text" is missing or empty'),
+        ('{"image": "a.png", "text": " "}', 'line 2: "text" is missing or empty'),
+        ('{"image": 3, "text": "x"}', 'line 2: "image" is missing or empty'),
+        ("[1]", 'line 2: "image" is missing or empty'),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"image": "a.png", "text": "a"}\n' + line)
+    with pytest.raises(UserError, match=message):
+        sources.pairs(path)
+
+
+def test_an_unreadable_or_empty_list(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        sources.pairs(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="no pairs in it"):
+        sources.pairs(tmp_path / "empty.jsonl")
+
+
+# ---- teacher vectors
+
+
+def write_vectors(directory, texts, *, count=5, shard_rows=2):
+    array = np.arange(count * 3, dtype=np.float32).reshape(count, 3)
+    for number, start in enumerate(range(0, count, shard_rows)):
+        np.save(directory / f"vectors-{number:05d}.npy", array[start : start + shard_rows])
+    manifest = {
+        "count": count,
+        "shard_rows": shard_rows,
+        "sentences_sha256": sources.sentences_hash(texts),
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return array
+
+
+def test_vectors_across_shards(tmp_path):
+    texts = list("abcde")
+    array = write_vectors(tmp_path, texts)
+    vectors, manifest = sources.teacher_vectors(tmp_path, texts)
+    assert vectors.shape == (5, 3) and len(vectors) == manifest["count"]
+    rows = [4, 0, 3, 3, 1]
+    np.testing.assert_array_equal(vectors[np.array(rows)], array[rows])
+    np.testing.assert_array_equal(vectors[2], array[2])
+
+
+def test_vectors_that_do_not_fit_are_refused(tmp_path):
+    write_vectors(tmp_path, list("abcde"))
+    with pytest.raises(UserError, match="other sentences.*teach"):
+        sources.teacher_vectors(tmp_path, list("abcdf"))
+    np.save(tmp_path / "vectors-00001.npy", np.zeros((1, 3), np.float32))
+    with pytest.raises(UserError, match="vectors-00001.npy: 1 rows, 2 expected"):
+        sources.teacher_vectors(tmp_path)
+    (tmp_path / "vectors-00001.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(UserError, match="vectors-00001.npy: cannot be read"):
+        sources.teacher_vectors(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        sources.teacher_vectors(tmp_path)
+    with pytest.raises(UserError, match="holds no teacher vectors"):
+        sources.teacher_vectors(tmp_path / "nowhere")
+
+
+# ---- bad rows
+
+
+def test_bad_rows_count_once_and_stop_the_run():
+    bad = bad_rows.BadRows(100, 0.02)
+    for _ in range(3):
+        bad.add((0, 7), "a.png: broken")
+    bad.add((1, 7), "b.png: broken")
+    assert len(bad) == 2 and bad.problems() == ["a.png: broken", "b.png: broken"]
+    with pytest.raises(UserError, match="3 of 100 rows are unreadable.*max_bad_share.*c.png"):
+        bad.add((0, 8), "c.png: broken")
