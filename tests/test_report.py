@@ -87,7 +87,9 @@ def test_rate_follows_a_change_of_speed():
 def test_track_counts_finished_items_and_close_is_idempotent():
     out = io.StringIO()
     progress = report.Progress(3, "x", stream=out)
-    assert list(progress.track("abc")) == ["a", "b", "c"]
+    items = progress.track("abc")
+    assert next(items) == "a" and progress.done == 0
+    assert list(items) == ["b", "c"]
     progress.close()
     assert out.getvalue().count("3/3") == 1
 
@@ -110,6 +112,7 @@ def test_seconds(seconds, text):
 def test_rates():
     assert format_rate(3.14159, "step") == "3.14 s/step"
     assert format_rate(0.25, "row") == "4 rows/s"
+    assert format_rate(1 / 2.34, "row") == "2.34 rows/s"
     assert format_rate(0.0002, "row") == "5000 rows/s"
 
 
@@ -148,6 +151,7 @@ def test_a_fresh_run_starts_anew(tmp_path):
             writer.write(0, {"loss": loss})
             writer.write(1, {"loss": loss})
     assert [line["loss"] for line in report.read_metrics(tmp_path)] == [2.0, 2.0]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert report.read_metrics(tmp_path / "nothing") == []
 
 
@@ -298,14 +302,14 @@ def test_cosine_matrices_share_a_scale_and_tell_the_means(tmp_path, drawn):
 def test_retrieval_sheet_ticks_the_right_captions(tmp_path, drawn):
     similarity = np.array([[0.9, 0.1, 0.5, 0.3], [0.9, 0.8, 0.7, 0.1]])
     images = [np.zeros((20, 30, 3), np.uint8), np.zeros((400, 30, 4), np.uint8)]
-    captions = ["a dog", "$x a cat " + "of many words " * 9, "a fish", "a cow"]
+    captions = ["a dog", "$\\frac a$ cat " + "of many words " * 9, "a fish", "a cow"]
     report.plot_retrieval_sheet(images, captions, similarity, [0, 3], tmp_path / "x.png", top=3)
     words = texts(drawn[0])
     assert words.count("✓") == 1
     order = [w for w in words if w in ("a dog", "a fish", "a cow")]
     assert order == ["a dog", "a fish", "a cow", "a dog", "a fish"]
     assert "rank 4:  a cow" in words
-    assert any(w.startswith("$x a cat of many") and w.endswith("…") for w in words)
+    assert any(w.startswith("$\\frac a$ cat of many") and w.endswith("…") for w in words)
 
 
 def test_pictures_are_squared_on_white():
@@ -325,3 +329,4 @@ def test_recall_bars_tell_their_values(tmp_path, drawn):
     report.plot_recall(panels, tmp_path / "x.png", reference=["chance"])
     words = texts(drawn[0])
     assert {"0.5", "5.0", "12.5", "25.0", "R@1", "R@10", "chance", "ours"} <= set(words)
+    assert "0.0" not in words

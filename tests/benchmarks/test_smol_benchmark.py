@@ -25,8 +25,11 @@ def test_sentences_are_embedded_in_one_call_and_split_again():
 
 def test_gloss_to_example_pairs_row_with_row():
     eye = np.eye(3, dtype=np.float32)
-    task = smol.SentenceVectors(eye, eye, eye[[1, 0, 2]]).gloss_to_example()
-    assert metrics.recall_at_k(task.similarity, task.relevant, [1])[1] == pytest.approx(1 / 3)
+    task = smol.SentenceVectors(eye, eye, eye[[1, 2, 0]]).gloss_to_example()
+    assert metrics.recall_at_k(task.similarity, task.relevant, [1])[1] == 0
+    glosses = np.array([[1, 0], [0.8, 0.6]], np.float32)  # both look for the first example
+    task = smol.SentenceVectors(eye, glosses, np.array([[1, 0], [0, 0.1]])).gloss_to_example()
+    assert metrics.ranks(task.similarity, task.relevant).tolist() == [0, 1]
 
 
 def test_retrievals_go_both_ways_and_equal_captions_are_all_right():

@@ -223,4 +223,4 @@ def unit(rows: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
 
 def spread(count: int, wanted: int) -> Int[np.ndarray, "M"]:
     """Returns up to `wanted` of `count` places, evenly spread, always the same."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int))
+    return np.unique(np.linspace(0, count - 1, wanted).round().astype(int))
