@@ -3,10 +3,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unime_jax.types import Inputs
+from unime_jax import models
+from unime_jax.types import Inputs, flatten, unflatten
 
 TEXT = {
     "model_type": "llama",
@@ -78,6 +80,27 @@ def split(model: nnx.Module):
     return graphdef, nnx.to_pure_dict(state)
 
 
+def build(config: dict, *, seed: int = 0, **options) -> nnx.Module:
+    """Builds a model with random weights drawn by numpy: drawing by jax compiles every shape."""
+    abstract_model = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0), **options))
+    graphdef, abstract = split(abstract_model)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, noise = path.rsplit("/", 1)[-1], rng.standard_normal(leaf.shape)
+        if name == "kernel":
+            # Stacked kernels [L, I, O] and convolutions [k, k, I, O] alike.
+            value = noise / np.sqrt(leaf.shape[-2] * (leaf.shape[0] ** 2 if noise.ndim == 4 else 1))
+        elif name == "var":
+            value = np.exp(0.3 * noise)
+        else:
+            value = 0.1 * noise + (name == "scale")
+        return jnp.asarray(value, leaf.dtype)
+
+    flat = {path: draw(path, leaf) for path, leaf in flatten(abstract).items()}
+    return nnx.merge(graphdef, unflatten(flat))
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(graphdef, params, inputs):
     return nnx.merge(graphdef, params).embed(inputs)
@@ -91,6 +114,15 @@ def embed(model: nnx.Module, inputs: Inputs) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=0)
 def _hidden(graphdef, params, inputs):
     return nnx.merge(graphdef, params).hidden(inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _inputs_embeds(graphdef, params, inputs):
+    return nnx.merge(graphdef, params).inputs_embeds(inputs)
+
+
+def inputs_embeds(model: nnx.Module, inputs: Inputs) -> np.ndarray:
+    return np.asarray(_inputs_embeds(*split(model), inputs))
 
 
 def hidden(model: nnx.Module, inputs: Inputs) -> np.ndarray:

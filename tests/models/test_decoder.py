@@ -120,7 +120,7 @@ def test_round_trip_to_transformers_is_exact_and_strict(pair, tmp_path):
 
 
 def tiny(**changes):
-    return models.build({**parity.TEXT, **changes}, rngs=nnx.Rngs(0))
+    return parity.build({**parity.TEXT, **changes})
 
 
 def test_padding_and_batch_mates_do_not_matter():
@@ -162,7 +162,7 @@ def test_remat_changes_nothing():
     inputs = parity.text_inputs()
     values = []
     for remat in ("none", "dots", "full"):
-        model = models.build(parity.TEXT, rngs=nnx.Rngs(0), remat=remat)
+        model = parity.build(parity.TEXT, remat=remat)
         graphdef, params = parity.split(model)
         loss = lambda p: nnx.merge(graphdef, p).embed(inputs)[:, 0].sum()  # noqa: B023, E731
         values.append(jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params)))
@@ -173,7 +173,7 @@ def test_remat_changes_nothing():
 
 def test_bf16_is_near_f32():
     inputs = parity.text_inputs()
-    graphdef, params = parity.split(models.build(parity.TEXT, rngs=nnx.Rngs(0), dtype="bfloat16"))
+    graphdef, params = parity.split(parity.build(parity.TEXT, dtype="bfloat16"))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
     half = parity.embed(nnx.merge(graphdef, params), inputs)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
@@ -208,9 +208,7 @@ def test_configs_that_would_compute_something_else_are_refused(changes, words):
 
 
 def test_rows_longer_than_the_sliding_window_are_refused():
-    model = models.build(
-        {**parity.TEXT, "model_type": "mistral", "sliding_window": 8}, rngs=nnx.Rngs(0)
-    )
+    model = parity.build({**parity.TEXT, "model_type": "mistral", "sliding_window": 8})
     jax.eval_shape(model.embed, parity.text_inputs((8,)))
     with pytest.raises(UserError, match="9 tokens exceed the model's sliding_window of 8"):
         model.embed(parity.text_inputs((9,)))

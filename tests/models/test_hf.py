@@ -233,14 +233,14 @@ def test_a_torn_write_leaves_no_weights(tmp_path):
     ids=["llama", "llama-untied-bias", "phi3", "mistral", "smol", "smol-no-norm"],
 )
 def test_every_model_round_trips(config, tmp_path):
-    _, params = parity.split(models.build(config, rngs=nnx.Rngs(0)))
+    _, params = parity.split(parity.build(config))
     models.save(tmp_path, params, config)
     _, again = parity.split(models.load(tmp_path))
     assert_equal(again, params)
 
 
 def test_sharding_of_reaches_every_parameter(tmp_path):
-    _, params = parity.split(models.build(parity.TEXT, rngs=nnx.Rngs(0)))
+    _, params = parity.split(parity.build(parity.TEXT))
     models.save(tmp_path, params, parity.TEXT)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
     asked = {}

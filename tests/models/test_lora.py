@@ -17,7 +17,7 @@ SOME = r"self_attn/(q|v)_proj$"
 
 
 def tiny(**changes):
-    return models.build(parity.SMOL, rngs=nnx.Rngs(0), **changes)
+    return parity.build(parity.SMOL, **changes)
 
 
 def attach(model, **changes):

@@ -17,7 +17,7 @@ from unime_jax.types import ImageSpec, UserError
 
 @pytest.fixture(scope="module")
 def model():
-    return models.build(parity.SMOL, rngs=nnx.Rngs(0))
+    return parity.build(parity.SMOL)
 
 
 def featurise(model, tiles):
@@ -58,12 +58,10 @@ def test_features_given_equal_features_computed(model):
 
 
 def test_features_stand_where_the_index_says(model):
-    inputs = parity.image_inputs(start=(1, 3))
+    inputs = with_features(model, parity.image_inputs(start=(1, 3)))
     inputs.image_index[1, 3:7] = [3, 2, -1, 0]  # any order, any subset
-    embeds = np.asarray(model.inputs_embeds(inputs))
-    visual = np.asarray(
-        model.multi_modal_projector(jnp.asarray(featurise(model, inputs.tiles[:, 0])))
-    )
+    embeds = parity.inputs_embeds(model, inputs)
+    visual = np.asarray(model.multi_modal_projector(jnp.asarray(inputs.features[:, 0])))
     words = np.asarray(model.language_model.embed_tokens(jnp.asarray(inputs.tokens)))
     for row in range(2):
         for position in range(12):
@@ -73,26 +71,35 @@ def test_features_stand_where_the_index_says(model):
 
 
 def test_several_tiles_of_a_row_are_counted_through(model):
-    one = parity.image_inputs((12,), start=(1,))
-    tiles = np.concatenate([one.tiles, parity.image_inputs((12,), start=(1,), seed=5).tiles], 1)
-    index = np.where(one.image_index >= 0, one.image_index + 4, -1)
-    second = dataclasses.replace(one, tiles=tiles, image_index=index)
-    alone = dataclasses.replace(one, tiles=tiles[:, 1:])
+    first = with_features(model, parity.image_inputs())
+    both = np.concatenate([first.features[::-1], first.features], axis=1)
+    index = np.where(first.image_index >= 0, first.image_index + 4, -1)
+    second = dataclasses.replace(first, features=both, image_index=index)
     tolerances.assert_near(
-        parity.embed(model, second), parity.embed(model, alone), tolerances.EMBEDDING
+        parity.embed(model, second), parity.embed(model, first), tolerances.EMBEDDING
+    )
+
+
+def test_several_tiles_go_through_the_tower_in_order(model):
+    inputs = parity.image_inputs()
+    two = np.stack([inputs.tiles[:, 0], inputs.tiles[::-1, 0]], axis=1)
+    index = np.where(inputs.image_index >= 0, inputs.image_index + 4, -1)
+    swapped = dataclasses.replace(inputs, tiles=inputs.tiles[::-1])
+    tolerances.assert_near(
+        parity.inputs_embeds(model, dataclasses.replace(inputs, tiles=two, image_index=index)),
+        parity.inputs_embeds(model, swapped),
+        tolerances.MODULE,
     )
 
 
 def test_image_rows_keep_to_themselves(model):
-    inputs = parity.image_inputs()
+    inputs = with_features(model, parity.image_inputs())
     together = parity.embed(model, inputs)
     cut = jax.tree.map(lambda x: x[1:], inputs)
     alone = dataclasses.replace(cut, tokens=cut.tokens[:, :9], image_index=cut.image_index[:, :9])
     tolerances.assert_near(parity.embed(model, alone)[0], together[1], tolerances.EMBEDDING)
-    other = dataclasses.replace(
-        inputs, tiles=np.concatenate([255 - inputs.tiles[:1], inputs.tiles[1:]])
-    )
-    changed = parity.embed(model, other)
+    features = np.concatenate([-inputs.features[:1], inputs.features[1:]])
+    changed = parity.embed(model, dataclasses.replace(inputs, features=features))
     assert np.abs(changed[0] - together[0]).max() > 1e-3
     tolerances.assert_near(changed[1], together[1], tolerances.EMBEDDING)
 
@@ -113,8 +120,7 @@ def test_text_rows_never_touch_tower_or_projector(model):
 
 
 def test_text_rows_equal_the_decoder_alone(model):
-    alone = models.build(parity.TEXT, rngs=nnx.Rngs(1))
-    graphdef, _ = parity.split(alone)
+    graphdef, _ = parity.split(parity.build(parity.TEXT, seed=1))
     alone = nnx.merge(graphdef, {"language_model": parity.split(model)[1]["language_model"]})
     inputs = parity.text_inputs()
     tolerances.assert_near(
@@ -125,7 +131,7 @@ def test_text_rows_equal_the_decoder_alone(model):
 @pytest.mark.parametrize("norm", [True, False])
 def test_projector_matches_torch_with_gradients(norm):
     config = {**parity.SMOL, "projector": {"hidden": 20, "norm": norm}}
-    projector = models.build(config, rngs=nnx.Rngs(0)).multi_modal_projector
+    projector = parity.build(config).multi_modal_projector
     graphdef, params = parity.split(projector)
     parts = [torch.nn.LayerNorm(24)] * norm
     parts += [torch.nn.Linear(24, 20), torch.nn.GELU(), torch.nn.Linear(20, 32)]
