@@ -109,6 +109,17 @@ def test_shrink_stores_at_most_256_pixels():
     assert small.size == (10, 5)
 
 
+def test_copies_of_a_picture_have_about_the_same_fingerprint():
+    x, y = np.meshgrid(np.arange(200), np.arange(120))
+    colours = np.stack([x + y, 200 - x, 2 * y], -1).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(colours)
+    stored = pictures.open_rgb(pictures.shrink(image.resize((131, 79))), "x")
+    same = pictures.fingerprint(image) - pictures.fingerprint(stored)
+    assert np.abs(same).mean() < pictures.SAME_PICTURE
+    other = pictures.fingerprint(image) - pictures.fingerprint(Image.fromarray(colours[:, ::-1]))
+    assert np.abs(other).mean() > 2 * pictures.SAME_PICTURE
+
+
 def test_svg_measured_in_points():
     pytest.importorskip("resvg_py")
     svg = (

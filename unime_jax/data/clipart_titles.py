@@ -131,7 +131,8 @@ class Titles:
                 continue
             if bare not in _FUNCTION_WORDS and not self._is_word(bare):
                 break
-            title.append(bare)
+            if title[-1:] != [bare]:  # "gatto_cat"
+                title.append(bare)
         while title and title[-1] in _FUNCTION_WORDS:
             title.pop()
         if _UNSAID & set(title) or not any(map(self._names_something, title)):

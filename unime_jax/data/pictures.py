@@ -11,6 +11,8 @@ import numpy as np
 from unime_jax.types import UserError
 
 MAX_PIXELS = 100_000_000
+# Of 255. Copies of one drawing in two packages differ by up to 3.6, a blue and a green eye by 5.3.
+SAME_PICTURE = 4.0
 _STORED_SIDE = 256
 
 
@@ -111,6 +113,17 @@ def check_svg() -> None:
     """Raises UserError if SVG files cannot be rendered here."""
     if importlib.util.find_spec("resvg_py") is None:
         raise UserError("rendering SVG needs the `smol` extra: pip install resvg-py")
+
+
+def fingerprint(image) -> np.ndarray:
+    """Returns int16[192], the colours of a PIL RGB image on an 8 x 8 grid.
+
+    The mean difference of two copies of one picture, stored or drawn in different ways, is below
+    `SAME_PICTURE`.
+    """
+    from PIL import Image
+
+    return np.asarray(image.resize((8, 8), Image.Resampling.BOX), np.int16).reshape(-1)
 
 
 def render_svg(content: bytes, name: str) -> bytes:

@@ -92,45 +92,52 @@ def read_font(files: dict[str, pathlib.Path]) -> pictures.EmojiFont:
 
 def decode_pairs(
     pairs: list[RawPair], font: pictures.EmojiFont | None, progress=None
-) -> tuple[list[tuple[RawPair, bytes]], collections.Counter, list[str]]:
+) -> tuple[list[smol_split.Decoded], collections.Counter, list[str]]:
     """Decodes all pictures to small JPEGs, in order; bad ones are skipped and counted.
 
     Returns:
-      The readable pairs with their images, a count of skipped pictures by source, and one line
-      for each damaged one (emoji that the font lacks are only counted).
+      The readable pairs, a count of skipped pictures by source, and one line for each damaged
+      one (emoji that the font lacks are only counted).
     """
-
-    def decode(raw: RawPair) -> bytes | None | UserError:
-        try:
-            if raw.kind == "emoji":
-                image = font.render(raw.content.decode())
-                return None if image is None else pictures.shrink(image)
-            content, name = raw.content, raw.label
-            if raw.kind == "file":
-                return pictures.shrink(pictures.load_rgb(content.decode(), at_least=256))
-            if raw.kind == "svg":
-                content = pictures.render_svg(content, name)
-            image = pictures.open_rgb(content, name, trim=True, at_least=256)
-            return pictures.shrink(image)
-        except UserError as error:
-            return error
-
     if any(raw.kind == "svg" for raw in pairs):
         pictures.check_svg()
+
+    def decode(raw: RawPair) -> smol_split.Decoded | None | UserError:
+        try:
+            image = _picture(raw, font)
+        except UserError as error:
+            return error
+        if image is None:
+            return None
+        return smol_split.Decoded(raw, pictures.shrink(image), pictures.fingerprint(image))
+
     kept, skipped, problems, seen = [], collections.Counter(), [], set()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        for count, (raw, image) in enumerate(zip(pairs, pool.map(decode, pairs), strict=True), 1):
-            if isinstance(image, UserError):
-                problems.append(str(image))
+        for count, (raw, found) in enumerate(zip(pairs, pool.map(decode, pairs), strict=True), 1):
+            if isinstance(found, UserError):
+                problems.append(str(found))
+                found = None
             # Several flags are the same picture under different names: keep the first.
-            if not isinstance(image, bytes) or (raw.kind == "emoji" and image in seen):
+            if found is None or (raw.kind == "emoji" and found.image in seen):
                 skipped[raw.source] += 1
             else:
-                seen.add(image)
-                kept.append((raw, image))
+                seen.add(found.image)
+                kept.append(found)
             if progress:
                 progress(count)
     return kept, skipped, problems
+
+
+def _picture(raw: RawPair, font: pictures.EmojiFont | None):
+    """Decodes one picture to a PIL RGB image; None for an emoji that the font lacks."""
+    if raw.kind == "emoji":
+        return font.render(raw.content.decode())
+    if raw.kind == "file":
+        return pictures.load_rgb(raw.content.decode(), at_least=256)
+    content = raw.content
+    if raw.kind == "svg":
+        content = pictures.render_svg(content, raw.label)
+    return pictures.open_rgb(content, raw.label, trim=True, at_least=256)
 
 
 def wanted_packages(*, own_pairs: bool) -> list[str]:
@@ -162,11 +169,11 @@ def miniature(pairs: list[RawPair]) -> list[RawPair]:
     ]
 
 
-def split(decoded, words: wordnet.WordNet | None, *, smoke: bool):
+def split(decoded: list[smol_split.Decoded], words: wordnet.WordNet | None, *, smoke: bool):
     """Splits pairs and sentences; see `smol_split`."""
     sizes = {"test": 40, "validation": 20} if smoke else {"test": 200, "validation": 100}
     held_source = "tuxpaint"
-    if not any(raw.source == held_source for raw, _ in decoded):
+    if not any(found.raw.source == held_source for found in decoded):
         held_source = "pairs"
         sizes = {name: min(count, len(decoded) // 5) for name, count in sizes.items()}
     pairs, guard, dropped = smol_split.split_pairs(decoded, words, held_source=held_source, **sizes)
@@ -203,7 +210,7 @@ def report(pairs: dict, sentences: dict, skipped, dropped) -> list[tuple]:
             licence = PACKAGES[source].licence if source in PACKAGES else "yours"
             notes = []
             if name == "train" and dropped[source]:
-                notes.append(f"{dropped[source]} with held-out captions left out")
+                notes.append(f"{dropped[source]} of held-out captions or pictures left out")
             if name == "train" and skipped[source]:
                 notes.append(f"{skipped[source]} that cannot be drawn left out")
             rows.append((f"pairs, {name}: {source}", count, licence, "; ".join(notes)))

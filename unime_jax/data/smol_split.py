@@ -1,19 +1,31 @@
 """Splits the small data: what is tested on, and what may then be trained on.
 
-The rule: no text of training equals the caption of a test or validation pair, in whatever
-spelling, article or number, in any source; of WordNet, no meaning of a noun that stands in such
-a caption is used. Sharing a word is allowed ("a red hat" is trained on, "a hat" is tested).
+The rule: no picture of training is one of those held out, and no text of training equals the
+caption of a test or validation pair, in whatever spelling, article or number, in any source; of
+WordNet, no meaning of a noun that stands in such a caption is used. Sharing a word is allowed ("a
+red hat" is trained on, "a hat" is tested).
 """
 
 import collections
-import collections.abc
 import dataclasses
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 
-from unime_jax.data import text_keys, wordnet
+import numpy as np
+
+from unime_jax.data import pictures, text_keys, wordnet
 from unime_jax.data.smol_pictures import RawPair
 from unime_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """A readable pair: its JPEG bytes and the picture's `pictures.fingerprint`."""
+
+    raw: RawPair
+    image: bytes
+    fingerprint: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Sentence:
 class Guard:
     """Knows the held-out captions and says what may be trained on."""
 
-    def __init__(self, held_out: collections.abc.Iterable[str]):
+    def __init__(self, held_out: Iterable[str]):
         captions = list(held_out)
         self._keys = {text_keys.compact_key(caption) for caption in captions}
         self._nouns = {
@@ -80,7 +92,7 @@ class Guard:
         return not keys & self._keys and not (synset.name[0] == "n" and keys & self._nouns)
 
 
-def _runs(words: list[str], longest: int) -> collections.abc.Iterator[list[str]]:
+def _runs(words: list[str], longest: int) -> Iterator[list[str]]:
     for start in range(len(words)):
         for stop in range(start + 1, min(start + longest, len(words)) + 1):
             yield words[start:stop]
@@ -144,7 +156,7 @@ def meaning(raw: RawPair, words: wordnet.WordNet) -> wordnet.Synset | None:
 
 
 def split_pairs(
-    decoded: list[tuple[RawPair, bytes]],
+    decoded: list[Decoded],
     words: wordnet.WordNet | None,
     *,
     held_source: str = "tuxpaint",
@@ -154,49 +166,64 @@ def split_pairs(
     """Splits decoded pairs; returns the splits, the guard and what was dropped, by source.
 
     Test and validation come from one source, each caption with one picture only, so that every
-    image has exactly one right text; captions of several pictures stay in training.
+    image has exactly one right text; captions of several pictures stay in training. Nor is a
+    picture trained on that is held out under another caption (Tux Paint and Open Clip Art share
+    drawings).
+
+    Args:
+      decoded: readable pairs.
+      words: for definitions; None does without.
+      held_source: the source that test and validation come from.
+      test, validation: pairs to hold out.
 
     Raises:
       UserError: too few captions to hold any out.
     """
     keys = collections.Counter(
-        text_keys.compact_key(raw.caption) for raw, _ in decoded if raw.source == held_source
+        text_keys.compact_key(found.raw.caption)
+        for found in decoded
+        if found.raw.source == held_source
     )
     candidates = [
-        (raw, image)
-        for raw, image in decoded
-        if raw.source == held_source and keys[text_keys.compact_key(raw.caption)] == 1
+        found
+        for found in decoded
+        if found.raw.source == held_source and keys[text_keys.compact_key(found.raw.caption)] == 1
     ]
     if not test or not validation or len(candidates) < test + validation:
         raise UserError(
             f"{len(candidates)} {held_source} pictures with a caption of their own are too few "
             f"to hold out {test} for test and {validation} for validation"
         )
-    candidates.sort(key=lambda item: _draw(text_keys.compact_key(item[0].caption)))
+    candidates.sort(key=lambda found: _draw(text_keys.compact_key(found.raw.caption)))
     held = {"test": candidates[:test], "validation": candidates[test : test + validation]}
-    guard = Guard(raw.caption for rows in held.values() for raw, _ in rows)
+    held_out = [*held["test"], *held["validation"]]
+    guard = Guard(found.raw.caption for found in held_out)
+    pictures_held = np.stack([found.fingerprint for found in held_out])
+    numbers = {id(found) for found in held_out}
     dropped, train = collections.Counter(), []
-    held_raw = {id(raw) for rows in held.values() for raw, _ in rows}
-    for raw, image in decoded:
-        if id(raw) in held_raw:
+    for found in decoded:
+        if id(found) in numbers:
             continue
-        if guard.allows_pair(raw):
-            train.append(_training_pair(raw, image, words, guard))
+        distance = np.abs(pictures_held - found.fingerprint).mean(1).min()
+        if guard.allows_pair(found.raw) and distance >= pictures.SAME_PICTURE:
+            train.append(_training_pair(found, words, guard))
         else:
-            dropped[raw.source] += 1
+            dropped[found.raw.source] += 1
     known = {word for pair in train for word in text_keys.content_words(pair.raw.caption)}
     splits = {"train": train}
     for name, rows in held.items():
-        splits[name] = [_held_out_pair(raw, image, known) for raw, image in rows]
+        splits[name] = [_held_out_pair(found, known) for found in rows]
     return splits, guard, dropped
 
 
-def _held_out_pair(raw: RawPair, image: bytes, known: set[str]) -> Pair:
-    seen = set(text_keys.content_words(raw.caption)) <= known
-    return Pair(raw, image, text_keys.caption_key(raw.caption), seen=seen)
+def _held_out_pair(found: Decoded, known: set[str]) -> Pair:
+    caption = found.raw.caption
+    seen = set(text_keys.content_words(caption)) <= known
+    return Pair(found.raw, found.image, text_keys.caption_key(caption), seen=seen)
 
 
-def _training_pair(raw: RawPair, image: bytes, words: wordnet.WordNet | None, guard: Guard) -> Pair:
+def _training_pair(found: Decoded, words: wordnet.WordNet | None, guard: Guard) -> Pair:
+    raw = found.raw
     key = text_keys.caption_key(raw.caption)
     synset = None if words is None else meaning(raw, words)
     texts, gloss = list(raw.keywords), ""
@@ -207,7 +234,7 @@ def _training_pair(raw: RawPair, image: bytes, words: wordnet.WordNet | None, gu
     unique = {text_keys.compact_key(text): text for text in reversed(texts) if text}
     unique.pop(key.replace(" ", ""), None)
     kept = tuple(text for text in reversed(unique.values()) if guard.allows_text(text))
-    return Pair(raw, image, key, kept, gloss)
+    return Pair(raw, found.image, key, kept, gloss)
 
 
 def split_sentences(

@@ -46,11 +46,13 @@ class WordNet:
                     raise UserError(f"WordNet's data.{part}: line {number} is malformed") from None
                 self.synsets[synset.name] = synset
         self._nouns = {}
-        for line in _content(files, "index.noun"):
-            fields = line.split()
-            senses = int(fields[2])
-            lemma = fields[0].replace("_", " ")
-            self._nouns[lemma] = [f"n{offset}" for offset in fields[-senses:]]
+        for number, line in enumerate(_content(files, "index.noun"), 1):
+            try:
+                fields = line.split()
+                names = [f"n{offset}" for offset in fields[-int(fields[2]) :]]
+            except (ValueError, IndexError):
+                raise UserError(f"WordNet's index.noun: line {number} is malformed") from None
+            self._nouns[fields[0].replace("_", " ")] = names
 
     def noun_senses(self, lemma: str) -> list[Synset]:
         """Lists a noun's meanings, most frequent first; [] for what is no noun."""

@@ -1,0 +1,89 @@
+"""The real prepared data, where it is: nothing of the test captions is trained on.
+
+The rule is written down a second time here, apart from the code that applies it.
+"""
+
+import re
+import unicodedata
+
+import numpy as np
+import pytest
+
+from unime_jax.data import pictures, sources
+
+pytestmark = pytest.mark.assets
+
+
+def bare(text: str) -> str:
+    """Strips a caption to what has to differ: no case, accents, punctuation, articles, plurals."""
+    text = unicodedata.normalize("NFKD", text.lower())
+    text = (
+        "".join(c for c in text if not unicodedata.combining(c)).replace("’s", "").replace("'s", "")
+    )
+    found = re.findall(r"[a-z0-9]+", text)
+    while len(found) > 1 and found[0] in ("a", "an", "the", "some"):
+        found = found[1:]
+    return "".join(re.sub(r"(ies|y)$", "i", re.sub(r"s$", "", word)) for word in found)
+
+
+@pytest.fixture(scope="module")
+def data(assets):
+    return assets / "data"
+
+
+@pytest.fixture(scope="module")
+def held_out(data):
+    return [c for split in ("test", "validation") for c in sources.pairs(data, split).captions()]
+
+
+def test_sizes(data, held_out):
+    assert len(sources.pairs(data, "test")) == 200
+    assert len(sources.pairs(data, "validation")) == 100
+    assert len({bare(caption) for caption in held_out}) == 300
+    assert len(sources.pairs(data)) > 4000
+    assert {row.source for row in sources.pairs(data, "test").rows} == {"tuxpaint"}
+
+
+def test_no_text_of_training_is_a_held_out_caption(data, held_out):
+    held = {bare(caption) for caption in held_out}
+    pairs = sources.pairs(data)
+    texts = pairs.texts() + sources.sentences(data)
+    texts += [row["text"] for row in sources.split_sentences(data, "captions")]
+    assert not {text for text in texts if bare(text) in held}
+
+
+def test_no_meaning_of_a_held_out_noun_is_in_stage_1(data, held_out):
+    """Single-word captions ("A tiger."): their definition is in no text of training."""
+    import pathlib
+
+    from unime_jax.data import assets as fetched
+    from unime_jax.data import smol
+
+    with fetched.Cache(pathlib.Path(data).parents[1] / "packages") as cache:
+        words = smol.read_wordnet({"wordnet": cache.path(smol.PACKAGES["wordnet"])})
+    trained = set(sources.sentences(data)) | set(sources.pairs(data).texts())
+    for caption in held_out:
+        noun = re.sub(r"[^\w ]", "", caption.lower()).removeprefix("a ").removeprefix("an ")
+        for synset in words.noun_senses(noun.replace(" ", "_")) or words.noun_senses(noun):
+            assert synset.gloss not in trained, (caption, synset)
+            assert not set(synset.examples) & trained, (caption, synset)
+
+
+def test_evaluated_sentences_are_not_trained_on(data):
+    trained = set(sources.sentences(data)) | set(sources.pairs(data).texts())
+    rows = [r for s in ("heldout", "gloss_to_example") for r in sources.split_sentences(data, s)]
+    assert len(rows) == 1000
+    assert not {text for row in rows for text in (row["text"], row["second"])} & trained
+
+
+def test_no_held_out_picture_is_a_training_picture(data):
+    """Copies have the same shape of grey; other colours of one drawing are other pictures."""
+
+    def small(content):
+        image = pictures.open_rgb(content, "x").resize((16, 16))
+        return np.asarray(image, np.int16)
+
+    train = np.stack([small(content) for content in sources.pairs(data).images()])
+    for split in ("test", "validation"):
+        for content in sources.pairs(data, split).images():
+            assert np.abs(train - small(content)).mean((1, 2, 3)).min() > 2.5
