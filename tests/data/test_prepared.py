@@ -9,7 +9,7 @@ import unicodedata
 import numpy as np
 import pytest
 
-from unime_jax.data import pictures, sources
+from unime_jax.data import pictures, smol, sources
 
 pytestmark = pytest.mark.assets
 
@@ -36,6 +36,13 @@ def held_out(data):
     return [c for split in ("test", "validation") for c in sources.pairs(data, split).captions()]
 
 
+@pytest.fixture(scope="module")
+def trained(data):
+    """Every text that any stage may train on."""
+    texts = sources.pairs(data).texts() + sources.sentences(data)
+    return set(texts) | {row["text"] for row in sources.split_sentences(data, "captions")}
+
+
 def test_sizes(data, held_out):
     assert len(sources.pairs(data, "test")) == 200
     assert len(sources.pairs(data, "validation")) == 100
@@ -44,24 +51,15 @@ def test_sizes(data, held_out):
     assert {row.source for row in sources.pairs(data, "test").rows} == {"tuxpaint"}
 
 
-def test_no_text_of_training_is_a_held_out_caption(data, held_out):
+def test_no_text_of_training_is_a_held_out_caption(trained, held_out):
     held = {bare(caption) for caption in held_out}
-    pairs = sources.pairs(data)
-    texts = pairs.texts() + sources.sentences(data)
-    texts += [row["text"] for row in sources.split_sentences(data, "captions")]
-    assert not {text for text in texts if bare(text) in held}
+    assert not {text for text in trained if bare(text) in held}
 
 
-def test_no_meaning_of_a_held_out_noun_is_in_stage_1(data, held_out):
+def test_no_meaning_of_a_held_out_noun_is_in_stage_1(data, trained, held_out):
     """Single-word captions ("A tiger."): their definition is in no text of training."""
-    import pathlib
-
-    from unime_jax.data import assets as fetched
-    from unime_jax.data import smol
-
-    with fetched.Cache(pathlib.Path(data).parents[1] / "packages") as cache:
-        words = smol.read_wordnet({"wordnet": cache.path(smol.PACKAGES["wordnet"])})
-    trained = set(sources.sentences(data)) | set(sources.pairs(data).texts())
+    (package,) = (data.parents[1] / "packages").glob("wordnet-base_*.deb")
+    words = smol.read_wordnet({"wordnet": package})
     for caption in held_out:
         noun = re.sub(r"[^\w ]", "", caption.lower()).removeprefix("a ").removeprefix("an ")
         for synset in words.noun_senses(noun.replace(" ", "_")) or words.noun_senses(noun):
@@ -69,8 +67,7 @@ def test_no_meaning_of_a_held_out_noun_is_in_stage_1(data, held_out):
             assert not set(synset.examples) & trained, (caption, synset)
 
 
-def test_evaluated_sentences_are_not_trained_on(data):
-    trained = set(sources.sentences(data)) | set(sources.pairs(data).texts())
+def test_evaluated_sentences_are_not_trained_on(data, trained):
     rows = [r for s in ("heldout", "gloss_to_example") for r in sources.split_sentences(data, s)]
     assert len(rows) == 1000
     assert not {text for row in rows for text in (row["text"], row["second"])} & trained

@@ -88,7 +88,7 @@ def test_captions_of_several_pictures_are_not_held_out(decoded, words):
 
 def test_too_few_captions_are_refused(decoded, words):
     with pytest.raises(UserError, match="60 tuxpaint pictures .* too few to hold out 200"):
-        split_pairs(decoded, words)
+        split_pairs(decoded, words, test=200, validation=100)
     with pytest.raises(UserError, match="too few"):
         split_pairs([], words, test=0, validation=0)
 
@@ -195,7 +195,7 @@ def test_sizes_and_kinds(sentences, splits):
 
 def test_without_wordnet_captions_are_the_sentences(decoded):
     pairs, guard, _ = split_pairs(decoded, None, test=12, validation=6)
-    found = smol_split.split_sentences(None, pairs, guard)
+    found = smol_split.split_sentences(None, pairs, guard, train=100, held_out=20)
     assert set(found) == {"train", "heldout", "captions"}
     assert len(found["heldout"]) == 18 and found["train"]
     assert all(guard.allows_text(row.text) for row in found["train"])

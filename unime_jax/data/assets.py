@@ -53,7 +53,10 @@ class Cache:
     def __init__(self, directory: str | os.PathLike):
         self.directory = pathlib.Path(directory)
         self._record_path = self.directory / "checksums.json"
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.directory}: a file is in the way of this directory") from None
         self._lock = open(self.directory / ".lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

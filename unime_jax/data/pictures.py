@@ -29,7 +29,7 @@ def open_rgb(content: bytes, name: str, *, trim: bool = False, at_least: int | N
       at_least: a side in pixels that may be given up: JPEGs are then decoded at the smallest
         scale that keeps both sides at least so large (much faster).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -45,6 +45,8 @@ def open_rgb(content: bytes, name: str, *, trim: bool = False, at_least: int | N
         return _flatten(image, trim)
     except UserError:
         raise
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: not a readable image (no known format)") from None
     # PIL raises whatever the decoder stumbles over: struct.error, zlib.error, SyntaxError, ...
     except Exception as error:
         raise UserError(f"{name}: not a readable image ({error})") from None

@@ -53,6 +53,9 @@ PACKAGES = {
          130910028, "public domain"),
     )
 }  # fmt: skip
+# Pairs held out; sentences of stage 1, and of each of its two evaluations.
+SIZES = {"test": 200, "validation": 100, "train": 10_000, "held_out": 500}
+SMOKE_SIZES = {"test": 40, "validation": 20, "train": 600, "held_out": 60}
 _WORDNET = "usr/share/wordnet/"
 
 
@@ -171,14 +174,18 @@ def miniature(pairs: list[RawPair]) -> list[RawPair]:
 
 def split(decoded: list[smol_split.Decoded], words: wordnet.WordNet | None, *, smoke: bool):
     """Splits pairs and sentences; see `smol_split`."""
-    sizes = {"test": 40, "validation": 20} if smoke else {"test": 200, "validation": 100}
+    sizes = SMOKE_SIZES if smoke else SIZES
+    test, validation = sizes["test"], sizes["validation"]
     held_source = "tuxpaint"
     if not any(found.raw.source == held_source for found in decoded):
         held_source = "pairs"
-        sizes = {name: min(count, len(decoded) // 5) for name, count in sizes.items()}
-    pairs, guard, dropped = smol_split.split_pairs(decoded, words, held_source=held_source, **sizes)
-    counts = {"train": 600, "held_out": 60} if smoke else {}
-    sentences = smol_split.split_sentences(words, pairs, guard, **counts)
+        test, validation = min(test, len(decoded) // 5), min(validation, len(decoded) // 10)
+    pairs, guard, dropped = smol_split.split_pairs(
+        decoded, words, held_source=held_source, test=test, validation=validation
+    )
+    sentences = smol_split.split_sentences(
+        words, pairs, guard, train=sizes["train"], held_out=sizes["held_out"]
+    )
     return pairs, sentences, dropped
 
 

@@ -160,8 +160,8 @@ def split_pairs(
     words: wordnet.WordNet | None,
     *,
     held_source: str = "tuxpaint",
-    test: int = 200,
-    validation: int = 100,
+    test: int,
+    validation: int,
 ) -> tuple[dict[str, list[Pair]], Guard, collections.Counter]:
     """Splits decoded pairs; returns the splits, the guard and what was dropped, by source.
 
@@ -242,8 +242,8 @@ def split_sentences(
     pairs: dict[str, list[Pair]],
     guard: Guard,
     *,
-    train: int = 10_000,
-    held_out: int = 500,
+    train: int,
+    held_out: int,
 ) -> dict[str, list[Sentence]]:
     """Draws sentences of WordNet for stage 1; held-out ones share no synset with training.
 

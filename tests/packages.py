@@ -25,6 +25,11 @@ def png(colour="red", size=(20, 12)) -> bytes:
     return file.getvalue()
 
 
+def shade(number: int, variant: int = 0) -> tuple[int, int, int]:
+    """Gives pictures colours far enough apart to be different pictures."""
+    return (12 * number % 256, 36 * variant, 97 * number % 256)
+
+
 def wheel(path: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in files.items():
@@ -153,16 +158,16 @@ def picture_files() -> dict[str, dict[str, bytes]]:
     for i, animal in enumerate(ANIMALS):
         for j, colour in enumerate(COLOURS):
             base = f"usr/share/tuxpaint/stamps/animals/{animal}_{colour}"
-            stamps[f"{base}.png"] = png(colour, (10 + i, 10 + j))
+            stamps[f"{base}.png"] = png(shade(i, j))
             stamps[f"{base}.txt"] = f"A {colour} {animal}.\nde.utf8=Tier\n".encode()
-        stamps[f"usr/share/tuxpaint/stamps/animals/{animal}.png"] = png("white", (9, 9 + i))
+        stamps[f"usr/share/tuxpaint/stamps/animals/{animal}.png"] = png(shade(i, 3))
         stamps[f"usr/share/tuxpaint/stamps/animals/{animal}.txt"] = f"A {animal}.\n".encode()
     drawings = {
-        f"usr/share/games/pysiogame/res/images/art4apps/animals/{animal}.jpg": png("brown")
-        for animal in ANIMALS
+        f"usr/share/games/pysiogame/res/images/art4apps/animals/{animal}.jpg": png(shade(i, 4))
+        for i, animal in enumerate(ANIMALS)
     }
     clipart = {
-        f"usr/share/openclipart/png/animals/{animal}_gerald_g._01.png": png("gray", (7 + i, 8))
+        f"usr/share/openclipart/png/animals/{animal}_gerald_g._01.png": png(shade(i, 5))
         for i, animal in enumerate(ANIMALS)
     }
     notes = "".join(
@@ -217,7 +222,7 @@ def jsonl(directory: pathlib.Path, count: int = 40) -> pathlib.Path:
     """Writes a pairs.jsonl with its images."""
     lines = []
     for i in range(count):
-        (directory / f"{i}.png").write_bytes(png("red", (5 + i, 9)))
+        (directory / f"{i}.png").write_bytes(png(shade(i)))
         lines.append(json.dumps({"image": f"{i}.png", "text": f"thing {i}"}))
     path = directory / "pairs.jsonl"
     path.write_text("\n".join(lines))
