@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from unime_jax import evaluate, evaluation
+from unime_jax.benchmarks import smol
 from unime_jax.data import preprocess, sources
 from unime_jax.types import ImageSpec, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE, WIDTH = 4, 24
+TRAINED = [5, 5, 9, *range(15, -1, -1), 5]  # numbers of the training pairs
 
 
 def png(number: int) -> bytes:
@@ -75,11 +77,14 @@ def world(monkeypatch, tmp_path):
 
     def split(path, name):
         read.append(name)
-        numbers = {"test": range(8), "validation": range(8, 14), "train": range(16)}[name]
-        rows = [sources.PairRow(f"word {n}", f"key {n}", "here", seen=n % 2 == 0) for n in numbers]
+        numbers = {"test": range(8), "validation": range(8, 14), "train": TRAINED}[name]
+        rows = [  # the test pairs 6 and 7 count as the same
+            sources.PairRow(f"word {n}", f"key {6 if n == 7 else n}", "here", seen=n % 4 == 0)
+            for n in numbers
+        ]
         images = [png(n) for n in numbers]
         if name == "train":
-            images[3] = b"broken"
+            images[2] = b"broken"
         return sources.Pairs(rows, lambda i: images[i], name=name)
 
     def sentences(path, name):
@@ -129,14 +134,14 @@ def test_tables_hold_what_the_models_can_do(world, config):
     assert column(result, "Sentences", "Spearman")["after stage 2"] == pytest.approx(1)
     assert column(result, "Sentences", "Spearman")["raw model"] is None
     pictures = column(result, "Pictures", "i2t R@1")
-    assert pictures["chance"] == pytest.approx(100 / 8)
+    assert pictures["chance"] == pytest.approx(100 * (6 * 1 + 2 * 2) / 64)
     assert pictures["raw model"] == 0 and pictures["after stage 2"] == 100
-    # All but the unreadable picture can be learned by a linear map.
-    assert pictures["ridge regression"] >= 100 * 6 / 8
+    assert pictures["ridge regression"] == 100
     assert list(pictures) == ["chance", "ridge regression", "raw model", "after stage 2"]
-    for word in ("seen", "unseen"):
-        assert column(result, f"Pictures, {word} words", "t2i R@1")["after stage 2"] == 100
-        assert column(result, f"Pictures, {word} words", "t2i R@1")["chance"] == 100 / 8
+    for word, chance in (("seen", 1 / 8), ("unseen", (4 * 1 + 2 * 2) / 48)):
+        found = column(result, f"Pictures, {word} words", "t2i R@1")
+        assert found["after stage 2"] == 100
+        assert found["chance"] == pytest.approx(100 * chance)
 
 
 def test_report_and_plots_are_written(world, config, tmp_path, capsys):
@@ -148,12 +153,13 @@ def test_report_and_plots_are_written(world, config, tmp_path, capsys):
     out = pathlib.Path(config.output)
     stored = json.loads((out / "report.json").read_text())
     assert stored["tables"]["Pictures"] == result["tables"]["Pictures"]
-    assert stored["split"] == "test" and stored["ridge_strength"] > 0
+    assert stored["split"] == "test" and stored["ridge_strength"] > 0 and stored["seconds"] >= 0
     text, printed = (out / "report.md").read_text(), capsys.readouterr().out
     for name in ("recall", "cosine", "retrieval", "losses"):
         assert (out / f"{name}.png").stat().st_size > 3000
         assert f"({name}.png)" in text and f"{name}.png" in printed
-    assert "| after stage 2 | **1.000** |" in text
+    assert "| after stage 2 | **1.000** |" in text and "| teacher | 1.000 |" in text
+    assert "## Nearest captions, after stage 2" in text
     assert "R@k, %, among all 8 test pairs" in printed
     assert f"unime_jax.load('{config.models.stage2}')" in printed
 
@@ -162,6 +168,7 @@ def test_choosing_on_validation_never_reads_the_test_pairs(world, config):
     config.data.split = "validation"
     result = evaluate.run(config)
     assert "test" not in world and "validation" in world
+    assert "among all 6 validation pairs" in (pathlib.Path(config.output) / "report.md").read_text()
     assert column(result, "Pictures", "i2t R@1")["chance"] == pytest.approx(100 / 6)
 
 
@@ -194,11 +201,58 @@ def test_data_without_wordnet_has_no_definitions(world, config, monkeypatch):
     assert column(result, "Sentences", "Spearman")["after stage 2"] == pytest.approx(1)
 
 
-def test_limit_takes_fewer_rows(world, config):
-    config.limit = 4
+def test_damaged_sentences_are_no_missing_ones(world, config, monkeypatch):
+    def sentences(path, name):
+        if name == "heldout":
+            return []
+        raise UserError("data/smol_sentences is damaged")
+
+    monkeypatch.setattr(sources, "split_sentences", sentences)
+    with pytest.raises(UserError, match="is damaged"):
+        evaluate.run(config)
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """Notes the rows that ridge regression is fitted on, as numbers of features and targets."""
+    rows = []
+    fit = smol.fit_ridge
+
+    def spy(features, targets, quality):
+        captions = (targets @ FakeEmbedder.directions.T).argmax(axis=1)
+        rows.append((features.argmax(axis=1).tolist(), captions.tolist()))
+        return fit(features, targets, quality)
+
+    monkeypatch.setattr(smol, "fit_ridge", spy)
+    return rows
+
+
+def test_ridge_is_fitted_on_the_readable_training_pairs(world, config, fitted):
+    evaluate.run(config)
+    readable = TRAINED[:2] + TRAINED[3:]
+    assert fitted == [(readable, readable)]
+
+
+def test_limit_takes_fewer_rows(world, config, fitted, monkeypatch):
+    config.limit = 1
+    config.data.features = "somewhere"  # features of all images are more than is asked for
+    monkeypatch.setattr(evaluation.train_data, "cache_features", None)
     result = evaluate.run(config)
-    assert column(result, "Pictures", "i2t R@1")["chance"] == 25
-    assert column(result, "Sentences", "R@1")["chance"] == 25
+    assert column(result, "Pictures", "i2t R@1")["chance"] == 100
+    assert column(result, "Sentences", "R@1")["chance"] == 100
+    assert "Pictures, unseen words" not in result["tables"]  # the one pair left is of seen words
+    ((features, captions),) = fitted
+    assert features == captions and len(features) == 9  # ten, one of them unreadable
+
+
+def test_matrices_show_the_models_alone(world, config, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        evaluate.report, "plot_cosine_matrices", lambda matrices, path: drawn.extend(matrices)
+    )
+    evaluate.run(config)
+    assert [title for title, _ in drawn] == ["raw model", "after stage 2"]
+    np.testing.assert_allclose(drawn[1][1], np.eye(8), atol=1e-6)
 
 
 def test_ridge_reads_the_features_that_training_kept(world, config, monkeypatch):
@@ -206,13 +260,13 @@ def test_ridge_reads_the_features_that_training_kept(world, config, monkeypatch)
 
     def cached(pairs, model, directory, *, variants):
         asked.append((len(pairs), model.kind, str(directory), variants))
-        views = np.eye(WIDTH, dtype=np.float16)[:16, None, None]
+        views = np.eye(WIDTH, dtype=np.float16)[TRAINED][:, None, None]
         return np.concatenate([views, np.zeros_like(views)], axis=1).repeat(2, axis=2)
 
     monkeypatch.setattr(evaluation.train_data, "cache_features", cached)
     config.data.features, config.data.variants = "somewhere", 2
     result = evaluate.run(config)
-    assert asked == [(16, "raw", "somewhere", 2)]
+    assert asked == [(len(TRAINED), "raw", "somewhere", 2)]
     assert column(result, "Pictures", "i2t R@1")["ridge regression"] == 100
 
 
