@@ -280,6 +280,15 @@ def test_loss_plot(tmp_path, drawn):
         report.plot_losses({"Nothing": []}, tmp_path / "y.png")
 
 
+def test_long_runs_are_thinned_by_means(tmp_path, drawn):
+    steps = [{"step": s, "loss": float(s)} for s in range(1, 20_001)]
+    report.plot_losses({"long": steps}, tmp_path / "x.png")
+    raw = drawn[0].axes[0].lines[0]
+    assert len(raw.get_xdata()) == 1000
+    np.testing.assert_allclose(raw.get_xdata()[:2], [10.5, 30.5])
+    np.testing.assert_allclose(raw.get_ydata(), raw.get_xdata())
+
+
 def test_smoothing_keeps_lines_and_removes_noise():
     line = np.linspace(5, 1, 60)
     np.testing.assert_allclose(plots._smooth(line), line)

@@ -50,6 +50,7 @@ STYLE = {
     "legend.handlelength": 1.4,
 }
 DPI = 170
+MAX_POINTS = 1000  # of a curve
 
 # Lines of the second row of `plot_losses`: metric -> (label, colour), where a run has it.
 COSINES = {
@@ -270,7 +271,11 @@ def _figure(width: float, height: float, path, layout: str = "constrained"):
 def _series(steps, name: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(m["step"], m[name]) for m in steps if m.get(name) is not None]
     x, y = zip(*points, strict=True) if points else ((), ())
-    return np.array(x, float), np.array(y, float)
+    x, y = np.array(x, float), np.array(y, float)
+    if len(x) > MAX_POINTS:  # more than there are pixels: means of equal stretches
+        parts = np.array_split(np.arange(len(x)), MAX_POINTS)
+        x, y = (np.array([values[part].mean() for part in parts]) for values in (x, y))
+    return x, y
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:
