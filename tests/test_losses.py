@@ -29,7 +29,7 @@ CASES = golden_cases()
 MINE = jax.jit(losses.mine_hard_negatives, static_argnames="k")
 HARD_LOSS = jax.jit(losses.hard_negative_info_nce, static_argnames=("k", "shortage", "negatives"))
 INFO_NCE = jax.jit(losses.info_nce)
-DISTILL = jax.jit(losses.distill_kl, static_argnames="direction")
+DISTILL = jax.jit(losses.distill_kl, static_argnames=("direction", "diagonal"))
 
 
 # ---------------------------------------------------------------- slow oracle
@@ -451,3 +451,16 @@ def test_impossible_options_are_refused(arguments, message):
     x = unit_rows(22, 4, 4)
     with pytest.raises(ValueError, match=message):
         HARD_LOSS(x, x, **(HARD | arguments))
+
+
+def test_kl_without_the_diagonal_is_that_of_the_other_rows():
+    student, teacher = unit_rows(17, 6, 5), unit_rows(18, 6, 7)
+    value, _ = DISTILL(student, teacher, temperature=0.1, diagonal=False)
+    others = ~np.eye(6, dtype=bool)
+    p, q = (
+        (e := np.exp((x @ x.T)[others].reshape(6, 5) / 0.1)) / e.sum(axis=1, keepdims=True)
+        for x in (teacher.astype(np.float64), student.astype(np.float64))
+    )
+    np.testing.assert_allclose(value, (p * np.log(p / q)).sum(axis=1).mean(), rtol=1e-4)
+    grad = jax.grad(lambda s: DISTILL(s, teacher, temperature=0.1, diagonal=False)[0])(student)
+    assert np.isfinite(grad).all()

@@ -49,6 +49,7 @@ def base_config() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.temperature = 0.02  # divides cosines
     c.loss.kl_direction = "teacher_to_student"  # or student_to_teacher
+    c.loss.kl_diagonal = True  # a row's similarity to itself in the softmax (see distill_kl)
     c.loss.k = 8  # hard negatives per query; 0: every target of the batch (InfoNCE)
     c.loss.margin = 0.1  # above the positive's cosine a candidate is a false negative
     c.loss.shortage = "duplicate"  # fewer than k survivors: duplicate (the paper) or mask

@@ -104,6 +104,7 @@ def make_objective(
     *,
     temperature: float,
     kl_direction: str = "teacher_to_student",
+    kl_diagonal: bool = True,
     k: int = 8,
     margin: float = 0.1,
     shortage: str = "duplicate",
@@ -113,7 +114,13 @@ def make_objective(
 
     def distill(query, vectors, batch, key):
         del batch, key
-        return losses.distill_kl(query, vectors, temperature=temperature, direction=kl_direction)
+        return losses.distill_kl(
+            query,
+            vectors,
+            temperature=temperature,
+            direction=kl_direction,
+            diagonal=kl_diagonal,
+        )
 
     def in_batch(query, target, batch, key):
         del key
