@@ -54,7 +54,7 @@ class FakeEmbedder:
         self.image_spec = None if self.kind in ("teacher", "bert") else ImageSpec("grid", SIZE, 2)
         self.params = {"language_model": {"embed_tokens": {"embedding": np.eye(WIDTH + 2)}}}
 
-    def embed(self, texts=None, images=None, progress=None):
+    def embed(self, texts=None, images=None, progress=lambda count: None):
         if texts is not None:
             numbers = [int(text.split()[-1]) for text in texts]
         else:
@@ -243,6 +243,18 @@ def test_limit_takes_fewer_rows(world, config, fitted, monkeypatch):
     assert "Pictures, unseen words" not in result["tables"]  # the one pair left is of seen words
     ((features, captions),) = fitted
     assert features == captions and len(features) == 9  # ten, one of them unreadable
+
+
+def test_validation_recall_has_names_that_plots_know(world, tmp_path):
+    pairs = evaluation.read_pairs(tmp_path / "data", "validation")
+    model = FakeEmbedder(tmp_path / "stage2")
+    assert world == ["validation"]
+    assert evaluation.validation_recall(model, pairs) == {
+        "validation/image_to_text_recall_at_1": 1.0,
+        "validation/image_to_text_recall_at_10": 1.0,
+        "validation/text_to_image_recall_at_1": 1.0,
+        "validation/text_to_image_recall_at_10": 1.0,
+    }
 
 
 def test_matrices_show_the_models_alone(world, config, monkeypatch):

@@ -85,11 +85,12 @@ def read(config) -> tuple[smol.Sentences, smol.Pairs]:
         [row["text"] for row in couples],
         [row["second"] for row in couples],
     )
-    return sentences, _pairs(config, config.data.split, limit)
+    return sentences, read_pairs(path, config.data.split, limit)
 
 
-def _pairs(config, split: str, limit: int | None) -> smol.Pairs:
-    found = sources.pairs(config.data.path, split)
+def read_pairs(path, split: str, limit: int | None = None) -> smol.Pairs:
+    """Reads pairs that `prepare` wrote: all, or up to `limit` of them, evenly spread."""
+    found = sources.pairs(path, split)
     chosen = smol.spread(len(found), limit or len(found))
     rows = [found.rows[i] for i in chosen]
     return smol.Pairs(
@@ -98,6 +99,20 @@ def _pairs(config, split: str, limit: int | None) -> smol.Pairs:
         [row.key for row in rows],
         [row.seen for row in rows],
     )
+
+
+def validation_recall(model, pairs: smol.Pairs) -> dict[str, float]:
+    """Returns recall in both directions, under the names that metrics files and plots know."""
+    vectors = smol.embed_pairs(
+        pairs,
+        lambda texts: model.embed(texts=list(texts)),
+        lambda images: model.embed(images=list(images)),
+    )
+    found = {}
+    for direction, task in vectors.retrievals(pairs.keys).items():
+        for k, recall in metrics.recall_at_k(task.similarity, task.relevant, (1, 10)).items():
+            found[f"validation/{direction.replace(' ', '_')}_recall_at_{k}"] = recall
+    return found
 
 
 def measure(config, sentences: smol.Sentences, pairs: smol.Pairs) -> Measured:
@@ -170,7 +185,7 @@ def _ridge_features(config, encoder: _Encoder, pairs: smol.Pairs) -> _RidgeFeatu
         chosen = smol.spread(len(train), 10 * config.limit or len(train))
         pooled = encoder.pooled([train.image(int(i)) for i in chosen])
         captions = captions[chosen]
-    validation = _pairs(config, "validation", None)
+    validation = read_pairs(config.data.path, "validation")
     return _RidgeFeatures(
         captions.tolist(), pooled, encoder.pooled(validation.images), encoder.pooled(pairs.images)
     )
@@ -185,7 +200,7 @@ def _ridge_row(
     unique = list(dict.fromkeys(captions))
     place = {text: i for i, text in enumerate(unique)}
     targets = teacher.texts(unique)[[place[text] for text in captions]]
-    validation = _pairs(config, "validation", None)
+    validation = read_pairs(config.data.path, "validation")
     validation_vectors = teacher.texts(validation.captions)
 
     def quality(ridge: smol.Ridge) -> float:
