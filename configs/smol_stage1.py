@@ -1,7 +1,7 @@
 """Stage 1 of the newcomer's run: distil MiniLM's similarities into the small language model.
 
-    python -m unime_jax.train --config configs/smol_stage1.py          # the run
-    python -m unime_jax.train --config configs/smol_stage1.py:smoke    # a few steps
+python -m unime_jax.train --config configs/smol_stage1.py          # the run
+python -m unime_jax.train --config configs/smol_stage1.py:smoke    # a few steps
 """
 
 from unime_jax.config import base_config

@@ -1,7 +1,7 @@
 """Stage 2 of the newcomer's run: hard-negative contrastive tuning on image-caption pairs.
 
-    python -m unime_jax.train --config configs/smol_stage2.py          # the run
-    python -m unime_jax.train --config configs/smol_stage2.py:smoke    # a few steps
+python -m unime_jax.train --config configs/smol_stage2.py          # the run
+python -m unime_jax.train --config configs/smol_stage2.py:smoke    # a few steps
 """
 
 from unime_jax.config import base_config

@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-
 import toy
 from test_steps import parts
+
 from unime_jax import checkpoint
 from unime_jax.types import UserError
 

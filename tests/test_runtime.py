@@ -21,8 +21,12 @@ def raising(error):
     "error, code, message",
     [
         (UserError("rows.jsonl line 3: no text"), 2, "error: rows.jsonl line 3: no text\n"),
-        (OSError(errno.ENOSPC, "No space", "out.npy"), 2, "error: no space left on the disk of out.npy"),
-        (PermissionError(errno.EACCES, "Permission denied", "out"), 2, "error: cannot write of out"),
+        (OSError(errno.ENOSPC, "", "a.npy"), 2, "error: no space left on the disk (a.npy)"),
+        (
+            PermissionError(errno.EACCES, "denied", "out"),
+            2,
+            "error: no permission to write (out): denied",
+        ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )

@@ -24,7 +24,7 @@ def assert_near(actual, expected, atol: float) -> None:
 
 
 def assert_gradients_near(actual: dict, expected: dict, tolerance: float = GRADIENT) -> None:
-    """Compares two dicts of gradients, key by key; every expected one must be there and not zero."""
+    """Compares two dicts of gradients, key by key; all must be there and none zero."""
     assert set(actual) == set(expected), sorted(set(actual) ^ set(expected))
     for name, value in expected.items():
         assert np.abs(np.asarray(value)).max() > 0, f"{name}: a zero gradient tests nothing"

@@ -21,7 +21,7 @@ def base_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # parameters' initial values, order of the data, dropout
     c.output = ""  # directory of the run: checkpoints, metrics, resolved config
-    c.stage = "contrast"  # what is trained: distill (stage 1), align (projector), contrast (stage 2)
+    c.stage = "contrast"  # distill (stage 1), align (the projector alone) or contrast (stage 2)
 
     c.model = ConfigDict()
     c.model.path = ""  # HF directory or the output directory of an earlier run
@@ -64,9 +64,7 @@ def base_config() -> ConfigDict:
     c.train.adapters.rank = 16  # 0: no adapters
     c.train.adapters.alpha = 64.0  # the update is scaled by alpha / rank
     c.train.adapters.dropout = 0.0  # on the adapters' input
-    c.train.adapters.targets = (
-        r"language_model/.*(q_proj|k_proj|v_proj|o_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|down_proj)$"
-    )
+    c.train.adapters.targets = r"language_model/.*(q|k|v|o|qkv|gate|up|gate_up|down)_proj$"
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-4  # peak
@@ -205,7 +203,8 @@ def validate_train(config: ConfigDict) -> None:
     check(chunk <= batch, f"config.train.chunk={chunk} is larger than train.batch_size={batch}")
     if chunk:
         check(
-            batch % chunk == 0, f"config.train.chunk={chunk} does not divide train.batch_size={batch}"
+            batch % chunk == 0,
+            f"config.train.chunk={chunk} does not divide config.train.batch_size={batch}",
         )
     check(
         config.train.adapters.rank > 0 or len(config.train.trainable) > 0,

@@ -177,9 +177,13 @@ def load_model(
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give an HF directory or a run directory")
     if checkpoint.is_run(path):
-        base = checkpoint.read_run(path)["model"]["path"]
-        if not pathlib.Path(base).expanduser().is_dir():
-            raise UserError(f"{path} was trained from {base}, which is not there any more")
+        base = pathlib.Path(checkpoint.read_run(path)["model"]["path"])
+        if not base.is_dir():
+            base = path.parent / base.name  # runs that were moved together
+        if not base.is_dir():
+            raise UserError(
+                f"{path} was trained from {base.name}, which is neither where it was nor beside it"
+            )
         model, directory = load_model(
             base, dtype=dtype, attention=attention, remat=remat, mesh=mesh
         )

@@ -28,7 +28,7 @@ def run_entry(main: Callable[[list[str]], None], argv: list[str] | None = None) 
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sys.exit(_fail(f"no space left on the disk{_of(error)}; free some and start again"))
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            sys.exit(_fail(f"cannot write{_of(error)}: {error.strerror}"))
+            sys.exit(_fail(f"no permission to write{_of(error)}: {error.strerror}"))
         raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -41,7 +41,7 @@ def _fail(message: str) -> int:
 
 
 def _of(error: OSError) -> str:
-    return f" of {error.filename}" if error.filename else ""
+    return f" ({error.filename})" if error.filename else ""
 
 
 class StopRequest:

@@ -16,7 +16,7 @@ BATCH = P(("data", "fsdp"))
 # (regex on the parameter's path, spec of its last axes). The first match counts; axes in front
 # (the layer axis of stacked layers) stay whole. Kernels are [inputs, outputs].
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj)/kernel$", P("fsdp", "tensor")),
+    (r"(q|k|v|qkv|gate|up|gate_up)_proj/kernel$", P("fsdp", "tensor")),
     (r"(o_proj|down_proj)/kernel$", P("tensor", "fsdp")),
     (r"embed_tokens/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),

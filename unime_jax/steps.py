@@ -124,9 +124,7 @@ def make_objective(
 
     def in_batch(query, target, batch, key):
         del key
-        return losses.info_nce(
-            query, target, temperature=temperature, target_ids=batch.target_ids
-        )
+        return losses.info_nce(query, target, temperature=temperature, target_ids=batch.target_ids)
 
     def hard_negatives(query, target, batch, key):
         return losses.hard_negative_info_nce(
@@ -170,9 +168,7 @@ def make_train_step(
 
         query_key, target_key, loss_key = jax.random.split(key, 3)
         run = functools.partial(encode_groups, encode, chunk=chunk, mesh=mesh)
-        query = run(
-            batch.query, order=batch.query_order, key=query_key if dropout else None
-        )
+        query = run(batch.query, order=batch.query_order, key=query_key if dropout else None)
         if batch.vectors is not None:
             target = batch.vectors
         else:

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     check_path(config, "data.path")
     check(
         bool(config.teacher.vectors),
-        "config.teacher.vectors is empty; name the directory to write with --config.teacher.vectors",
+        "config.teacher.vectors is empty; name a directory with --config.teacher.vectors=DIR",
     )
     runtime.start()
     run(config)

@@ -8,6 +8,7 @@ with their meaning: unime_jax/config.py). The run lives in config.output: starte
 from its newest checkpoint; Ctrl-C or SIGTERM saves first.
 """
 
+import pathlib
 import time
 from typing import Any
 
@@ -32,6 +33,8 @@ def run(config) -> dict[str, float]:
     """Trains as the configuration says and returns the last step's metrics."""
     print(to_json(config))
     settings = config.to_dict()
+    # The run finds its base again from wherever it is loaded.
+    settings["model"]["path"] = str(pathlib.Path(config.model.path).expanduser().resolve())
     mesh = sharding.make_mesh(**settings["mesh"])
     checkpoint.open_run(config.output, settings)
 
@@ -77,17 +80,18 @@ def run(config) -> dict[str, float]:
         dropout=config.train.adapters.rank > 0 and config.train.adapters.dropout > 0,
         mesh=mesh,
     )
-    return _loop(config, train_step, steps.create_state(trainable, optimizer), frozen, data, mesh)
-
-
-def _loop(config, train_step, state, frozen, data: TrainData, mesh) -> dict[str, float]:
     saves = checkpoint.Checkpoints(
         config.output,
-        config=config.to_dict(),
+        config=settings,
         keep=config.checkpoint.keep,
         every_steps=config.checkpoint.every_steps,
         every_seconds=config.checkpoint.every_seconds,
     )
+    state = steps.create_state(trainable, optimizer)
+    return _loop(config, train_step, state, frozen, data, saves, mesh)
+
+
+def _loop(config, train_step, state, frozen, data: TrainData, saves, mesh) -> dict[str, float]:
     restored = saves.restore(state)
     if restored is not None:
         state = restored

@@ -89,7 +89,9 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
     unknown = set(weights) - {source.name for source in found}
     if unknown:
         names = ", ".join(sorted({source.name for source in found}))
-        raise UserError(f"config.data.weights: no set {', '.join(sorted(unknown))}; there are {names}")
+        raise UserError(
+            f"config.data.weights: no set {', '.join(sorted(unknown))}; there are {names}"
+        )
     batches = pipeline.Batches(
         found,
         embedder.preprocessor,

@@ -68,7 +68,8 @@ class Batch:
       query: groups; concatenated and then permuted by `query_order` they are rows 0..B-1.
       target: groups, likewise; () where `vectors` stand for the other side.
       query_order, target_order: int32[B]; row i of the batch is row order[i] of the groups.
-      vectors: f32[B, E] or None: teacher embeddings (stage 1), cached target embeddings (alignment).
+      vectors: f32[B, E] or None: embeddings of the teacher (stage 1) or cached ones of the targets
+        (alignment).
       target_ids: int32[B] or None; equal ids mean the same target.
     """
 

@@ -1,0 +1,101 @@
+"""The embedder: order, batch-mates, the pure function, faults."""
+
+import jax
+import jax.numpy as jnp
+import miniature
+import numpy as np
+import pytest
+from PIL import Image
+
+import unime_jax
+from unime_jax import embedder as embedder_lib
+from unime_jax import sharding
+from unime_jax.types import UserError
+
+TEXTS = ["a red cat", "dog", "a much longer sentence about a green fox and a blue owl", "cat " * 40]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return miniature.write_all(tmp_path_factory.mktemp("miniature"))
+
+
+@pytest.fixture(scope="module")
+def embedder(root):
+    return unime_jax.load(root / "student", dtype="float32")
+
+
+def test_rows_come_back_in_order_whatever_stands_beside_them(embedder):
+    image = Image.new("RGB", (30, 20), "red")
+    together = embedder.embed(texts=[*TEXTS, None, "with"], images=[None] * 4 + [image, image])
+    assert together.shape == (6, 32) and together.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, rtol=1e-5)
+    for row, text in enumerate(TEXTS):
+        alone = embedder.embed(texts=[text])[0]
+        np.testing.assert_allclose(together[row], alone, atol=1e-5)
+    np.testing.assert_allclose(together[4], embedder.embed(images=[image])[0], atol=1e-5)
+    assert np.abs(together[4] - together[5]).max() > 1e-4
+
+
+def test_the_function_is_pure_and_differentiable(embedder):
+    apply, params = embedder.function()
+    inputs = embedder.preprocess(texts=TEXTS)
+    vectors = jax.jit(apply)(params, inputs)
+    np.testing.assert_allclose(vectors, embedder.embed(texts=TEXTS), atol=1e-5)
+    grads = jax.grad(lambda p: jnp.sum(apply(p, inputs)[:, 0]))(params)
+    norms = [jnp.abs(x).max() for x in jax.tree.leaves(grads["language_model"])]
+    assert max(norms) > 0 and all(np.isfinite(norms))
+
+
+def test_token_rows(embedder):
+    row = embedder.preprocessor.tokenize("a red cat", False)
+    np.testing.assert_allclose(
+        embedder.embed_tokens([list(row.ids)]), embedder.embed(texts=["a red cat"]), atol=1e-6
+    )
+    image = Image.new("RGB", (30, 20), "blue")
+    row = embedder.preprocessor.tokenize(None, True)
+    assert list(row.ids).count(embedder.image_token_id) == 1
+    np.testing.assert_allclose(
+        embedder.embed_tokens([list(row.ids)], [image]), embedder.embed(images=[image]), atol=1e-6
+    )
+
+
+def test_parameters_and_rows_spread_over_a_mesh(root, embedder):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    spread = embedder_lib.load(root / "student", dtype="float32", mesh=mesh)
+    kernel = spread.params["language_model"]["model"]["layers"]["mlp"]["up_proj"]["kernel"]
+    assert len(kernel.addressable_shards) == 8 and not kernel.sharding.is_fully_replicated
+    np.testing.assert_allclose(spread.embed(texts=TEXTS), embedder.embed(texts=TEXTS), atol=1e-5)
+
+
+def test_bfloat16_is_close(root, embedder):
+    half = unime_jax.load(root / "student")
+    cosine = (half.embed(texts=TEXTS) * embedder.embed(texts=TEXTS)).sum(1)
+    assert half.params["language_model"]["model"]["norm"]["scale"].dtype == jnp.bfloat16
+    assert cosine.min() > 1 - 2e-3
+
+
+@pytest.mark.parametrize(
+    "arguments, named",
+    [
+        ({}, "texts, images or both"),
+        ({"texts": ["a"], "images": [None, None]}, "1 texts but 2 images"),
+        ({"texts": ["a", None], "images": [None, None]}, "row 1"),
+        ({"texts": ["a", " "]}, "row 1"),
+        ({"images": ["/no/such.png"]}, "/no/such.png"),
+        ({"images": [b"not an image"]}, "row 0"),
+    ],
+)
+def test_bad_rows_are_named(embedder, arguments, named):
+    with pytest.raises(UserError, match=named):
+        embedder.embed(**arguments)
+
+
+def test_bad_directories_are_named(tmp_path):
+    with pytest.raises(UserError, match="absent"):
+        unime_jax.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="config.json"):
+        unime_jax.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match="gpt2"):
+        unime_jax.load(tmp_path)
