@@ -1,6 +1,7 @@
 """The process: exit codes, signals, platform and compilation cache."""
 
 import errno
+import logging
 import os
 import pathlib
 import signal
@@ -75,6 +76,8 @@ def start() -> None:
     """Sets the process up for JAX work; call once, before any array is made."""
     import jax
 
+    # Orbax reports every default it fills in; what matters to a user is said by the entries.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     # Compiled programs survive restarts: a resumed run starts stepping at once.
     directory = cache_directory() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(directory))
