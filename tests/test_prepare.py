@@ -165,6 +165,30 @@ def test_a_full_disk(tmp_path, registry, capsys, monkeypatch):
     assert "no space left on the disk" in fails(capsys, "--cache", tmp_path)
 
 
+def test_a_disk_that_fills_up_while_the_data_is_written(tmp_path, registry, capsys, monkeypatch):
+    import array_record.python.array_record_module as array_record
+
+    class Full(array_record.ArrayRecordWriter):
+        def close(self):
+            raise RuntimeError("write() failed: No space left on device; writing x; at byte 7")
+
+    monkeypatch.setattr(array_record, "ArrayRecordWriter", Full)
+    message = fails(capsys, "--cache", tmp_path)
+    assert "cannot be written: " in message and message.endswith("No space left on device")
+
+
+def test_weights_that_do_not_fit_on_the_disk(tmp_path, registry, capsys, monkeypatch):
+    import safetensors
+    import safetensors.numpy
+
+    def full(tensors, path, metadata):
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    message = fails(capsys, "--cache", tmp_path)
+    assert "model.safetensors cannot be written: I/O error: No space left" in message
+
+
 def test_nothing_half_done_is_left_by_a_failure(tmp_path, registry, capsys, monkeypatch):
     from unime_jax.data import smol_builders
 

@@ -93,13 +93,18 @@ def test_a_step_is_the_same_from_any_thread(smol):
 
 
 def test_query_and_target_of_a_row_belong_together(smol):
-    """Image i is i + 4 pixels wide, so that the tile tells its row."""
+    """An image's colour tells its row. Two sets with the same bins mix the order of rows."""
 
     def load(number):
         return packages.png((number, 0, 0), (5, 5))
 
     pairs = make_pairs(40, load=load)
-    batches = pipeline.Batches([pairs], smol, batch_size=16, bins=3)
+    parts = [
+        sources.Pairs(pairs.rows, load, name=name, members=range(*members))
+        for name, members in (("a", (0, 30)), ("b", (30, 40)))
+    ]
+    batches = pipeline.Batches(parts, smol, batch_size=16, bins=3)
+    assert len(batches.info.strata) > 3
     caption_ids = {smol.tokenize(row.caption, False).ids: i for i, row in enumerate(pairs.rows)}
     for step in range(6):
         batch = batches[step]

@@ -52,7 +52,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "was-here").exists()
 
 
-@pytest.mark.parametrize("keep", [0, 10, 200, -5])
+@pytest.mark.parametrize("keep", [0, 10, 200, -5, -8])
 def test_a_cut_file_is_named(keep):
     content = packages.legacy_pth({"a": np.ones((50, 50), np.float32)})[:keep]
     with pytest.raises(UserError, match="x.pth is no readable PyTorch state dict"):

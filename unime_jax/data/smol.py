@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -83,7 +84,7 @@ def read_pairs(files: dict[str, pathlib.Path], words: wordnet.WordNet) -> list[R
         wanted, reader = readers[name]
         return reader(assets.read_deb(files[name], wanted))
 
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    with _threads(2) as pool:
         return [pair for pairs in pool.map(read, readers) for pair in pairs]
 
 
@@ -115,7 +116,7 @@ def decode_pairs(
         return smol_split.Decoded(raw, pictures.shrink(image), pictures.fingerprint(image))
 
     kept, skipped, problems, seen = [], collections.Counter(), [], set()
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with _threads(os.cpu_count() or 1) as pool:
         for count, (raw, found) in enumerate(zip(pairs, pool.map(decode, pairs), strict=True), 1):
             if isinstance(found, UserError):
                 problems.append(str(found))
@@ -129,6 +130,16 @@ def decode_pairs(
             if progress:
                 progress(count)
     return kept, skipped, problems
+
+
+@contextlib.contextmanager
+def _threads(count: int):
+    """A pool that drops what it has not begun when it is left by an error or Ctrl-C."""
+    pool = concurrent.futures.ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _picture(raw: RawPair, font: pictures.EmojiFont | None):

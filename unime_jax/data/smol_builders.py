@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from unime_jax.data.smol_split import Pair, Sentence
+from unime_jax.types import UserError
 
 
 class SmolPairs(tfds.core.GeneratorBasedBuilder):
@@ -102,9 +103,17 @@ class SmolSentences(tfds.core.GeneratorBasedBuilder):
 
 
 def write(directory: pathlib.Path, pairs: dict[str, list[Pair]], sentences: dict) -> None:
-    """Writes both data sets below `directory`."""
+    """Writes both data sets below `directory`.
+
+    Raises:
+      UserError: the disk is full, or cannot be written.
+    """
     tfds.disable_progress_bar()
     for builder_class, rows in ((SmolPairs, pairs), (SmolSentences, sentences)):
         builder = builder_class(rows=rows, data_dir=str(directory), file_format="array_record")
         with contextlib.redirect_stdout(io.StringIO()):  # it announces a download: there is none
-            builder.download_and_prepare()
+            try:
+                builder.download_and_prepare()
+            except RuntimeError as error:  # array_record hides the OSError inside
+                reason = str(error).split(";")[0]
+                raise UserError(f"{directory} cannot be written: {reason}") from None
