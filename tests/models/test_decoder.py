@@ -11,9 +11,9 @@ import transformers
 from flax import nnx
 
 from unime_jax import models
-from unime_jax.models import hf
+from unime_jax.models import decoder, hf
 from unime_jax.models.decoder import DecoderConfig, TextEmbedder
-from unime_jax.types import Inputs, UserError
+from unime_jax.types import Inputs, UserError, flatten
 
 COMMON = {
     "vocab_size": 97,
@@ -140,10 +140,10 @@ def test_padding_and_batch_mates_do_not_matter():
 def test_positions_see_what_they_should(causal):
     """The gradient of one position's output with respect to every position's input."""
     config = DecoderConfig.from_hf(parity.TEXT, causal=causal)
-    decoder = TextEmbedder(config, rngs=nnx.Rngs(0)).language_model
+    model = TextEmbedder(config, rngs=nnx.Rngs(0)).language_model
     embeds = jax.random.normal(jax.random.key(0), (1, 6, 32))
     lengths = jnp.array([5])
-    gradient = jax.jit(jax.grad(lambda x: decoder(x, lengths)[0, 2].sum()))(embeds)
+    gradient = jax.jit(jax.grad(lambda x: model(x, lengths)[0, 2].sum()))(embeds)
     seen = np.abs(np.asarray(gradient))[0].max(-1) > 0
     assert list(seen) == ([True] * 3 + [False] * 3 if causal else [True] * 5 + [False])
 
@@ -156,6 +156,29 @@ def test_bidirectional_decoder_ignores_padding():
     tolerances.assert_near(
         parity.embed(model, short), parity.embed(model, long), tolerances.EMBEDDING
     )
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_narrow_last_layer_changes_nothing(causal, monkeypatch):
+    """Computing the last layer for the last token alone, against all positions; gradients too."""
+    inputs = parity.text_inputs()
+    for config in (parity.TEXT, {**parity.TEXT, "model_type": "phi3"}):
+        parsed = DecoderConfig.from_hf(config, causal=causal)
+        assert parsed.narrow_last_layer
+        model = nnx.eval_shape(lambda: TextEmbedder(parsed, rngs=nnx.Rngs(0)))  # noqa: B023
+        graphdef, _ = parity.split(model)
+        _, params = parity.split(parity.build(config))
+
+        def loss(params):
+            return nnx.merge(graphdef, params).embed(inputs)[:, 0].sum()  # noqa: B023
+
+        narrow = jax.jit(jax.value_and_grad(loss))(params)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "NARROW_LAYERS", 0)
+            whole = jax.jit(jax.value_and_grad(lambda p: loss(p)))(params)  # noqa: B023
+        tolerances.assert_near(narrow[0], whole[0], tolerances.EMBEDDING)
+        own, expected = flatten(narrow[1]), flatten(whole[1])
+        tolerances.assert_gradients_near(own, expected)
 
 
 def test_remat_changes_nothing():

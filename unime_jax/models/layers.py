@@ -165,8 +165,8 @@ def rope(x: Float[Array, "G T N H"], tables: tuple[Array, Array]) -> Float[Array
 
 def attention(
     q: Float[Array, "G T N H"],
-    k: Float[Array, "G T K H"],
-    v: Float[Array, "G T K H"],
+    k: Float[Array, "G S K H"],
+    v: Float[Array, "G S K H"],
     *,
     causal: bool,
     lengths: Int[Array, " G"] | None = None,

@@ -35,7 +35,7 @@ from unime_jax.models import decoder, efficientnet
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from unime_jax.models.hf import KeyMap, Rule
-from unime_jax.models.layers import LayerNorm, Linear, last_token, unit
+from unime_jax.models.layers import LayerNorm, Linear, unit
 from unime_jax.types import Array, ImageSpec, Inputs, UserError
 
 _NORM_EPS = 1e-5
@@ -148,7 +148,9 @@ class Smol(nnx.Module):
 
     def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
         """Returns unit rows, f32; the key is for the adapters' dropout."""
-        return unit(last_token(self.hidden(inputs, key=key), jnp.asarray(inputs.lengths)))
+        lengths = jnp.asarray(inputs.lengths)
+        embeds = self.inputs_embeds(inputs)
+        return unit(self.language_model.last_hidden(embeds, lengths, key=key))
 
     @staticmethod
     def key_map(config: SmolConfig) -> KeyMap:
