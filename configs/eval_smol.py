@@ -35,7 +35,7 @@ def get_config(arg: str = ""):
     c.data.split = "test"  # pairs: test, or validation to choose between runs
     # As in training, so that the ridge baseline finds the features of the training images there.
     c.data.features = str(assets / "features")  # "": computed anew
-    c.data.variants = 1 if smoke else 2
+    c.data.variants = 1 if smoke else 3
 
     # Run directories whose losses are drawn; "": left out.
     c.runs = ConfigDict()

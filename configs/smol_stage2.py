@@ -20,7 +20,9 @@ def get_config(arg: str = ""):
     c.data.path = str(assets / "data")
     c.data.max_tokens = 32
     c.data.features = str(assets / "features")
-    c.data.variants = 1 if smoke else 2
+    c.data.variants = 1 if smoke else 3
+    c.data.directions = ("image_to_text", "text_to_image")
+    c.data.extra_texts = 0.3
     c.loss.temperature = 0.02
     c.loss.k = 8
     c.loss.margin = 0.1
@@ -29,9 +31,13 @@ def get_config(arg: str = ""):
     c.train.chunk = 16 if smoke else 64
     c.train.adapters.rank = 16
     c.train.adapters.alpha = 64.0
+    c.train.adapters.dropout = 0.1
     c.train.trainable = (r"^multi_modal_projector/",)
-    c.optim.learning_rate = 3e-4
+    # 4,500 pairs are few: adapters move little, the projector goes on as in the alignment.
+    c.optim.learning_rate = 4e-5
+    c.optim.multipliers = ((r"^multi_modal_projector/", 15.0),)
     c.optim.warmup_steps = 1 if smoke else 5
+    c.eval.every_steps = 2 if smoke else 20
     c.checkpoint.every_steps = 0
     c.checkpoint.every_seconds = 30.0
     return c

@@ -33,7 +33,7 @@ def stages(root):
             f"smol_{name}",
             root,
             **{"model.path": model, "output": runs[name], "data.features": root / "features"}
-            | ({"train.chunk": 6} if name == "stage2" else {}),
+            | ({"train.chunk": 6, "eval.every_steps": 2} if name == "stage2" else {}),
         )
         validate_train(c)
         train.run(c)
@@ -63,6 +63,8 @@ def test_metrics_and_configuration_are_stored(stages):
               "filtered_share", "short_rows", "pairs_per_second", "tokens_per_second",
               "padded_share"}  # fmt: skip
     assert wanted <= history[-1].keys()
+    validated = [r["step"] for r in history if "validation/image_to_text_recall_at_10" in r]
+    assert validated == [2, 4]
     assert checkpoint.read_run(stages["stage2"])["stage"] == "contrast"
     saved = sorted((stages["stage2"] / "checkpoints").glob("*/config/metadata"))
     assert json.loads(saved[-1].read_text())["loss"]["k"] == 4

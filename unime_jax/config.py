@@ -86,7 +86,7 @@ def base_config() -> ConfigDict:
     c.log.tensorboard = True
 
     c.eval = ConfigDict()
-    c.eval.every_steps = 0  # validation retrieval during training; 0: never
+    c.eval.every_steps = 0  # recall on the validation pairs of prepared data; 0: never
 
     c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
     c.mesh.data = 1

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from unime_jax import checkpoint, embedder, optim, report, runtime, sharding, steps
+from unime_jax import checkpoint, embedder, evaluation, optim, report, runtime, sharding, steps
 from unime_jax.config import parse, to_json, validate_train
 from unime_jax.train_data import TrainData, open_data
-from unime_jax.types import UserError, flatten
+from unime_jax.types import UserError, flatten, unflatten
 
 
 def main(argv: list[str]) -> None:
@@ -87,11 +87,26 @@ def run(config) -> dict[str, float]:
         every_steps=config.checkpoint.every_steps,
         every_seconds=config.checkpoint.every_seconds,
     )
+    validate = _validation(config, graphdef, {**frozen, **trainable}, directory, mesh)
     state = steps.create_state(trainable, optimizer)
-    return _loop(config, train_step, state, frozen, data, saves, mesh)
+    return _loop(config, train_step, state, frozen, data, saves, validate, mesh)
 
 
-def _loop(config, train_step, state, frozen, data: TrainData, saves, mesh) -> dict[str, float]:
+def _validation(config, graphdef, flat, directory, mesh):
+    """Returns `parameters -> recall on the validation pairs`, or None where it is not wanted."""
+    if not config.eval.every_steps or config.stage == "distill":
+        return None
+    pairs = evaluation.read_pairs(config.data.path, "validation")
+    model = embedder.Embedder(nnx.merge(graphdef, unflatten(flat)), directory=directory, mesh=mesh)
+
+    def recall(parameters: dict[str, Any]) -> dict[str, float]:
+        model.params = unflatten(parameters)
+        return evaluation.validation_recall(model, pairs)
+
+    return recall
+
+
+def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, mesh):
     restored = saves.restore(state)
     if restored is not None:
         state = restored
@@ -121,7 +136,9 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, mesh) -> di
                 print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
             now = time.perf_counter()
             pending = (step, values, data.counts, now - started)
-            started = now
+            if validate and (step + 1) % config.eval.every_steps == 0:
+                writer.write(step + 1, validate({**frozen, **state.trainable}))
+            started = time.perf_counter()
             saves.save(state)
             if stop.signal is not None:
                 break
