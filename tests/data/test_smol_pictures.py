@@ -70,7 +70,7 @@ def test_emoji_names():
 
 @pytest.fixture(scope="module")
 def titles():
-    nouns = "apple worm cat dog hat tree Christmas_tree dragon head Dan candle"
+    nouns = "apple worm cat dog hat park tree Christmas_tree dragon head Dan candle"
     lines = [f"{i:08d} 06 n 01 {word} 0 000 | a thing" for i, word in enumerate(nouns.split())] + [
         "00000900 18 n 01 Martin_Luther 0 000 | a person"
     ]
@@ -88,6 +88,7 @@ def titles():
         ("apple_with_worm_dan_gerh_01", "apple with worm"),
         ("red_hat", "red hat"),
         ("hat_01", "hat"),
+        ("hat_park_01", "hat"),
         ("dragon_head_nicu_buculei_01", "dragon head"),
         ("christmas_tree_02", "christmas tree"),
         ("apple_bw", "apple"),
