@@ -106,3 +106,9 @@ def test_every_config_of_the_repository_parses():
     for path in sorted((ROOT / "configs").glob("*.py")):
         for argument in ("", ":smoke"):
             parse(file=f"{path}{argument}")
+
+
+def test_the_description_names_every_key(runnable):
+    text = config_lib.describe(runnable)
+    assert "loss" in text and "temperature=0.02" in text and "adapters.rank=16" in text
+    assert len(text.splitlines()) == 1 + sum(1 for v in runnable.values() if hasattr(v, "keys"))

@@ -4,7 +4,6 @@ A file in `configs/` edits `base_config()`; flags override single keys; `parse` 
 resolved, locked `ConfigDict`. A `ConfigDict` never goes further down than the entries.
 """
 
-import json
 import pathlib
 import sys
 
@@ -221,6 +220,18 @@ def validate_train(config: ConfigDict) -> None:
         check_path(config, "teacher.vectors")
 
 
-def to_json(config: ConfigDict) -> str:
-    """Returns the resolved config as indented JSON, keys in their written order."""
-    return json.dumps(config.to_dict(), indent=2)
+def describe(config: ConfigDict) -> str:
+    """Returns the resolved config for people, a line for each section."""
+    settings = config.to_dict()
+    top = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    sections = {"run": top, **{k: v for k, v in settings.items() if isinstance(v, dict)}}
+    lines = [f"{name:<12}{_settings(values)}" for name, values in sections.items()]
+    return "\n".join(lines)
+
+
+def _settings(values: dict, prefix: str = "") -> str:
+    parts = []
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        parts.append(_settings(value, f"{key}.") if nested else f"{prefix}{key}={value}")
+    return "  ".join(parts)

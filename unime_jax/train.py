@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from unime_jax import checkpoint, embedder, evaluation, optim, report, runtime, sharding, steps
-from unime_jax.config import parse, to_json, validate_train
+from unime_jax.config import describe, parse, validate_train
 from unime_jax.train_data import TrainData, open_data
 from unime_jax.types import UserError, flatten, unflatten
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
 
 def run(config) -> dict[str, float]:
     """Trains as the configuration says and returns the last step's metrics."""
-    print(to_json(config))
+    print(describe(config))
     settings = config.to_dict()
     # The run finds its base again from wherever it is loaded.
     settings["model"]["path"] = str(pathlib.Path(config.model.path).expanduser().resolve())
@@ -119,7 +119,6 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, m
     writer = report.MetricsWriter(
         config.output, first_step=first, tensorboard=config.log.tensorboard
     )
-    progress = report.Progress(config.train.steps, f"training ({config.stage})", start=first)
     batches = data.batches(first)
     pending, metrics = None, {}
     print("compiling the step ...", flush=True)
@@ -134,6 +133,9 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, m
             if step == first:
                 jax.block_until_ready(values)
                 print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+                progress = report.Progress(
+                    config.train.steps, f"training ({config.stage})", start=step + 1
+                )
             now = time.perf_counter()
             pending = (step, values, data.counts, now - started)
             if validate and (step + 1) % config.eval.every_steps == 0:
