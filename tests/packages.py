@@ -63,7 +63,7 @@ def gguf_file(path: pathlib.Path, *, layers=3, width=16, heads=4, kv_heads=2, ff
 
     rng = np.random.default_rng(0)
     alphabet = [chr(c) for c in range(33, 127)] + ["Ġ", "Ċ"]
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "Ġc", "at"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "Ġc", "at", "12"]
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_block_count(layers)
     writer.add_context_length(128)
@@ -78,7 +78,7 @@ def gguf_file(path: pathlib.Path, *, layers=3, width=16, heads=4, kv_heads=2, ff
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["Ġ c", "a t"])
+    writer.add_token_merges(["Ġ c", "a t", "1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)

@@ -242,5 +242,6 @@ def test_json_files_are_whole_or_old(tmp_path):
     with pytest.raises(TypeError):
         assets.write_json(path, {"a": object()})
     assert assets.read_json(path) == {"a": 1} == json.loads(path.read_text())
+    assert list(tmp_path.iterdir()) == [path]
     path.write_text("{")
     assert assets.read_json(path) is None
