@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax.numpy as jnp
 import numpy as np
 import packages
 from flax import nnx
@@ -10,6 +11,7 @@ from flax import nnx
 from unime_jax import config as config_lib
 from unime_jax import models
 from unime_jax.data import smol_student
+from unime_jax.types import flatten, unflatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 STUDENT = {
@@ -42,8 +44,20 @@ NAMES = "cat dog fox owl bee cow pig rat hen ant bat elk emu yak ape eel cod jay
 def write_model(directory: pathlib.Path, config: dict, *, seed: int) -> pathlib.Path:
     """Writes a random model in HF layout with a byte-level tokenizer."""
     directory.mkdir(parents=True)
-    _, state = nnx.split(models.build(config, rngs=nnx.Rngs(seed)))
-    models.save(directory, nnx.to_pure_dict(state), config)
+    _, state = nnx.split(nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):  # by numpy: drawing by jax would compile every shape
+        noise = rng.standard_normal(leaf.shape)
+        if path.endswith("kernel"):
+            noise /= np.sqrt(leaf.shape[-2] * (leaf.shape[0] ** 2 if leaf.ndim == 4 else 1))
+            return noise.astype(np.float32)
+        centre = path.endswith(("scale", "var"))
+        return (abs(centre + 0.1 * noise) if centre else 0.1 * noise).astype(np.float32)
+
+    flat = flatten(nnx.to_pure_dict(state))
+    params = unflatten({path: jnp.asarray(draw(path, leaf)) for path, leaf in flat.items()})
+    models.save(directory, params, config)
     packages.gguf_file(directory / "tokenizer.gguf")
     text, settings = smol_student.LanguageModel(directory / "tokenizer.gguf").tokenizer()
     (directory / "tokenizer.json").write_text(text)

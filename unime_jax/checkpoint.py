@@ -38,7 +38,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: str | os.PathLike,
         *,
         config: dict[str, Any],
         keep: int = 2,
@@ -97,11 +97,11 @@ class Checkpoints:
         self._manager.close()
 
 
-def is_run(path: pathlib.Path) -> bool:
+def is_run(path: str | os.PathLike) -> bool:
     return (pathlib.Path(path) / RUN_FILE).is_file()
 
 
-def read_run(path: pathlib.Path) -> dict[str, Any]:
+def read_run(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the resolved configuration of a run directory."""
     try:
         return json.loads((pathlib.Path(path) / RUN_FILE).read_text())
@@ -109,7 +109,7 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path}/{RUN_FILE}: cannot be read ({error})") from error
 
 
-def open_run(path: pathlib.Path, config: dict[str, Any]) -> None:
+def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
     """Creates a run directory, or checks that the configuration continues the one that is there.
 
     Raises:
@@ -134,7 +134,7 @@ def open_run(path: pathlib.Path, config: dict[str, Any]) -> None:
     os.replace(part, path / RUN_FILE)
 
 
-def read_trainable(path: pathlib.Path) -> dict[str, Array]:
+def read_trainable(path: str | os.PathLike) -> dict[str, Array]:
     """Returns the newest trainable parameters of a run directory, path -> f32 array.
 
     Raises:
@@ -174,7 +174,7 @@ def _orbax():
     return ocp
 
 
-def _manager(directory: pathlib.Path, *, keep: int | None, read_only: bool = False):
+def _manager(directory: str | os.PathLike, *, keep: int | None, read_only: bool = False):
     ocp = _orbax()
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=not read_only, read_only=read_only
