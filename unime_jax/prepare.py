@@ -17,7 +17,7 @@ import tempfile
 
 from unime_jax import report, runtime
 
-_FORMAT = 1  # raise it when what is written changes: prepared directories are then redone
+_FORMAT = 2  # raise it when what is written changes: prepared directories are then redone
 _SHOWN = 5  # pictures that cannot be read are named, up to so many
 
 
