@@ -317,3 +317,10 @@ def test_a_model_must_be_named(world, config):
     config.models.raw = config.models.stage2 = ""
     with pytest.raises(UserError, match="config.models is all empty"):
         evaluate.validate(config)
+
+
+def test_stages_stand_in_the_order_they_run():
+    from ml_collections import ConfigDict
+
+    models = ConfigDict({"align": "c", "mine": "e", "raw": "a", "stage2": "", "stage1": "b"})
+    assert list(evaluation.in_order(models)) == ["raw", "stage1", "align", "mine"]

@@ -19,7 +19,7 @@ from unime_jax import metrics, report, runtime
 from unime_jax.benchmarks import smol
 from unime_jax.config import check, check_choice, check_path, lookup, parse
 from unime_jax.data import pictures
-from unime_jax.evaluation import IDF, RIDGE, TEACHER, Measured, measure, read
+from unime_jax.evaluation import IDF, RIDGE, TEACHER, Measured, in_order, measure, read
 
 KS = (1, 5, 10)
 MATRIX_PAIRS, SHEET_IMAGES = 50, 12
@@ -49,7 +49,7 @@ def validate(config) -> None:
     check_choice(config, "data.split", ("test", "validation"))
     check_choice(config, "dtype", ("float32", "bfloat16"))
     check_path(config, "data.path")
-    named = [f"models.{name}" for name, path in config.models.items() if path]
+    named = [f"models.{name}" for name in in_order(config.models)]
     check(bool(named), "config.models is all empty; name one with --config.models.raw=DIR")
     for key in [*named, *(["teacher.path"] if config.teacher.path else [])]:
         check_path(config, key)
@@ -74,13 +74,12 @@ def run(config) -> dict[str, Any]:
         sections += _pair_plots(output, measured, pairs)
     runs = {
         RUN_TITLES.get(name, name): report.read_metrics(pathlib.Path(path).expanduser())
-        for name, path in config.runs.items()
-        if path
+        for name, path in in_order(config.runs).items()
     }
     if any(runs.values()):
         report.plot_losses(runs, output / "losses.png")
         sections.append(report.Section("Training", image="losses.png"))
-    models = {name: str(path) for name, path in config.models.items() if path}
+    models = in_order(config.models)
     about = {
         "models": models,
         "split": config.data.split,

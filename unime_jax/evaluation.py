@@ -115,13 +115,18 @@ def validation_recall(model, pairs: smol.Pairs) -> dict[str, float]:
     return found
 
 
+def in_order(section) -> dict[str, str]:
+    """Returns what a section names: stages in the order they run, for ConfigDict sorts its keys."""
+    names = [name for name in TITLES if name in section]
+    names += [name for name in section if name not in TITLES]
+    return {name: str(section[name]) for name in names if section[name]}
+
+
 def measure(config, sentences: smol.Sentences, pairs: smol.Pairs) -> Measured:
     """Embeds everything with every model, one model in memory at a time."""
     measured = Measured()
     features = None
-    for name, path in config.models.items():
-        if not path:
-            continue
+    for name, path in in_order(config.models).items():
         encoder = _Encoder(path, title=TITLES.get(name, name), dtype=config.dtype)
         if not measured.sentences:
             measured.sentences |= _idf_row(config, encoder.model, sentences)
