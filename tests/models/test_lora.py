@@ -38,9 +38,14 @@ def filled(model, seed=0):
 
 def test_fresh_adapter_changes_nothing_at_all():
     inputs = parity.text_inputs()
-    np.testing.assert_array_equal(
-        parity.embed(attach(tiny()), inputs), parity.embed(tiny(), inputs)
-    )
+    # Operation by operation: compiled as wholes, two programs may fuse, and so round, differently.
+    with jax.disable_jit():
+        base, fresh, other = (
+            np.asarray(model.embed(inputs))
+            for model in (tiny(), attach(tiny()), filled(attach(tiny())))
+        )
+    np.testing.assert_array_equal(fresh, base)
+    assert np.abs(other - base).max() > 1e-3
 
 
 def test_merged_equals_unmerged():
