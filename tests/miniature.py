@@ -92,6 +92,7 @@ def overrides(root: pathlib.Path, **changes) -> list[str]:
         "teacher.path": root / "teacher",
         "teacher.vectors": root / "vectors",
         "data.path": root / "pairs" / "pairs.jsonl",
+        "data.max_tokens": 64,  # a token a letter
         "train.batch_size": 12,
         "train.steps": 4,
         "loss.k": 4,

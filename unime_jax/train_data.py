@@ -28,7 +28,7 @@ class TrainData:
         self._batches, self._steps, self._threads = batches, steps, threads
         rows = sum(rows for rows, _, _ in batches.info.query_shapes)
         self.counts = {
-            "rows": rows,
+            "rows": float(rows),
             "tokens": batches.info.tokens,
             "padded_share": batches.info.padded_share,
         }
@@ -73,6 +73,8 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         stored, _ = sources.teacher_vectors(settings["teacher"]["vectors"], texts)
         vectors = _by_text(texts, stored)
     else:
+        if embedder.image_spec is None:
+            raise UserError(f"config.model.path: {embedder.directory} is a model that takes no images")
         pairs = sources.pairs(data["path"], "train")
         directions = ["image_to_text"] if stage == "align" else data["directions"]
         found = [part for way in directions for part in pairs.directed(way).by_source()]
