@@ -74,7 +74,7 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         vectors = _by_text(texts, stored)
     else:
         if embedder.image_spec is None:
-            raise UserError(f"config.model.path: {embedder.directory} is a model that takes no images")
+            raise UserError(f"config.model.path: the model of {embedder.directory} takes no images")
         pairs = sources.pairs(data["path"], "train")
         directions = ["image_to_text"] if stage == "align" else data["directions"]
         found = [part for way in directions for part in pairs.directed(way).by_source()]
