@@ -39,13 +39,16 @@ class Inputs:
     Attributes:
       tokens: int32[G, T], right-padded with 0; positions of image features hold 0 as well.
       lengths: int32[G], real positions of each row, at least 1.
-      image_index: int32[G, T], the row of `features` (flattened over C and P, plus any separators
-        the backbone appends) that stands at this position, -1 for text.
-      tiles: uint8[G, C, S, S, 3], RGB; C = 0 for text rows, which never run the vision tower.
+      image_index: int32[G, T], the row of the visual sequence (its layout: `ImageSpec.kind`) that
+        stands at this position, -1 for text.
+      tiles: uint8[G, C, S, S, 3], RGB; C = 0 for text rows, which never run the vision tower. Rows
+        with fewer tiles than C hold zeros behind them.
       features: f32 or f16[G, C, P, D_vision] or None: output of a frozen vision tower; where
         given, the tower is not run and `tiles` has S = 0.
       index: int32[G] or None: the place of each row among the rows of all groups; None means that
         groups stand in order.
+      grid: int32[G, 2], rows and columns that the image's tiles are laid out in; only for backbones
+        that need it ("phi_hd"), else None.
     """
 
     tokens: Any
@@ -54,6 +57,7 @@ class Inputs:
     tiles: Any
     features: Any = None
     index: Any = None
+    grid: Any = None
 
     @property
     def rows(self) -> int:
@@ -85,15 +89,29 @@ class Batch:
 class ImageSpec:
     """What the host must know of a backbone to prepare its images.
 
+    The visual sequence of a row is what `Inputs.image_index` counts in. Its layout by kind:
+
+    - "grid": the P features of the row's one tile.
+    - "phi_hd": separators `sub_GN` (0) and `glb_GN` (1); from 2 on, slots of P features each: slot 0
+      is the thumbnail, slot 1 + t is tile t, tiles in rows from the top left. A 1 x 1 grid is its
+      own thumbnail: such a row uses slot 0 alone, and a group with C = 1 has no other slot.
+    - "llava_anyres": `image_newline` (0); tile t has the P features from 1 + t P on. Tile 0 is the
+      whole image, then the tiles of the grid in rows from the top left.
+
     Attributes:
-      kind: which host-side transform applies ("grid": the whole image on one square tile).
+      kind: which host-side transform and which layout apply.
       size: S, the side of a tile in pixels.
-      features: P, visual features of one tile (= tokens it takes in the row).
+      features: P, visual features of one tile.
+      crops: phi_hd: most tiles that an image is cut into, unless the checkpoint's
+        preprocessor_config.json says otherwise.
+      grids: llava_anyres: (height, width) in pixels of every canvas, in the checkpoint's order.
     """
 
     kind: str
     size: int
     features: int
+    crops: int = 1
+    grids: tuple[tuple[int, int], ...] = ()
 
 
 def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
