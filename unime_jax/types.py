@@ -92,9 +92,9 @@ class ImageSpec:
     The visual sequence of a row is what `Inputs.image_index` counts in. Its layout by kind:
 
     - "grid": the P features of the row's one tile.
-    - "phi_hd": separators `sub_GN` (0) and `glb_GN` (1); from 2 on, slots of P features each: slot 0
-      is the thumbnail, slot 1 + t is tile t, tiles in rows from the top left. A 1 x 1 grid is its
-      own thumbnail: such a row uses slot 0 alone, and a group with C = 1 has no other slot.
+    - "phi_hd": separators `sub_GN` (0) and `glb_GN` (1); from 2 on, slots of P features. Slot 0 is
+      the thumbnail, slot 1 + t is tile t, tiles in rows from the top left. A 1 x 1 grid is its own
+      thumbnail: such a row uses slot 0 alone, and a group with C = 1 has no other slot.
     - "llava_anyres": `image_newline` (0); tile t has the P features from 1 + t P on. Tile 0 is the
       whole image, then the tiles of the grid in rows from the top left.
 
