@@ -11,7 +11,7 @@ import safetensors.numpy
 from flax import nnx
 
 from unime_jax import models
-from unime_jax.models import hf
+from unime_jax.models import hf, hf_write
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.types import UserError, flatten
 
@@ -48,7 +48,7 @@ def tensors(directory):
 
 @pytest.fixture
 def directory(tmp_path):
-    hf.save(tmp_path, toy_params(), MAP, CONFIG)
+    hf_write.save(tmp_path, toy_params(), MAP, CONFIG)
     return tmp_path
 
 
@@ -81,7 +81,7 @@ def test_round_trip(directory):
 
 
 def test_round_trip_over_several_files(tmp_path):
-    hf.save(tmp_path, toy_params(), MAP, CONFIG, shard_bytes=150)
+    hf_write.save(tmp_path, toy_params(), MAP, CONFIG, shard_bytes=150)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2 and files[0].startswith("model-00001-of-0000")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -93,7 +93,7 @@ def test_round_trip_over_several_files(tmp_path):
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_values_are_converted_to_the_wanted_dtype(tmp_path, stored):
-    hf.save(tmp_path, toy_params(), MAP, CONFIG, stored)
+    hf_write.save(tmp_path, toy_params(), MAP, CONFIG, stored)
     assert tensors(tmp_path)["norm.weight"].dtype == jnp.dtype(stored)
     loaded = hf.load(tmp_path, MAP, abstract(toy_params(), jnp.bfloat16))
     expected = jax.tree.map(
@@ -202,20 +202,20 @@ def test_bad_configs_are_refused(tmp_path, text, words):
 def test_adapters_are_not_exported_by_mistake(tmp_path):
     params = {**toy_params(), "head": {"kernel": np.ones((4, 5)), "lora_A": np.ones((4, 2))}}
     with pytest.raises(UserError, match="merge adapters first: head/lora_A"):
-        hf.save(tmp_path, params, MAP, CONFIG)
+        hf_write.save(tmp_path, params, MAP, CONFIG)
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file/below cannot be written"):
-        hf.save(tmp_path / "file" / "below", toy_params(), MAP, CONFIG)
+        hf_write.save(tmp_path / "file" / "below", toy_params(), MAP, CONFIG)
 
 
 def test_a_torn_write_leaves_no_weights(tmp_path):
     params = toy_params()
     params["norm"] = {"scale": None}
     with pytest.raises(Exception):  # noqa: B017
-        hf.save(tmp_path, params, MAP, CONFIG, shard_bytes=100)
+        hf_write.save(tmp_path, params, MAP, CONFIG, shard_bytes=100)
     assert not (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "config.json").exists()
 

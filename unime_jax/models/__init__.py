@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from unime_jax.models import bert, hf
+from unime_jax.models import bert, hf, hf_write
 from unime_jax.models.bert import Bert
 from unime_jax.models.decoder import TextEmbedder
 from unime_jax.models.smol import Smol
@@ -121,4 +121,4 @@ def load(
 
 def save(directory, params: Params, config: dict[str, Any], dtype="float32") -> None:
     """Writes a model in HF layout; adapters must have been merged."""
-    hf.save(directory, params, rules(config), config, jnp.dtype(dtype))
+    hf_write.save(directory, params, rules(config), config, jnp.dtype(dtype))

@@ -1,23 +1,21 @@
-"""Reads and writes checkpoints in Hugging Face layout: config.json and safetensors files.
+"""Keys of checkpoints in Hugging Face layout, and reading them: config.json, safetensors files.
 
-A model describes its keys once, as a list of rules that serve both directions. Reading is complete
-both ways: every key of the file is used or listed as ignored, every parameter is filled exactly
-once, and all problems are reported together.
+A model describes its keys once, as a list of rules that serve both directions (`hf_write` is the
+other one). Reading is complete both ways: every key of the file is used or listed as ignored, every
+parameter is filled exactly once, and all problems are reported together.
 """
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from unime_jax.types import Array, Params, UserError, flatten, unflatten
 
@@ -27,7 +25,6 @@ TRANSFORMS: dict[str, tuple[int, ...] | None] = {
     "linear": (1, 0),  # [outputs, inputs] -> [inputs, outputs]
     "conv": (2, 3, 1, 0),  # OIHW -> HWIO; depthwise O1HW -> HW1O
 }
-SHARD_BYTES = 5 * 10**9
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SHOWN = 8  # problems of one kind that a message spells out
@@ -97,10 +94,39 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-class _Reader:
-    """Is the key -> tensor view of all safetensors files of a directory; reads on demand."""
+@runtime_checkable
+class Tensor(Protocol):
+    """Is a tensor in the file's layout that is read when it is indexed, part by part."""
 
-    def __init__(self, directory: pathlib.Path, key_map: KeyMap):
+    def get_shape(self) -> Sequence[int]: ...
+
+    def get_dtype(self) -> str:
+        """Returns the dtype it is stored in, as safetensors spells it: "BF16"."""
+
+    def __getitem__(self, index) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Is where tensors come from, by the keys of a model's rules.
+
+    Attributes:
+      name: of the directory, for messages.
+    """
+
+    name: str
+
+    def keys(self) -> set[str]: ...
+
+    def slice(self, key: str) -> Tensor: ...
+
+
+class Reader:
+    """Is the source over all safetensors files of a directory; reads on demand."""
+
+    def __init__(self, directory, key_map: KeyMap):
+        directory = pathlib.Path(directory)
+        self.name = str(directory)
         self._files = {}
         self._names: dict[str, tuple[pathlib.Path, str]] = {}
         for path in _weight_files(directory):
@@ -112,7 +138,7 @@ class _Reader:
                     f"{path} is corrupt or cut short ({error}); fetch it again"
                 ) from None
             for name in names:
-                key = _renamed(name, key_map)
+                key = renamed(name, key_map)
                 if key in self._names:
                     raise UserError(f"{path}: {name} and {self._names[key][1]} are both {key}")
                 self._names[key] = (path, name)
@@ -120,13 +146,13 @@ class _Reader:
     def keys(self) -> set[str]:
         return set(self._names)
 
-    def slice(self, key: str):
-        """Returns the lazy tensor of a key: `.get_shape()`, `.get_dtype()`, `[slices]`."""
+    def slice(self, key: str) -> Tensor:
         path, name = self._names[key]
         return self._files[path].get_slice(name)
 
 
-def _renamed(name: str, key_map: KeyMap) -> str:
+def renamed(name: str, key_map: KeyMap) -> str:
+    """Returns a file's key as the rules spell it."""
     for pattern, replacement in key_map.renamed:
         name = re.sub(pattern, replacement, name)
     return name
@@ -162,39 +188,47 @@ def load(directory, key_map: KeyMap, abstract: Params) -> Params:
     Raises:
       UserError: a file is missing or corrupt, keys are missing, unknown or of another shape.
     """
-    directory = pathlib.Path(directory)
+    return fill(Reader(directory, key_map), key_map, abstract)
+
+
+def fill(source: Source, key_map: KeyMap, abstract: Params) -> Params:
+    """Does what `load` does, with tensors from anywhere.
+
+    Raises:
+      UserError: keys are missing, unknown or of another shape.
+    """
     flat = flatten(abstract)
-    reader = _Reader(directory, key_map)
-    _check(reader, key_map, flat, directory)
+    _check(source, key_map, flat)
     rules = {rule.ours: rule for rule in key_map.rules}
-    return unflatten({path: _read(reader, rules[path], leaf) for path, leaf in flat.items()})
+    return unflatten({path: _read(source, rules[path], leaf) for path, leaf in flat.items()})
 
 
-def _keys(rule: Rule, shape: tuple[int, ...]) -> list[str]:
+def keys_of(rule: Rule, shape: tuple[int, ...]) -> list[str]:
+    """Returns the keys of a parameter of this shape, one for every layer."""
     if not rule.stacked:
         return [rule.hf]
     return [rule.hf.replace("{L}", str(layer)) for layer in range(shape[0])]
 
 
-def _check(reader: _Reader, key_map: KeyMap, flat: Mapping[str, Any], directory) -> None:
+def _check(source: Source, key_map: KeyMap, flat: Mapping[str, Any]) -> None:
     """Raises one error that lists everything that does not fit."""
     ours = [rule.ours for rule in key_map.rules]
     absent = sorted(set(flat) - set(ours)) + sorted(set(ours) - set(flat))
     twice = sorted({path for path in ours if ours.count(path) > 1})
     if absent or twice:  # a fault of the model's table, not of the file
         raise ValueError(f"key rules do not fit the model: {absent} absent, {twice} given twice")
-    have = reader.keys()
+    have = source.keys()
     missing, wrong, used = [], [], set()
     for rule in key_map.rules:
         leaf = flat[rule.ours]
         shape = leaf.shape[1:] if rule.stacked else leaf.shape
         expected = _in_file(rule, shape)
-        for key in _keys(rule, leaf.shape):
+        for key in keys_of(rule, leaf.shape):
             if key not in have:
                 missing.append(key)
                 continue
             used.add(key)
-            tensor = reader.slice(key)
+            tensor = source.slice(key)
             if tuple(tensor.get_shape()) != expected:
                 wrong.append(f"{key} is {tuple(tensor.get_shape())} instead of {expected}")
             elif tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
@@ -205,16 +239,17 @@ def _check(reader: _Reader, key_map: KeyMap, flat: Mapping[str, Any], directory)
         if not any(re.fullmatch(pattern, key) for pattern in key_map.ignored)
     )
     problems = [
-        _listed("missing", missing),
-        _listed("unknown", unknown),
-        _listed("unfit", wrong),
+        listed("missing", missing),
+        listed("unknown", unknown),
+        listed("unfit", wrong),
     ]
     if any(problems):
         text = "; ".join(problem for problem in problems if problem)
-        raise UserError(f"{directory}: the weights do not fit config.json: {text}")
+        raise UserError(f"{source.name}: the weights do not fit config.json: {text}")
 
 
-def _listed(kind: str, items: list[str]) -> str:
+def listed(kind: str, items: list[str]) -> str:
+    """Returns "3 missing: a, b, c", cut where there are too many; "" for none."""
     if not items:
         return ""
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
@@ -232,11 +267,11 @@ def _in_file(rule: Rule, shape: tuple) -> tuple:
     return tuple(turned)
 
 
-def _read(reader: _Reader, rule: Rule, leaf: jax.ShapeDtypeStruct) -> Array:
+def _read(source: Source, rule: Rule, leaf: jax.ShapeDtypeStruct) -> Array:
     dtype = np.dtype(leaf.dtype)
 
     def one(key: str, index: tuple[slice, ...]) -> np.ndarray:
-        tensor = reader.slice(key)
+        tensor = source.slice(key)
         value = tensor[_in_file(rule, index)] if index else tensor[...]
         order = TRANSFORMS[rule.transform]
         return value if order is None else value.transpose(order)
@@ -271,78 +306,9 @@ def exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.n
         raise UserError(f"cannot be exported{hint}: {', '.join(unknown[:_SHOWN])}")
     for path, rule in rules.items():
         leaf = flat[path]
-        for layer, key in enumerate(_keys(rule, leaf.shape)):
+        for layer, key in enumerate(keys_of(rule, leaf.shape)):
             value = np.asarray(leaf[layer] if rule.stacked else leaf).astype(jnp.dtype(dtype))
             order = TRANSFORMS[rule.transform]
             if order is not None:
                 value = value.transpose(np.argsort(order))
             yield key, np.ascontiguousarray(value)
-
-
-class _Writer:
-    """Collects tensors into files of limited size; `finish` gives them their names at last."""
-
-    def __init__(self, directory: pathlib.Path, shard_bytes: int):
-        self._directory = directory
-        self._limit = shard_bytes
-        self._part: dict[str, np.ndarray] = {}
-        self._size = self._total = 0
-        self._written: list[tuple[pathlib.Path, list[str]]] = []
-
-    def add(self, key: str, value: np.ndarray) -> None:
-        if self._part and self._size + value.nbytes > self._limit:
-            self._flush()
-        self._part[key] = value
-        self._size += value.nbytes
-
-    def _flush(self) -> None:
-        path = self._directory / f".part-{len(self._written)}.safetensors"
-        # transformers refuses files without this note.
-        safetensors.numpy.save_file(self._part, path, metadata={"format": "pt"})
-        self._written.append((path, list(self._part)))
-        self._total += self._size
-        self._part, self._size = {}, 0
-
-    def finish(self) -> None:
-        """Renames the finished files, so that a torn write never looks like a checkpoint."""
-        self._flush()
-        count = len(self._written)
-        if count == 1:
-            os.replace(self._written[0][0], self._directory / SINGLE_FILE)
-            return
-        weight_map = {}
-        for number, (path, keys) in enumerate(self._written, start=1):
-            name = f"model-{number:05}-of-{count:05}.safetensors"
-            os.replace(path, self._directory / name)
-            weight_map.update(dict.fromkeys(keys, name))
-        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2) + "\n"
-        (self._directory / INDEX_FILE).write_text(text, encoding="utf-8")
-
-
-def save(
-    directory,
-    params: Params,
-    key_map: KeyMap,
-    config: Mapping[str, Any],
-    dtype=jnp.float32,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes config.json and the weights; more than `shard_bytes` are spread over several files.
-
-    Raises:
-      UserError: a parameter has no key in this layout (adapters: merge them first), or writing
-        fails.
-    """
-    directory = pathlib.Path(directory)
-    writer = _Writer(directory, shard_bytes)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for key, value in exported(params, key_map, dtype):
-            writer.add(key, value)
-        writer.finish()
-        text = json.dumps({**config, "dtype": jnp.dtype(dtype).name}, indent=2) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{directory} cannot be written: {error}") from None
