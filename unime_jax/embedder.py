@@ -1,5 +1,6 @@
 """The embedding model as users hold it: load, preprocess, a pure function, embed."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
@@ -253,14 +254,7 @@ def _featurise(graphdef, params, tiles) -> Array:
 
 
 def _with_index(inputs: Inputs, rows) -> Inputs:
-    return Inputs(
-        inputs.tokens,
-        inputs.lengths,
-        inputs.image_index,
-        inputs.tiles,
-        inputs.features,
-        np.asarray(rows, np.int32),
-    )
+    return dataclasses.replace(inputs, index=np.asarray(rows, np.int32))
 
 
 def _pad_rows(inputs: Inputs, rows: int) -> Inputs:

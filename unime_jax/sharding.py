@@ -20,6 +20,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"(o_proj|down_proj)/kernel$", P("tensor", "fsdp")),
     (r"embed_tokens/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"latent_attention_model/(to_q|to_kv|ff_in)/kernel$", P("fsdp", "tensor")),
+    (r"latent_attention_model/(to_out|ff_out)/kernel$", P("tensor", "fsdp")),
     (r".*", P()),  # norms, biases, adapters, projectors and small towers are replicated
 )
 

@@ -49,6 +49,8 @@ class Inputs:
         groups stand in order.
       grid: int32[G, 2], rows and columns that the image's tiles are laid out in; only for backbones
         that need it ("phi_hd"), else None.
+      skip: int32[G] or None: positions at the front of each row that a mean over tokens leaves out
+        (the instruction of NV-Embed); backbones that read the last token ignore it.
     """
 
     tokens: Any
@@ -58,6 +60,7 @@ class Inputs:
     features: Any = None
     index: Any = None
     grid: Any = None
+    skip: Any = None
 
     @property
     def rows(self) -> int:

@@ -20,6 +20,30 @@ def byte_level(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def llama_like(tmp_path_factory):
+    """A tokenizer that starts rows with <s>, writes spaces as part of words, and has </s>."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+
+    words = "<unk> <s> </s> ▁ ▁Instruct: ▁Find ▁it \n Query: ▁a ▁cat s".split(" ")
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Split("\n", "isolated"),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.add_special_tokens(words[:3])
+    directory = tmp_path_factory.mktemp("llama-like")
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+@pytest.fixture(scope="session")
 def word_piece(tmp_path_factory):
     """A BERT-like tokenizer, saved with truncation and padding switched on."""
     import tokenizers

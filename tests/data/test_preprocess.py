@@ -23,6 +23,11 @@ def bert(word_piece):
     return preprocess.Preprocessor(word_piece, None, prompt="none", max_tokens=8)
 
 
+@pytest.fixture(scope="module")
+def nv_embed(llama_like):
+    return preprocess.Preprocessor(llama_like, None, prompt="nv_embed", max_tokens=12)
+
+
 # ---- tokenizer
 
 
@@ -59,6 +64,27 @@ def test_the_text_is_found_among_the_tokens(smol):
     assert row.stop - row.start == 3
     assert row.ids[: row.start] == before.ids[: before.start]
     assert row.ids[row.stop :] == before.ids[before.stop :]
+
+
+def test_passages_are_plain_and_end_with_the_end_token(nv_embed):
+    row = nv_embed.tokenize("a cat", False)
+    assert row.ids == (1, 9, 10, 2) and row.skip == 0
+    inputs = nv_embed.group([(row, None)], tokens=6, tiles=0)
+    assert inputs.skip is None
+
+
+def test_an_instruction_is_counted_as_the_published_code_counts_it(llama_like, nv_embed):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=f"{llama_like}/tokenizer.json")
+    instruction = "Instruct: Find it\nQuery: "
+    row = nv_embed.tokenize("a cat", False, "Find it")
+    assert list(row.ids) == theirs(instruction + "a cat</s>").input_ids
+    # Alone its last space is a token of its own, and the start token is not counted.
+    assert row.skip == len(theirs.tokenize(instruction)) == 6
+    plain = nv_embed.tokenize("cat", False)
+    assert nv_embed.group([(plain, None), (row, None)], tokens=9, tiles=0).skip.tolist() == [0, 6]
+    long = nv_embed.tokenize("a cat " * 9, False, "Find it")
+    assert len(long.ids) == 12 and long.ids[-1] == 2 and (long.skip, long.lost > 0) == (6, True)
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"version": "1.0"}'])

@@ -36,6 +36,7 @@ def flat(name, text, has_image, instruction=None):
             False,
             "<|user|>\nA cat.\nSummary above sentence in one word:<|end|>\n<|assistant|>\n",
         ),
+        ("nv_embed", "A cat.", False, "A cat.</s>"),
         ("llava16", "A cat.", False, "[INST] A cat.\nSummary above sentence in one word: [/INST]"),
         ("llava16", None, True, "[INST] <IMG>\nSummary above image in one word: [/INST]"),
     ],
@@ -57,6 +58,7 @@ def test_the_instruction_stands_before_the_text_and_is_never_cut():
         ("prompt", "Find the animal.\n"),
         ("text", "A cat."),
     ]
+    assert flat("nv_embed", "a", False, "Find it") == "Instruct: Find it\nQuery: a</s>"
     assert flat("smol", None, True, "Look.").startswith("<IMG>\nLook.\nSummary")
 
 

@@ -32,12 +32,14 @@ class Row:
       ids: token ids; `IMAGE_SLOT` once where the image belongs.
       start, stop: the user's text is ids[start:stop], the only part that may be cut.
       lost: tokens that were cut off already.
+      skip: tokens at the front that a mean over tokens leaves out.
     """
 
     ids: tuple[int, ...]
     start: int
     stop: int
     lost: int = 0
+    skip: int = 0
 
     @property
     def has_image(self) -> bool:
@@ -63,7 +65,8 @@ class Row:
                 "raise the length (max_tokens)"
             )
         stop = self.stop - extra
-        return Row(self.ids[:stop] + self.ids[self.stop :], self.start, stop, self.lost + extra)
+        ids = self.ids[:stop] + self.ids[self.stop :]
+        return Row(ids, self.start, stop, self.lost + extra, self.skip)
 
 
 class Preprocessor:
@@ -101,7 +104,10 @@ class Preprocessor:
             raise UserError("this model takes no images: its image_spec is None")
         segments = prompts.render(self.prompt, text and text.strip(), has_image, instruction)
         ids, start, stop = self._tokenizer.encode(segments, IMAGE_SLOT)
-        return Row(tuple(ids), start, stop).cut(self.max_tokens, self.features)
+        # Counted apart from the text, as the published code of NV-Embed counts it.
+        skipped = prompts.skipped(self.prompt, instruction)
+        skip = self._tokenizer.count(skipped) if skipped else 0
+        return Row(tuple(ids), start, stop, skip=skip).cut(self.max_tokens, self.features)
 
     def image(self, source: Any, *, augment: np.random.Generator | None = None) -> Tiles:
         """Prepares an image: a PIL image, encoded bytes or a path.
@@ -153,7 +159,10 @@ class Preprocessor:
             out_tokens[i, : len(ids)] = ids
             out_index[i, : len(ids)] = index
         packed, feats = self._images([image for _, image in rows], tiles)
-        return Inputs(out_tokens, lengths, out_index, packed, feats)
+        skip = np.array([row.skip for row, _ in rows], np.int32)
+        return Inputs(
+            out_tokens, lengths, out_index, packed, feats, skip=skip if skip.any() else None
+        )
 
     def _images(self, images: list, tiles: int) -> tuple[np.ndarray, np.ndarray | None]:
         size = 0 if self.image_spec is None else self.image_spec.size

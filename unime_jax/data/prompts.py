@@ -30,18 +30,30 @@ class Template:
     Attributes:
       text: around a text without an image; image: around an image without a text; both: around
         an image with a text. {text} and {image} mark the places, as in `str.format`.
+      instruction: around an instruction, which stands in front of the text; {instruction} is its
+        place.
+      skip_instruction: whether a mean over tokens leaves the instruction out.
       model_types: values of `model_type` in config.json that this is the default of.
     """
 
     text: str
     image: str = ""
     both: str = ""
+    instruction: str = "{instruction}\n"
+    skip_instruction: bool = False
     model_types: tuple[str, ...] = ()
 
 
 TEMPLATES = {
     # Sentence encoders: the text alone.
     "none": Template(text="{text}", model_types=("bert",)),
+    # NV-Embed-v2: passages are plain, queries carry a task; the end token is part of the mean.
+    "nv_embed": Template(
+        text="{text}</s>",
+        instruction="Instruct: {instruction}\nQuery: ",
+        skip_instruction=True,
+        model_types=("nvembed",),
+    ),
     # A raw language model without a chat format, as the newcomer's student.
     "smol": Template(
         text="{text}\nSummary above sentence in one word:",
@@ -93,6 +105,14 @@ def name_for(model_type: str) -> str:
     raise UserError(f"no prompt for model_type {model_type!r}; known: {', '.join(known)}")
 
 
+def skipped(name: str, instruction: str | None) -> str:
+    """Returns the words in front of a row's text that a mean over tokens leaves out, "" if none."""
+    template = TEMPLATES[name]
+    if not (instruction and template.skip_instruction):
+        return ""
+    return template.instruction.replace("{instruction}", instruction)
+
+
 def render(
     name: str, text: str | None, has_image: bool, instruction: str | None = None
 ) -> list[Segment]:
@@ -117,7 +137,8 @@ def render(
         raise UserError(f"prompt {name!r} takes no image: the model is for text only")
     words = [Segment("text", text)] if text else []
     if instruction:
-        words.insert(0, Segment("prompt", instruction + ("\n" if text else "")))
+        stated = template.instruction.replace("{instruction}", instruction)
+        words.insert(0, Segment("prompt", stated if text else stated.rstrip()))
     if not has_image:
         pattern = template.text
     else:

@@ -30,6 +30,10 @@ class Tokenizer:
         self._prefix, self._suffix = ids[:first], ids[last:]
         self._tokenizer.encode_special_tokens = True
 
+    def count(self, text: str) -> int:
+        """Counts the tokens of a text alone, without start and end tokens."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     def encode(self, segments: Sequence[Segment], image_slot: int) -> tuple[list[int], int, int]:
         """Encodes a rendered prompt, the tokenizer's own start and end tokens included.
 

@@ -16,6 +16,7 @@ from flax import nnx
 from unime_jax.models import bert, hf, hf_write
 from unime_jax.models.bert import Bert
 from unime_jax.models.decoder import TextEmbedder
+from unime_jax.models.nv_embed import NVEmbed
 from unime_jax.models.smol import Smol
 from unime_jax.types import Params, UserError, flatten, unflatten
 
@@ -23,6 +24,7 @@ CLASSES: dict[str, type[nnx.Module]] = {
     "bert": Bert,
     "llama": TextEmbedder,
     "mistral": TextEmbedder,
+    "nvembed": NVEmbed,
     "phi3": TextEmbedder,
     "unime_smol": Smol,
 }

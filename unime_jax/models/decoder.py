@@ -41,6 +41,7 @@ class DecoderConfig:
 
     Attributes:
       fused: one product for q, k, v and one for gate and up, as Phi-3 stores them.
+      head: False leaves the next-token head out: a model that only embeds.
       causal: False lets every position see every real position of its row.
       sliding_window: longer rows than this are refused: windows are not implemented.
       attention: kernel, one of `layers.ATTENTIONS`.
@@ -62,6 +63,7 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
     fused: bool = False
+    head: bool = True
     causal: bool = True
     attention: str = "xla"
     remat: str = "none"
@@ -251,7 +253,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.model = Stack(config, rngs=rngs, dtype=dtype)
         self.lm_head = nnx.data(None)
-        if not config.tie_word_embeddings:
+        if config.head and not config.tie_word_embeddings:
             linear = _linear(config, False, rngs, dtype)
             self.lm_head = nnx.data(linear(config.hidden_size, config.vocab_size))
 
@@ -316,6 +318,8 @@ class Decoder(nnx.Module):
         )
 
     def logits(self, hidden: Float[Array, "*G D"]) -> Float[Array, "*G V"]:
+        if not self.config.head:
+            raise UserError("this model was built without its next-token head")
         if self.lm_head is None:
             return self.model.embed_tokens.attend(hidden)
         return self.lm_head(hidden)
@@ -375,8 +379,8 @@ def key_map(config: DecoderConfig, *, hf: str = "", ours: str = "language_model/
     rules += [under(layer + name, "weight", "kernel", "linear") for name, _ in names]
     rules += [under(layer + name, "bias", "bias") for name, bias in names if bias]
     ignored = [rf"{hf}model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"]
-    if config.tie_word_embeddings:
-        ignored.append(rf"{hf}lm_head\.weight")  # a copy of embed_tokens
+    if config.tie_word_embeddings or not config.head:
+        ignored.append(rf"{hf}lm_head\.weight")  # a copy of embed_tokens, or not wanted
     else:
         rules.append(under("lm_head", "weight", "kernel", "linear"))
     return KeyMap(tuple(rules), ignored=tuple(ignored))
