@@ -22,7 +22,9 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"latent_attention_model/(to_q|to_kv|ff_in)/kernel$", P("fsdp", "tensor")),
     (r"latent_attention_model/(to_out|ff_out)/kernel$", P("tensor", "fsdp")),
-    (r".*", P()),  # norms, biases, adapters, projectors and small towers are replicated
+    (r"(fc1|multi_modal_projector/linear_1)/kernel$", P("fsdp", "tensor")),
+    (r"(out_proj|fc2|multi_modal_projector/linear_2)/kernel$", P("tensor", "fsdp")),
+    (r".*", P()),  # norms, biases, adapters, separators and small towers are replicated
 )
 
 

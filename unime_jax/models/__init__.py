@@ -16,16 +16,20 @@ from flax import nnx
 from unime_jax.models import bert, hf, hf_write
 from unime_jax.models.bert import Bert
 from unime_jax.models.decoder import TextEmbedder
+from unime_jax.models.llava16 import Llava16
 from unime_jax.models.nv_embed import NVEmbed
+from unime_jax.models.phi35v import Phi35V
 from unime_jax.models.smol import Smol
 from unime_jax.types import Params, UserError, flatten, unflatten
 
 CLASSES: dict[str, type[nnx.Module]] = {
     "bert": Bert,
     "llama": TextEmbedder,
+    "llava_next": Llava16,
     "mistral": TextEmbedder,
     "nvembed": NVEmbed,
     "phi3": TextEmbedder,
+    "phi3_v": Phi35V,
     "unime_smol": Smol,
 }
 

@@ -27,6 +27,7 @@ from unime_jax.models.layers import (
     stack,
     unit,
 )
+from unime_jax.models.su_rope import SuRope
 from unime_jax.types import Array, Inputs, UserError
 
 MODEL_TYPES = ("llama", "mistral", "phi3")
@@ -44,6 +45,7 @@ class DecoderConfig:
       head: False leaves the next-token head out: a model that only embeds.
       causal: False lets every position see every real position of its row.
       sliding_window: longer rows than this are refused: windows are not implemented.
+      su_rope: two sets of RoPE factors instead of `rope_theta` alone.
       attention: kernel, one of `layers.ATTENTIONS`.
       remat: what the backward pass recomputes, one of `layers.REMATS`.
       matmul: how gradients of weights are written, one of `layers.MATMULS`.
@@ -65,6 +67,7 @@ class DecoderConfig:
     fused: bool = False
     head: bool = True
     causal: bool = True
+    su_rope: SuRope | None = None
     attention: str = "xla"
     remat: str = "none"
     matmul: str = "transposed"
@@ -168,7 +171,7 @@ class Attention(nnx.Module):
             k = self.k_proj(x, fold(key, 1))
             v = self.v_proj(x, fold(key, 2))
         q, k, v = (y.reshape(*y.shape[:2], -1, head) for y in (q, k, v))
-        q_tables = tuple(t[lengths - 1][:, None] for t in tables) if last else tables
+        q_tables = _last_tables(tables, lengths) if last else tables
         out = attention(
             rope(q, q_tables),
             rope(k, tables),
@@ -178,6 +181,12 @@ class Attention(nnx.Module):
             implementation=config.attention,
         )
         return self.o_proj(out.reshape(*q.shape[:2], queries), fold(key, 3))
+
+
+def _last_tables(tables: tuple[Array, Array], lengths: Array) -> tuple[Array, Array]:
+    """Returns the tables of every row's last position: [T, 1, H/2] or per row -> [G, 1, 1, H/2]."""
+    rows = (jnp.broadcast_to(t, (len(lengths), *t.shape[-3:])) for t in tables)
+    return tuple(jnp.take_along_axis(t, (lengths - 1)[:, None, None, None], axis=1) for t in rows)
 
 
 class MLP(nnx.Module):
@@ -294,10 +303,12 @@ class Decoder(nnx.Module):
         most = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[:-1], state))
         final = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], state))
         x = self._layers(most, embeds, lengths, fold(key, 0))
-        x = final(x, self._tables(embeds), lengths, fold(key, 1), last=True)
+        x = final(x, self._tables(embeds, lengths), lengths, fold(key, 1), last=True)
         return self.model.norm(x)[:, 0]
 
-    def _tables(self, embeds: Array) -> tuple[Array, Array]:
+    def _tables(self, embeds: Array, lengths: Array) -> tuple[Array, Array]:
+        if self.config.su_rope is not None:
+            return self.config.su_rope.tables(embeds.shape[1], lengths)
         positions = jnp.arange(embeds.shape[1])
         return rope_tables(positions, self.config.head_dim, self.config.rope_theta)
 
@@ -308,7 +319,7 @@ class Decoder(nnx.Module):
                 f"rows of {tokens} tokens exceed the model's sliding_window of {window}, which is "
                 "not supported; use shorter rows"
             )
-        tables = self._tables(embeds)
+        tables = self._tables(embeds, lengths)
         return scan_layers(
             layers,
             embeds.astype(self.dtype),

@@ -57,15 +57,20 @@ class KeyMap:
       rules: one for every parameter.
       ignored: regexes (whole keys) of what a file may hold and the model does not use.
       renamed: (regex, replacement) pairs that turn other versions' keys into those of the rules.
+      copies: (copy, original) keys of the same tensor; a file may lack the copy, ours have it.
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    copies: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: "KeyMap") -> "KeyMap":
         return KeyMap(
-            self.rules + other.rules, self.ignored + other.ignored, self.renamed + other.renamed
+            self.rules + other.rules,
+            self.ignored + other.ignored,
+            self.renamed + other.renamed,
+            self.copies + other.copies,
         )
 
 
@@ -233,6 +238,11 @@ def _check(source: Source, key_map: KeyMap, flat: Mapping[str, Any]) -> None:
                 wrong.append(f"{key} is {tuple(tensor.get_shape())} instead of {expected}")
             elif tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 wrong.append(f"{key} is stored as {tensor.get_dtype()}, not as floats")
+    for copy, original in key_map.copies:
+        if copy in have and original in have:
+            used.add(copy)
+            if not np.array_equal(reader.slice(copy)[...], reader.slice(original)[...]):
+                wrong.append(f"{copy} differs from {original}, whose copy it should be")
     unknown = sorted(
         key
         for key in have - used
@@ -311,4 +321,6 @@ def exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.n
             order = TRANSFORMS[rule.transform]
             if order is not None:
                 value = value.transpose(np.argsort(order))
-            yield key, np.ascontiguousarray(value)
+            value = np.ascontiguousarray(value)
+            yield key, value
+            yield from ((copy, value) for copy, original in key_map.copies if original == key)

@@ -35,7 +35,8 @@ from unime_jax.models import decoder, efficientnet
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from unime_jax.models.hf import KeyMap, Rule
-from unime_jax.models.layers import LayerNorm, Linear, unit
+from unime_jax.models.layers import LayerNorm, Linear
+from unime_jax.models.multimodal import Multimodal
 from unime_jax.types import Array, ImageSpec, Inputs, UserError
 
 _NORM_EPS = 1e-5
@@ -98,8 +99,8 @@ class Projector(nnx.Module):
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
 
 
-class Smol(nnx.Module):
-    """Embeds text and images with the last real token's hidden state, scaled to length 1."""
+class Smol(Multimodal):
+    """Is the tower, the projector and the decoder."""
 
     def __init__(self, config: SmolConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
@@ -124,33 +125,14 @@ class Smol(nnx.Module):
         """Runs the vision tower alone; what `Inputs.features` may hold instead of tiles."""
         return self.vision_tower(tiles)
 
-    def inputs_embeds(self, inputs: Inputs) -> Float[Array, "G T D"]:
-        """Returns the decoder's input: token vectors, and projected features where images stand."""
-        inputs = jax.tree.map(jnp.asarray, inputs)
-        x = self.language_model.embed_tokens(inputs.tokens)
+    def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
+        del key  # nothing here takes adapters
         features = inputs.features
         if features is None:
-            rows, tiles = inputs.tiles.shape[:2]
-            if tiles == 0:
-                return x
-            flat = inputs.tiles.reshape(rows * tiles, *inputs.tiles.shape[2:])
-            features = self.featurise(flat)
+            features = self.featurise(inputs.tiles.reshape(-1, *inputs.tiles.shape[2:]))
         # [G, C, P, Dv] or [G * C, P, Dv] -> [G, C * P, Dv]; f16 features are converted here.
-        features = features.reshape(x.shape[0], -1, features.shape[-1]).astype(x.dtype)
-        visual = self.multi_modal_projector(features)
-        index = inputs.image_index[..., None]
-        return jnp.where(index >= 0, jnp.take_along_axis(visual, jnp.maximum(index, 0), 1), x)
-
-    def hidden(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G T D"]:
-        """Returns the decoder's last hidden states."""
-        lengths = jnp.asarray(inputs.lengths)
-        return self.language_model(self.inputs_embeds(inputs), lengths, key=key)
-
-    def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
-        """Returns unit rows, f32; the key is for the adapters' dropout."""
-        lengths = jnp.asarray(inputs.lengths)
-        embeds = self.inputs_embeds(inputs)
-        return unit(self.language_model.last_hidden(embeds, lengths, key=key))
+        features = features.reshape(inputs.rows, -1, features.shape[-1])
+        return self.multi_modal_projector(features.astype(self.language_model.dtype))
 
     @staticmethod
     def key_map(config: SmolConfig) -> KeyMap:
