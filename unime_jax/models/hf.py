@@ -241,7 +241,7 @@ def _check(source: Source, key_map: KeyMap, flat: Mapping[str, Any]) -> None:
     for copy, original in key_map.copies:
         if copy in have and original in have:
             used.add(copy)
-            if not np.array_equal(reader.slice(copy)[...], reader.slice(original)[...]):
+            if not np.array_equal(source.slice(copy)[...], source.slice(original)[...]):
                 wrong.append(f"{copy} differs from {original}, whose copy it should be")
     unknown = sorted(
         key
