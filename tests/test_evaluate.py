@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -37,7 +38,8 @@ class FakePreprocessor:
             raise UserError("not a readable image")
         from unime_jax.data import pictures
 
-        return np.asarray(pictures.load_rgb(content).resize((SIZE, SIZE)))[None]
+        tiles = np.asarray(pictures.load_rgb(content).resize((SIZE, SIZE)))[None]
+        return types.SimpleNamespace(tiles=tiles)
 
 
 class FakeEmbedder:
@@ -59,7 +61,9 @@ class FakeEmbedder:
             numbers = [int(text.split()[-1]) for text in texts]
         else:
             assert self.image_spec is not None
-            numbers = [int(self.preprocessor.image(image)[0, 0, 0, 0]) - 1 for image in images]
+            numbers = [
+                int(self.preprocessor.image(image).tiles[0, 0, 0, 0]) - 1 for image in images
+            ]
         progress(len(numbers))
         vectors = self.directions[numbers].astype(np.float32)
         return np.ones_like(vectors) / WIDTH**0.5 if self.kind == "raw" else vectors

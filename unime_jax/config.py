@@ -31,6 +31,9 @@ def base_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.path = ""  # directory written by `prepare`, or a pairs.jsonl
     c.data.max_tokens = 64  # longest row in tokens, prompt included, image features excluded
+    c.data.prompt = ""  # key of data/prompts.py: TEMPLATES; "": the backbone's own
+    c.data.image_size = 0  # images are resized to so many pixels square first; 0: as they are
+    c.data.image_crops = 0  # most tiles of an image (Phi-3.5-V); 0: the checkpoint's number
     c.data.length_bins = 2  # quantile bins of text length, each with its own padded length
     c.data.directions = ("image_to_text",)  # of image-text pairs: image_to_text, text_to_image
     c.data.weights = ()  # (("set", share), ...) of the batch; empty: proportional to size
@@ -184,7 +187,8 @@ def validate_train(config: ConfigDict) -> None:
         check(lookup(config, key) > 0, f"config.{key}={lookup(config, key)}: must be above 0")
     for key in ("loss.k", "train.chunk", "train.adapters.rank", "optim.warmup_steps",
                 "optim.clip_norm", "optim.weight_decay", "checkpoint.every_steps",
-                "checkpoint.every_seconds", "eval.every_steps"):  # fmt: skip
+                "checkpoint.every_seconds", "eval.every_steps", "data.image_size",
+                "data.image_crops"):  # fmt: skip
         value = lookup(config, key)
         check(value >= 0, f"config.{key}={value}: must not be negative")
     for key in ("train.adapters.dropout", "data.extra_texts", "data.max_bad_share"):

@@ -12,11 +12,13 @@ import numpy as np
 from flax import nnx
 
 from unime_jax import checkpoint, models, sharding
-from unime_jax.data import preprocess, prompts
+from unime_jax.data import buckets, preprocess, prompts
 from unime_jax.models import lora
 from unime_jax.types import Array, Inputs, Params, UserError, flatten, unflatten
 
 MAX_TOKENS = 4096
+# Keys of `config.data` that hold for a trained model ever after.
+PREPARATION = ("prompt", "image_size", "image_crops")
 
 
 class Embedder:
@@ -25,32 +27,60 @@ class Embedder:
     Attributes:
       graphdef, params: the model; `nnx.merge(graphdef, params)` is its module.
       model_config: config.json of the backbone.
-      preprocessor: text and images -> fixed-shape rows; None where there are no tokenizer files.
       mesh: devices, or None for the default one.
+
+    Args:
+      model: with its parameters.
+      directory: of the tokenizer, config.json and preprocessor_config.json.
+      mesh: see above.
+      prompt: key of `prompts.TEMPLATES`; "": the backbone's.
+      image_size, image_crops: as `preprocess.Preprocessor` has them.
     """
 
-    def __init__(self, model: nnx.Module, *, directory: pathlib.Path, mesh=None):
+    def __init__(
+        self,
+        model: nnx.Module,
+        *,
+        directory: pathlib.Path,
+        mesh=None,
+        prompt: str = "",
+        image_size: int = 0,
+        image_crops: int = 0,
+    ):
         self.graphdef, state = nnx.split(model)
         self.params: Params = nnx.to_pure_dict(state)
-        self.directory = directory  # of the tokenizer and of config.json
+        self.directory = directory
         self.model_config: dict[str, Any] = models.read_config(directory)
         self.image_spec = model.image_spec
         self.mesh = mesh
+        self._preparation = {"image_size": image_size, "image_crops": image_crops}
+        self._prompt = prompt
         self._apply = jax.jit(functools.partial(_apply, self.graphdef))
         self._featurise = jax.jit(functools.partial(_featurise, self.graphdef))
 
     @functools.cached_property
     def preprocessor(self) -> preprocess.Preprocessor:
-        """Tokenizer and image transform; files are read at first use."""
+        """Tokenizer and image transform; the tokenizer's files are read at the first text."""
         return preprocess.Preprocessor(
             self.directory,
             self.image_spec,
-            prompt=prompts.name_for(self.model_config["model_type"]),
-            max_tokens=self.model_config.get("max_position_embeddings", MAX_TOKENS),
+            prompt=self._prompt or prompts.name_for(self.model_config["model_type"]),
+            max_tokens=self._number("max_position_embeddings", MAX_TOKENS),
+            image_token_id=self._number(
+                "image_token_index", self._number("image_token_id", preprocess.IMAGE_SLOT)
+            ),
+            vocabulary=self._number("vocab_size", None),
+            **self._preparation,
         )
+
+    def _number(self, key: str, default: int | None) -> int | None:
+        """Reads a key of config.json, or of its text_config."""
+        inner = self.model_config.get("text_config") or {}
+        return self.model_config.get(key, inner.get(key, default))
 
     @property
     def image_token_id(self) -> int:
+        """Marks an image's place in rows given to `embed_tokens`."""
         return self.preprocessor.image_token_id
 
     def function(self) -> tuple[Callable[[Params, Sequence[Inputs]], Array], Params]:
@@ -74,7 +104,7 @@ class Embedder:
           instruction: put before every text.
         """
         groups = self._bucket(texts, images, instruction)
-        return [_with_index(inputs, rows) for inputs, rows in groups]
+        return [dataclasses.replace(inputs, index=rows.astype(np.int32)) for inputs, rows in groups]
 
     def embed(
         self,
@@ -102,10 +132,27 @@ class Embedder:
 
     def embed_tokens(
         self,
-        token_rows: Sequence[Sequence[int]],
+        token_rows: Sequence[Sequence[int]] | np.ndarray,
         images: Sequence[Any] | None = None,
+        *,
+        attention_mask: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Embeds tokenised rows; one `image_token_id` marks the place of each row's image."""
+        """Embeds tokenised rows; one `image_token_id` marks the place of each row's image.
+
+        Args:
+          token_rows: token ids of each row, start and end tokens included.
+          images: None, a PIL image, encoded bytes or a path per row.
+          attention_mask: 1 for real tokens, 0 for padding on the left or on the right; for rows
+            that are padded.
+
+        Returns:
+          f32[N, E], unit norm, in the order given.
+
+        Raises:
+          UserError: ids, places and images that do not fit each other; names the row.
+        """
+        if attention_mask is not None:
+            token_rows = _without_padding(token_rows, attention_mask)
         return self._run(self.preprocessor.embed_rows(token_rows, images), None)
 
     def featurise(
@@ -133,8 +180,7 @@ class Embedder:
                 raise UserError(f"embed: row {row} has neither text nor image")
         return self.preprocessor.bucket(texts, images, instruction)
 
-    def _run(self, groups, progress) -> np.ndarray:
-        count = sum(len(rows) for _, rows in groups)
+    def _run(self, groups: buckets.Groups, progress) -> np.ndarray:
         out = None
         for inputs, rows in groups:
             # Whole powers of two bound the number of compiled shapes.
@@ -142,7 +188,8 @@ class Embedder:
             if self.mesh is not None:
                 padded = sharding.shard_batch(padded, self.mesh)
             vectors = np.asarray(self._apply(self.params, [padded]))[: len(rows)]
-            out = np.empty((count, vectors.shape[1]), np.float32) if out is None else out
+            if out is None:
+                out = np.empty((groups.rows, vectors.shape[1]), np.float32)
             out[rows] = vectors
             if progress:
                 progress(len(rows))
@@ -167,7 +214,16 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
         if not checkpoint.is_run(adapter):
             raise UserError(f"{adapter}: not the output directory of a training run")
         _apply_run(model, pathlib.Path(adapter))
-    return Embedder(model, directory=directory, mesh=mesh)
+    run = path if adapter is None else adapter
+    return Embedder(model, directory=directory, mesh=mesh, **preparation_of(run))
+
+
+def preparation_of(path) -> dict[str, Any]:
+    """Returns how a training run prepared its rows, for `Embedder`; {} for other directories."""
+    if not checkpoint.is_run(path):
+        return {}
+    data = checkpoint.read_run(path)["data"]
+    return {key: data[key] for key in PREPARATION if key in data}
 
 
 def load_model(
@@ -253,8 +309,19 @@ def _featurise(graphdef, params, tiles) -> Array:
     return nnx.merge(graphdef, params).featurise(tiles).astype(jnp.float32)
 
 
-def _with_index(inputs: Inputs, rows) -> Inputs:
-    return dataclasses.replace(inputs, index=np.asarray(rows, np.int32))
+def _without_padding(token_rows, attention_mask) -> list[np.ndarray]:
+    """Keeps the real tokens of padded rows, wherever the padding is."""
+    mask = np.asarray(attention_mask).astype(bool)
+    if mask.ndim != 2 or mask.shape != np.shape(token_rows):
+        raise UserError(
+            f"attention_mask has shape {mask.shape}, token_rows {np.shape(token_rows)}; they must "
+            "be equal"
+        )
+    for row, real in enumerate(mask):
+        places = np.flatnonzero(real)
+        if len(places) and places[-1] - places[0] >= len(places):
+            raise UserError(f"row {row}: attention_mask has a gap between real tokens")
+    return [ids[real] for ids, real in zip(np.asarray(token_rows), mask, strict=True)]
 
 
 def _pad_rows(inputs: Inputs, rows: int) -> Inputs:

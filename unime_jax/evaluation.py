@@ -57,7 +57,7 @@ class _Encoder:
         tiles, readable = np.zeros((len(images), size, size, 3), np.uint8), []
         for i, image in enumerate(images):
             try:
-                tiles[i] = self.model.preprocessor.image(image)[0]
+                tiles[i] = self.model.preprocessor.image(image).tiles[0]
                 readable.append(True)
             except UserError:
                 readable.append(False)

@@ -45,7 +45,9 @@ def run(config) -> dict[str, float]:
         remat=config.model.remat,
         mesh=mesh,
     )
-    data = open_data(settings, embedder.Embedder(model, directory=directory, mesh=mesh))
+    preparation = {key: settings["data"][key] for key in embedder.PREPARATION}
+    base = embedder.Embedder(model, directory=directory, mesh=mesh, **preparation)
+    data = open_data(settings, base)
     print(data.describe())
     embedder.attach_adapters(model, settings["train"]["adapters"], seed=config.seed)
     graphdef, state = nnx.split(model)
@@ -97,7 +99,12 @@ def _validation(config, graphdef, flat, directory, mesh):
     if not config.eval.every_steps or config.stage == "distill":
         return None
     pairs = evaluation.read_pairs(config.data.path, "validation")
-    model = embedder.Embedder(nnx.merge(graphdef, unflatten(flat)), directory=directory, mesh=mesh)
+    model = embedder.Embedder(
+        nnx.merge(graphdef, unflatten(flat)),
+        directory=directory,
+        mesh=mesh,
+        **{key: config.data[key] for key in embedder.PREPARATION},
+    )
 
     def recall(parameters: dict[str, Any]) -> dict[str, float]:
         model.params = unflatten(parameters)

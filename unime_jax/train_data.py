@@ -79,6 +79,11 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         directions = ["image_to_text"] if stage == "align" else data["directions"]
         found = [part for way in directions for part in pairs.directed(way).by_source()]
         if data["features"]:
+            if embedder.image_spec.kind != "grid":
+                raise UserError(
+                    "config.data.features: features of this model's images are not cached; leave "
+                    "it empty"
+                )
             features = cache_features(
                 pairs, embedder, pathlib.Path(data["features"]), variants=data["variants"]
             )
@@ -166,10 +171,10 @@ def cache_features(
 def _views(pairs, number: int, embedder: Embedder, variants: int) -> np.ndarray | None:
     try:
         content = pairs.image(number)
-        views = [embedder.preprocessor.image(content)]
+        views = [embedder.preprocessor.image(content).tiles]
         for variant in range(1, variants):
             rng = np.random.default_rng((number, variant))
-            views.append(embedder.preprocessor.image(content, augment=rng))
+            views.append(embedder.preprocessor.image(content, augment=rng).tiles)
     except UserError:
         return None
     return np.concatenate(views)

@@ -105,12 +105,15 @@ def test_square_keeps_the_aspect_on_white():
 def test_augmentation_follows_its_generator():
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (40, 30, 3), np.uint8))
-    views = [pictures.square(image, 16, np.random.default_rng(seed)) for seed in (1, 1, 2)]
+    views = [
+        pictures.square(pictures.augment(image, np.random.default_rng(seed)), 16)
+        for seed in (1, 1, 2)
+    ]
     np.testing.assert_array_equal(views[0], views[1])
     assert (views[0] != views[2]).any()
     tiny = Image.new("RGB", (1, 1))
     for seed in range(20):
-        pictures.square(tiny, 4, np.random.default_rng(seed))
+        pictures.square(pictures.augment(tiny, np.random.default_rng(seed)), 4)
 
 
 def test_shrink_stores_at_most_256_pixels():

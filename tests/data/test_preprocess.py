@@ -92,7 +92,7 @@ def test_a_bad_tokenizer_file_is_named(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match="tokenizer"):
-        preprocess.Preprocessor(tmp_path, None, prompt="none", max_tokens=8)
+        preprocess.Preprocessor(tmp_path, None, prompt="none", max_tokens=8).tokenize("a", False)
 
 
 # ---- cutting
@@ -143,12 +143,12 @@ def test_an_image_takes_its_features_places(smol):
     assert list(group.image_index[0, :5]) == [0, 1, 2, -1, -1]
     assert list(group.tokens[0, :3]) == [0, 0, 0]
     assert tuple(group.tokens[0, 3 : group.lengths[0]]) == row.ids[1:]
-    np.testing.assert_array_equal(group.tiles[0], tiles)
+    np.testing.assert_array_equal(group.tiles[0], tiles.tiles)
 
 
 def test_given_features_replace_tiles(smol):
     row = smol.tokenize(None, True)
-    features = np.ones((1, 3, 5), np.float16)
+    features = preprocess.Picture(np.ones((1, 3, 5), np.float16), smol.fixed_layout)
     group = smol.group([(row, features)] * 2, tokens=60, tiles=1)
     assert group.features.shape == (2, 1, 3, 5) and group.features.dtype == np.float16
     assert group.tiles.shape == (2, 1, 0, 0, 3)
@@ -168,8 +168,9 @@ def test_rows_with_and_without_image_do_not_mix(smol):
     for bad in ((row, None), (smol.tokenize("a", False), tiles)):
         with pytest.raises(UserError, match="do not mix"):
             smol.group([bad], tokens=60, tiles=1)
+    two = preprocess.Picture(np.concatenate([tiles.tiles] * 2), tiles.layout)
     with pytest.raises(UserError, match="2 tiles in a group of 1"):
-        smol.group([(row, np.concatenate([tiles, tiles]))], tokens=60, tiles=1)
+        smol.group([(row, two)], tokens=60, tiles=1)
 
 
 # ---- buckets

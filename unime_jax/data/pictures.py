@@ -1,10 +1,12 @@
 """Decodes images of any kind to RGB, safely, and stores them small."""
 
+import contextlib
 import importlib.util
 import io
 import os
 import pathlib
-import warnings
+import struct
+import threading
 
 import numpy as np
 
@@ -14,42 +16,153 @@ MAX_PIXELS = 100_000_000
 # Of 255. Copies of one drawing in two packages differ by up to 3.6, a blue and a green eye by 5.3.
 SAME_PICTURE = 4.0
 _STORED_SIDE = 256
+_ORIENTATION = 0x0112  # EXIF tag
+_SIDEWAYS = (5, 6, 7, 8)  # its values that swap width and height
+_LOCKS = [threading.Lock() for _ in range(64)]
 
 
-def open_rgb(content: bytes, name: str, *, trim: bool = False, at_least: int | None = None):
-    """Decodes an image to a PIL RGB image, upright, transparency on white.
+def size_of(source) -> tuple[int, int]:
+    """Reads width and height of an image as `load_rgb` would return it, without decoding it.
+
+    Args:
+      source: a PIL image, encoded bytes or a path.
+
+    Raises:
+      UserError: not readable, or more than 100 MP.
+    """
+    with _naming_errors(_name(source)) as name:
+        if _is_pil(source):
+            image, orientation = source, _check_pil(source, name)
+        else:
+            with _file(source) as file:
+                image, orientation = _open(file, name)
+        return image.size[::-1] if orientation in _SIDEWAYS else image.size
+
+
+def load_rgb(source, *, at_least: int | None = None):
+    """Opens a PIL image, encoded bytes or a path as a PIL RGB image; see `open_rgb`."""
+    if _is_pil(source):
+        with _naming_errors("image") as name:
+            return _flatten(_upright(source, _check_pil(source, name)), trim=False)
+    return open_rgb(source, _name(source), at_least=at_least)
+
+
+def open_rgb(content, name: str, *, trim: bool = False, at_least: int | None = None):
+    """Decodes an image to a PIL RGB image, upright, transparency on white, of many the first frame.
 
     The size is read from the header before any pixel is decoded: a file of more than 100 MP is
     refused, however small it is on disk.
 
     Args:
-      content: the encoded file.
+      content: the encoded file, or its path.
       name: what error messages call it.
       trim: cut off the fully transparent margins.
       at_least: a side in pixels that may be given up: JPEGs are then decoded at the smallest
         scale that keeps both sides at least so large (much faster).
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            # We check the size ourselves; PIL's warning would come first.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(f"{name}: {image.width} x {image.height} pixels is more than 100 MP")
+    with _naming_errors(name), _file(content) as file:
+        image, orientation = _open(file, name)
         if at_least is not None:
             image.draft("RGB", (at_least, at_least))
         image.load()
-        image = ImageOps.exif_transpose(image)
-        return _flatten(image, trim)
+        return _flatten(_upright(image, orientation), trim)
+
+
+def _is_pil(source) -> bool:
+    return hasattr(source, "convert") and hasattr(source, "getexif")
+
+
+def _name(source) -> str:
+    return str(source) if isinstance(source, (str, os.PathLike)) else "image"
+
+
+def _file(source) -> io.BufferedIOBase:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if isinstance(source, (str, os.PathLike)):
+        return open(pathlib.Path(source).expanduser(), "rb")
+    raise UserError(f"an image is given as PIL image, bytes or path, not {type(source).__name__}")
+
+
+@contextlib.contextmanager
+def _naming_errors(name: str):
+    """Turns whatever goes wrong with an image into a UserError that begins with its name."""
+    from PIL import UnidentifiedImageError
+
+    try:
+        yield name
     except UserError:
         raise
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a readable image (no known format)") from None
+    except OSError as error:
+        if error.filename is not None:  # the file itself, not what is in it
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{name}: not a readable image ({error})") from None
     # PIL raises whatever the decoder stumbles over: struct.error, zlib.error, SyntaxError, ...
     except Exception as error:
         raise UserError(f"{name}: not a readable image ({error})") from None
+
+
+def _open(file, name: str):
+    """Reads an image's header; returns the PIL image, not decoded, and its EXIF orientation."""
+    from PIL import Image
+
+    image = Image.open(file)
+    _check_pixels(image, name)
+    if image.format == "TIFF":
+        return image, 1  # Pillow turns these by itself, `size` included
+    if image.format == "PNG" and "exif" not in image.info:
+        # Behind the pixels Pillow finds it only by decoding them.
+        if found := _png_exif(file):
+            image.info["exif"] = b"Exif\x00\x00" + found
+    return image, Image.Image.getexif(image).get(_ORIENTATION, 1)
+
+
+def _png_exif(file) -> bytes | None:
+    """Looks for the EXIF chunk of a PNG, hopping from chunk to chunk."""
+    before = file.tell()
+    file.seek(len(b"\x89PNG\r\n\x1a\n"))
+    found = None
+    while found is None and len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        if kind == b"eXIf":
+            found = file.read(length)
+        else:
+            file.seek(length + 4, os.SEEK_CUR)  # its content and checksum
+    file.seek(before)
+    return found
+
+
+def _check_pil(image, name: str) -> int:
+    """Decodes a PIL image that was only opened so far; returns its EXIF orientation."""
+    _check_pixels(image, name)
+    with _LOCKS[id(image) % len(_LOCKS)]:  # rows may share an image, and it is decoded in place
+        image.load()
+        return image.getexif().get(_ORIENTATION, 1)
+
+
+def _check_pixels(image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"{name}: {image.width} x {image.height} pixels is more than 100 MP")
+    if not image.width * image.height:
+        raise UserError(f"{name}: {image.width} x {image.height} pixels is no image")
+
+
+def _upright(image, orientation: int):
+    from PIL import Image
+
+    turn = Image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    return image.transpose(turns[orientation]) if orientation in turns else image
 
 
 def _flatten(image, trim: bool):
@@ -67,35 +180,30 @@ def _flatten(image, trim: bool):
     return image.convert("RGB")
 
 
-def load_rgb(source, *, at_least: int | None = None):
-    """Opens a PIL image, encoded bytes or a path as a PIL RGB image; see `open_rgb`."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return open_rgb(bytes(source), "image", at_least=at_least)
-    if isinstance(source, (str, os.PathLike)):
-        try:
-            content = pathlib.Path(source).expanduser().read_bytes()
-        except OSError as error:
-            raise UserError(f"{source}: cannot be read ({error.strerror})") from None
-        return open_rgb(content, str(source), at_least=at_least)
-    if not hasattr(source, "convert"):
-        raise UserError(
-            f"an image is given as PIL image, bytes or path, not {type(source).__name__}"
-        )
-    return _flatten(source, trim=False)
+def augment(image, rng: np.random.Generator):
+    """Draws a horizontal flip and a crop of 70 to 100 % of the area."""
+    from PIL import ImageOps
+
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    share = rng.uniform(0.7, 1.0) ** 0.5
+    width, height = (max(1, round(side * share)) for side in image.size)
+    left = int(rng.integers(0, image.width - width + 1))
+    top = int(rng.integers(0, image.height - height + 1))
+    return image.crop((left, top, left + width, top + height))
 
 
-def square(image, size: int, augment: np.random.Generator | None = None) -> np.ndarray:
+def resize(image, side: int):
+    """Resizes an image to a square, aspect ignored."""
+    from PIL import Image
+
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def square(image, size: int) -> np.ndarray:
     """Fits an image into a white square, aspect kept; uint8[size, size, 3]."""
     from PIL import Image, ImageOps
 
-    if augment is not None:
-        if augment.random() < 0.5:
-            image = ImageOps.mirror(image)
-        share = augment.uniform(0.7, 1.0) ** 0.5
-        width, height = (max(1, round(side * share)) for side in image.size)
-        left = int(augment.integers(0, image.width - width + 1))
-        top = int(augment.integers(0, image.height - height + 1))
-        image = image.crop((left, top, left + width, top + height))
     image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color="white")
     return np.asarray(image)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from unime_jax.data import bad_rows, mixture, text_keys
-from unime_jax.data.preprocess import Preprocessor, Row
+from unime_jax.data.preprocess import Picture, Preprocessor, Row
 from unime_jax.data.sources import Example, Source
 from unime_jax.types import Batch, Inputs, UserError
 
@@ -150,10 +150,14 @@ class Batches:
 
     def _tokenize(self, text: str | None, has_image: bool) -> Row:
         row = self._preprocessor.tokenize(text, has_image)
-        return row.cut(self._max_tokens + self._width(has_image), self._preprocessor.features)
+        positions = self._positions(has_image)
+        return row.cut(self._max_tokens + positions, positions)
 
-    def _width(self, has_image: bool) -> int:
-        return self._preprocessor.features if has_image else 0
+    def _positions(self, has_image: bool) -> int:
+        return self._preprocessor.fixed_layout.positions if has_image else 0
+
+    def _tiles(self, has_image: bool) -> int:
+        return self._preprocessor.fixed_layout.tiles if has_image else 0
 
     def _example(self, step: int, place: int, stratum: int, member: int) -> tuple:
         """Makes one row; an unreadable one gives way to the next of its stratum."""
@@ -175,8 +179,8 @@ class Batches:
         target = None, None
         if found.target_tokens and self._vectors is None:
             target = self._side(example.target_text, example.target_image, rng)
-        query_key = (found.query_tokens, int(example.query_image is not None))
-        target_key = (found.target_tokens, int(example.target_image is not None))
+        query_key = (found.query_tokens, self._tiles(example.query_image is not None))
+        target_key = (found.target_tokens, self._tiles(example.target_image is not None))
         text = example.query_text if example.query_text is not None else example.target_text
         return example.target_id, query_key, query, target_key, target, text
 
@@ -196,18 +200,20 @@ class Batches:
             return dataclasses.replace(example, query_text=text)
         return dataclasses.replace(example, target_text=text, target_id=text_keys.compact_key(text))
 
-    def _side(self, text, image, rng) -> tuple[Row, np.ndarray | None]:
+    def _side(self, text, image, rng) -> tuple[Row, Picture | None]:
         row = self._row(text, image is not None)
         if image is None:
             return row, None
         if self._features is not None:
             variant = rng.integers(self._features.shape[1])
-            return row, np.asarray(self._features[image.number, variant])[None]
+            features = np.asarray(self._features[image.number, variant])[None]
+            return row, Picture(features, self._preprocessor.fixed_layout)
         try:
-            tiles = self._preprocessor.image(image.load(), augment=rng if self._augment else None)
+            return row, self._preprocessor.image(
+                image.load(), augment=rng if self._augment else None
+            )
         except UserError as error:
             raise UserError(f"{image.name}: {error}") from None
-        return row, tiles
 
     def _groups(self, sides: list[tuple]) -> tuple[tuple[Inputs, ...], np.ndarray]:
         """Packs one side of a batch into groups, and says where each row went."""
@@ -280,7 +286,7 @@ class Batches:
                 continue
             row = self._row(text, image is not None)
             self._lost += row.lost > 0
-            lengths.append(row.length(self._width(image is not None)))
+            lengths.append(row.length(self._positions(image is not None)))
         return tuple(lengths)
 
     def _describe(self) -> Info:
@@ -296,7 +302,7 @@ class Batches:
             )
             for counter, (tokens, image) in zip(shapes, sides, strict=True):
                 if tokens:
-                    counter[tokens, int(image is not None)] += count
+                    counter[tokens, self._tiles(image is not None)] += count
             real += count * lengths.mean(0).sum()
             padded += count * (stratum.query_tokens + stratum.target_tokens)
             direction = getattr(source, "direction", "text")

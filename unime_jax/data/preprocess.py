@@ -1,6 +1,6 @@
 """Turns texts and images into rows of fixed shape, on the host."""
 
-import collections
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -8,20 +8,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float16, Float32, UInt8
+from jaxtyping import Float16, Float32
 
-from unime_jax.data import pictures, prompts, tokenizer
+from unime_jax.data import buckets, pictures, processor_files, prompts, tokenizer
+from unime_jax.data.tiles import Layout, Tiles
 from unime_jax.types import ImageSpec, Inputs, UserError
 
 IMAGE_SLOT = -1
-# Padded lengths of `bucket`: few, so that few shapes are compiled, and close enough that
-# padding stays below a third.
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-_ROWS = 64
-_ROW_TOKENS = 8192  # at most so many positions in one group of `bucket`
 
-Tiles = UInt8[np.ndarray, "C S S 3"]
 Features = Float16[np.ndarray, "C P D"] | Float32[np.ndarray, "C P D"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picture:
+    """A prepared image.
+
+    Attributes:
+      tiles: what the vision tower reads, or the features it gave for them.
+      layout: of them in the row.
+    """
+
+    tiles: Tiles | Features
+    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,24 +53,25 @@ class Row:
     def has_image(self) -> bool:
         return IMAGE_SLOT in self.ids
 
-    def length(self, features: int) -> int:
-        """Counts positions when an image takes `features` of them."""
-        return len(self.ids) + (features - 1 if self.has_image else 0)
+    def length(self, positions: int) -> int:
+        """Counts positions when the image, if there is one, takes so many of them."""
+        return len(self.ids) + (positions - 1 if self.has_image else 0)
 
-    def cut(self, limit: int, features: int) -> "Row":
+    def cut(self, limit: int, positions: int) -> "Row":
         """Cuts the end of the user's text until the row has at most `limit` positions.
 
         Raises:
           UserError: prompt and image alone are longer.
         """
-        extra = self.length(features) - limit
+        extra = self.length(positions) - limit
         if extra <= 0:
             return self
         if extra > self.stop - self.start:
-            rest = self.length(features) - (self.stop - self.start)
+            rest = self.length(positions) - (self.stop - self.start)
+            image = f", {positions} of them its image's," if self.has_image else ""
             raise UserError(
-                f"a row of {rest} tokens without its text does not fit into {limit}: "
-                "raise the length (max_tokens)"
+                f"a row of {rest} positions without its text{image} does not fit into {limit}: "
+                "raise the length (max_tokens)" + (", or make images smaller" if image else "")
             )
         stop = self.stop - extra
         ids = self.ids[:stop] + self.ids[self.stop :]
@@ -72,13 +81,19 @@ class Row:
 class Preprocessor:
     """Tokenizer, prompt and image transform of one backbone.
 
-    Attributes:
-      image_token_id: marks the image's place in rows given to `embed_rows`.
+    Args:
+      directory: of the checkpoint: tokenizer.json (read at the first text),
+        preprocessor_config.json.
       image_spec: how images are prepared; None for a model that takes none.
-      max_tokens: longest row, image features included.
+      prompt: key of `prompts.TEMPLATES`.
+      max_tokens: longest row, image positions included.
+      image_token_id: marks the image's place in rows given to `embed_rows`; where it is not
+        negative it is also the token that stands for the image in the tokenizer.
+      vocabulary: number of token ids of the model, to check rows given to `embed_rows`.
+      image_size: side of a square that every image is resized to first, aspect ignored, so that all
+        take the same tiles and positions; 0: as they are.
+      image_crops: most tiles of an image where the model has such a number; 0: the checkpoint's.
     """
-
-    image_token_id = IMAGE_SLOT
 
     def __init__(
         self,
@@ -87,29 +102,61 @@ class Preprocessor:
         *,
         prompt: str,
         max_tokens: int,
+        image_token_id: int = IMAGE_SLOT,
+        vocabulary: int | None = None,
+        image_size: int = 0,
+        image_crops: int = 0,
     ):
         self.image_spec = image_spec
         self.prompt = prompt
         self.max_tokens = max_tokens
-        self._tokenizer = tokenizer.Tokenizer(directory)
+        self.image_token_id = image_token_id
+        self._vocabulary = vocabulary
+        self._image_size = image_size
+        self._directory = directory
+        self._transform = None
+        if image_spec is not None:
+            self._transform = processor_files.make_transform(
+                image_spec, directory, crops=image_crops
+            )
+
+    @functools.cached_property
+    def _tokenizer(self) -> tokenizer.Tokenizer:
+        return tokenizer.Tokenizer(
+            self._directory,
+            image_token=self.image_token_id if self.image_token_id >= 0 else None,
+            apart=self.image_spec is not None and self.image_spec.kind == "phi_hd",
+        )
+
+    # ---- images
 
     @property
-    def features(self) -> int:
-        """Is the number of positions an image takes in a row."""
-        return 0 if self.image_spec is None else self.image_spec.features
-
-    def tokenize(self, text: str | None, has_image: bool, instruction: str | None = None) -> Row:
-        """Tokenises a row's prompt; what looks like a special token in the text stays text."""
-        if has_image and self.image_spec is None:
+    def _images(self):
+        if self._transform is None:
             raise UserError("this model takes no images: its image_spec is None")
-        segments = prompts.render(self.prompt, text and text.strip(), has_image, instruction)
-        ids, start, stop = self._tokenizer.encode(segments, IMAGE_SLOT)
-        # Counted apart from the text, as the published code of NV-Embed counts it.
-        skipped = prompts.skipped(self.prompt, instruction)
-        skip = self._tokenizer.count(skipped) if skipped else 0
-        return Row(tuple(ids), start, stop, skip=skip).cut(self.max_tokens, self.features)
+        return self._transform
 
-    def image(self, source: Any, *, augment: np.random.Generator | None = None) -> Tiles:
+    def layout(self, width: int, height: int) -> Layout:
+        """Returns what an image of a size takes of its row."""
+        if self._image_size:
+            width = height = self._image_size
+        return self._images.layout(width, height)
+
+    @property
+    def fixed_layout(self) -> Layout:
+        """Is what every image takes, whatever its size.
+
+        Raises:
+          UserError: it depends on the size.
+        """
+        if not self._image_size and self._images is not None and self.image_spec.kind != "grid":
+            raise UserError(
+                "images of this model take more or less of a row according to their size; set "
+                "config.data.image_size (the paper's is 336)"
+            )
+        return self.layout(1, 1)
+
+    def image(self, source: Any, *, augment: np.random.Generator | None = None) -> Picture:
         """Prepares an image: a PIL image, encoded bytes or a path.
 
         Args:
@@ -117,141 +164,206 @@ class Preprocessor:
           augment: draws a horizontal flip and a crop of 70 to 100 % of the area, if given.
 
         Raises:
-          UserError: not readable, or more than 100 MP.
+          UserError: not readable, more than 100 MP, or of a shape the model cannot take.
         """
-        if self.image_spec is None:
+        transform = self._images
+        # A JPEG decoded at a smaller scale is another image: not where a published one is ported.
+        rough = self.image_spec.size if self.image_spec.kind == "grid" else None
+        image = pictures.load_rgb(source, at_least=rough)
+        if augment is not None:
+            image = pictures.augment(image, augment)
+        if self._image_size:
+            image = pictures.resize(image, self._image_size)
+        return Picture(transform.cut(image), transform.layout(*image.size))
+
+    # ---- rows
+
+    def tokenize(
+        self,
+        text: str | prompts.Slotted | None,
+        has_image: bool,
+        instruction: str | None = None,
+        *,
+        layout: Layout | None = None,
+    ) -> Row:
+        """Tokenises a row's prompt; what looks like a special token in the text stays text.
+
+        Args:
+          text: the user's.
+          has_image: whether the row has an image.
+          instruction: put before the text.
+          layout: of the image; without it only rows whose image takes a fixed number of positions
+            are cut to `max_tokens`.
+        """
+        if has_image and self.image_spec is None:
             raise UserError("this model takes no images: its image_spec is None")
-        if self.image_spec.kind != "grid":
-            raise UserError(f"unknown kind of image_spec: {self.image_spec.kind!r}")
-        size = self.image_spec.size
-        image = pictures.load_rgb(source, at_least=size)
-        return pictures.square(image, size, augment)[None]
+        segments = prompts.render(self.prompt, text, has_image, instruction)
+        ids, start, stop = self._tokenizer.encode(segments, IMAGE_SLOT)
+        if layout is None and has_image and (self._image_size or self.image_spec.kind == "grid"):
+            layout = self.fixed_layout
+        # Counted apart from the text, as the published code of NV-Embed counts it.
+        skipped = prompts.skipped(self.prompt, instruction)
+        skip = self._tokenizer.count(skipped) if skipped else 0
+        positions = 1 if layout is None else layout.positions
+        return Row(tuple(ids), start, stop, skip=skip).cut(self.max_tokens, positions)
 
     def group(
-        self,
-        rows: Sequence[tuple[Row, Tiles | Features | None]],
-        *,
-        tokens: int,
-        tiles: int,
+        self, rows: Sequence[tuple[Row, Picture | None]], *, tokens: int, tiles: int
     ) -> Inputs:
         """Packs rows into one group.
 
         Args:
-          rows: tokenised rows, each with its image's tiles or its vision features, or None.
+          rows: tokenised rows, each with its image or None.
           tokens: T; longer texts are cut, prompt and image never.
-          tiles: C, the same for all rows; 0 for text.
+          tiles: C; rows with fewer get zeros behind them. 0 for text.
 
         Raises:
-          UserError: a row that does not fit into T without its text, or has another C.
+          UserError: a row that does not fit into T without its text, or has more than C tiles.
         """
-        features = self.features if tiles else 0
         out_tokens = np.zeros((len(rows), tokens), np.int32)
         out_index = np.full((len(rows), tokens), -1, np.int32)
         lengths = np.zeros(len(rows), np.int32)
         for i, (row, image) in enumerate(rows):
             if row.has_image != (tiles > 0) or (image is None) != (tiles == 0):
                 raise UserError(f"row {i}: rows with and without image do not mix in one group")
-            if image is not None and len(image) != tiles:
-                raise UserError(f"row {i}: {len(image)} tiles in a group of {tiles}")
-            row = row.cut(tokens, features * tiles)
-            ids, index = _expand(row.ids, features * tiles)
-            lengths[i] = len(ids)
-            out_tokens[i, : len(ids)] = ids
-            out_index[i, : len(ids)] = index
-        packed, feats = self._images([image for _, image in rows], tiles)
+            if image is not None and len(image.tiles) > tiles:
+                raise UserError(f"row {i}: {len(image.tiles)} tiles in a group of {tiles}")
+            positions = 0 if image is None else image.layout.positions
+            row = row.cut(tokens, positions)
+            lengths[i] = row.length(positions)
+            if image is None:
+                out_tokens[i, : lengths[i]] = row.ids
+                continue
+            at = row.ids.index(IMAGE_SLOT)
+            out_tokens[i, :at] = row.ids[:at]
+            out_tokens[i, at + positions : lengths[i]] = row.ids[at + 1 :]
+            out_index[i, at : at + positions] = image.layout.index
+        images = [image for _, image in rows]
+        packed, features = self._pack_images(images, tiles)
+        grid = None
+        if tiles and self.image_spec.kind == "phi_hd":
+            grid = np.array([image.layout.grid for image in images], np.int32)
         skip = np.array([row.skip for row, _ in rows], np.int32)
-        return Inputs(
-            out_tokens, lengths, out_index, packed, feats, skip=skip if skip.any() else None
-        )
+        skip = skip if skip.any() else None
+        return Inputs(out_tokens, lengths, out_index, packed, features, grid=grid, skip=skip)
 
-    def _images(self, images: list, tiles: int) -> tuple[np.ndarray, np.ndarray | None]:
+    def _pack_images(
+        self, images: list[Picture | None], tiles: int
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Returns tiles and, where they stand for tiles, features."""
         size = 0 if self.image_spec is None else self.image_spec.size
         if not tiles:
             return np.zeros((len(images), 0, size, size, 3), np.uint8), None
-        stacked = np.stack(images)
-        if stacked.dtype == np.uint8:
-            return stacked, None
-        return np.zeros((len(images), tiles, 0, 0, 3), np.uint8), stacked
+        first = images[0].tiles
+        packed = np.zeros((len(images), tiles, *first.shape[1:]), first.dtype)
+        for i, image in enumerate(images):
+            packed[i, : len(image.tiles)] = image.tiles
+        if packed.dtype == np.uint8:
+            return packed, None
+        return np.zeros((len(images), tiles, 0, 0, 3), np.uint8), packed
+
+    # ---- groups of any mixture
 
     def bucket(
         self,
-        texts: Sequence[str | None],
+        texts: Sequence[str | prompts.Slotted | None],
         images: Sequence[Any],
         instruction: str | None = None,
-    ) -> list[tuple[Inputs, np.ndarray]]:
-        """Groups rows of any mixture by length, short ones first.
+    ) -> buckets.Groups:
+        """Groups rows of any mixture by length and tiles, short ones first.
+
+        Images are read for their size now and decoded when the groups are read.
 
         Returns:
           Groups, each with the places its rows had in the lists given.
 
         Raises:
-          UserError: an image that cannot be read, a row that is empty; names the row.
+          UserError: an image that cannot be read, a row that is empty or whose image does not fit;
+            names the row.
         """
+        layouts = self._layouts(images)
         rows = []
-        for i, (text, image) in enumerate(zip(texts, images, strict=True)):
-            try:
-                rows.append(self.tokenize(text, image is not None, instruction))
-            except UserError as error:
-                raise UserError(f"row {i}: {error}") from None
-        return self._pack(rows, images)
+        for i, (text, layout) in enumerate(zip(texts, layouts, strict=True)):
+            with _naming_row(i):
+                rows.append(self.tokenize(text, layout is not None, instruction, layout=layout))
+        return self._groups(rows, images, layouts)
 
     def embed_rows(
         self, token_rows: Sequence[Sequence[int]], images: Sequence[Any] | None = None
-    ) -> list[tuple[Inputs, np.ndarray]]:
-        """Groups rows that are tokenised already; `image_token_id` marks each image's place."""
+    ) -> buckets.Groups:
+        """Groups rows that are tokenised already; `image_token_id` marks each image's place.
+
+        Raises:
+          UserError: an empty row, an id the model does not have, no or several places for an
+            image, a row longer than the model reads.
+        """
         images = [None] * len(token_rows) if images is None else images
+        if len(images) != len(token_rows):
+            raise UserError(f"{len(token_rows)} token rows but {len(images)} images")
+        layouts = self._layouts(images)
         rows = []
-        for i, (ids, image) in enumerate(zip(token_rows, images, strict=True)):
-            ids = tuple(int(token) for token in ids)
-            slots = ids.count(IMAGE_SLOT)
-            if not ids or slots != (image is not None):
-                raise UserError(
-                    f"row {i}: {len(ids)} tokens with {slots} image slots and "
-                    f"{'an' if image is not None else 'no'} image"
-                )
-            row = Row(ids, 0, 0)
-            if row.length(self.features) > self.max_tokens:
-                raise UserError(
-                    f"row {i} has {row.length(self.features)} positions, "
-                    f"the model reads {self.max_tokens}"
-                )
-            rows.append(row)
-        return self._pack(rows, images)
+        for i, (ids, layout) in enumerate(zip(token_rows, layouts, strict=True)):
+            with _naming_row(i):
+                row = Row(self._check_ids(ids, layout is not None), 0, 0)
+                length = row.length(0 if layout is None else layout.positions)
+                if length > self.max_tokens:
+                    raise UserError(f"{length} positions, the model reads {self.max_tokens}")
+                rows.append(row)
+        return self._groups(rows, images, layouts)
 
-    def _pack(self, rows: list[Row], images: Sequence[Any]) -> list[tuple[Inputs, np.ndarray]]:
-        buckets = collections.defaultdict(list)
-        for i, row in enumerate(rows):
-            length = row.length(self.features)
-            fitting = next((size for size in LENGTHS if size >= length), length)
-            buckets[min(fitting, self.max_tokens), int(row.has_image)].append(i)
-        groups = []
-        for (tokens, tiles), members in sorted(buckets.items()):
-            step = max(1, min(_ROWS, _ROW_TOKENS // tokens))
-            for start in range(0, len(members), step):
-                part = members[start : start + step]
-                packed = [(rows[i], self._tiles_of(i, images[i])) for i in part]
-                groups.append((self.group(packed, tokens=tokens, tiles=tiles), np.array(part)))
-        return groups
+    def _check_ids(self, ids: Sequence[int], has_image: bool) -> tuple[int, ...]:
+        mark = self.image_token_id
+        ids = tuple(int(token) for token in ids)
+        slots = ids.count(mark)
+        if not ids or slots != has_image:
+            hint = f"; one {mark} stands for the whole image" if slots > 1 else ""
+            raise UserError(
+                f"{len(ids)} tokens with {slots} image slots ({mark}) and "
+                f"{'an' if has_image else 'no'} image{hint}"
+            )
+        words = [token for token in ids if token != mark]
+        limit = self._vocabulary
+        wrong = [id for id in words if id < 0 or (limit is not None and id >= limit)]
+        if wrong:
+            raise UserError(f"token id {wrong[0]} is not one of the model's {limit or ''}".rstrip())
+        return tuple(IMAGE_SLOT if token == mark else token for token in ids)
 
-    def _tiles_of(self, row: int, image: Any) -> Tiles | None:
-        if image is None:
-            return None
-        try:
-            return self.image(image)
-        except UserError as error:
-            raise UserError(f"row {row}: {error}") from None
+    def _layouts(self, images: Sequence[Any]) -> list[Layout | None]:
+        layouts = []
+        for i, image in enumerate(images):
+            with _naming_row(i):
+                known = None if image is None else self.layout(*pictures.size_of(image))
+                layouts.append(known)
+        return layouts
+
+    def _groups(
+        self, rows: list[Row], images: Sequence[Any], layouts: list[Layout | None]
+    ) -> buckets.Groups:
+        lengths = [
+            row.length(0 if layout is None else layout.positions)
+            for row, layout in zip(rows, layouts, strict=True)
+        ]
+        tiles = [0 if layout is None else self._images.bucket(layout.tiles) for layout in layouts]
+        padded = [buckets.padded_length(length, self.max_tokens) for length in lengths]
+
+        def prepare(row: int) -> Picture:
+            with _naming_row(row):
+                return self.image(images[row])
+
+        def pack(bucket: buckets.Bucket, pictures: list[Picture | None]) -> Inputs:
+            found = [rows[i] for i in bucket.members]
+            return self.group(
+                list(zip(found, pictures, strict=True)), tokens=bucket.tokens, tiles=bucket.tiles
+            )
+
+        shapes = list(zip(padded, tiles, strict=True))
+        return buckets.Groups(buckets.sort(shapes), prepare, pack, tokens=sum(lengths))
 
 
-@functools.lru_cache(maxsize=64)
-def _steps(count: int) -> tuple[int, ...]:
-    return tuple(range(count))
-
-
-def _expand(ids: tuple[int, ...], features: int) -> tuple[list[int], list[int]]:
-    """Gives the image slot its positions: token 0, and the row of the features to take."""
-    if IMAGE_SLOT not in ids:
-        return list(ids), [-1] * len(ids)
-    at = ids.index(IMAGE_SLOT)
-    tokens = [*ids[:at], *[0] * features, *ids[at + 1 :]]
-    index = [*[-1] * at, *_steps(features), *[-1] * (len(ids) - at - 1)]
-    return tokens, index
+@contextlib.contextmanager
+def _naming_row(row: int):
+    """Puts the row's number before what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"row {row}: {error}") from None

@@ -34,6 +34,8 @@ class Template:
         place.
       skip_instruction: whether a mean over tokens leaves the instruction out.
       model_types: values of `model_type` in config.json that this is the default of.
+      raw: texts are taken as they are: blanks at their ends stay, and an image stands where the
+        text says (`Slotted`).
     """
 
     text: str
@@ -42,6 +44,19 @@ class Template:
     instruction: str = "{instruction}\n"
     skip_instruction: bool = False
     model_types: tuple[str, ...] = ()
+    raw: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Slotted:
+    """A text of its own wording around an image, for raw prompts.
+
+    Attributes:
+      before, after: the text on either side of the image.
+    """
+
+    before: str
+    after: str
 
 
 TEMPLATES = {
@@ -89,7 +104,24 @@ TEMPLATES = {
     "llava16_stage1": Template(
         text="[INST] {text}\nSummary above sentences in one word:\n [/INST]",
     ),
+    # MMEB's rows bring their wording, the image's place included; no chat format around it.
+    "mmeb": Template(text="{text}", both="{text}", raw=True),
 }
+MMEB_SLOT = "<|image_1|>"
+
+
+def slotted(text: str, slot: str = MMEB_SLOT) -> str | Slotted:
+    """Reads a data set's text that marks the place of its image in its own way.
+
+    For data of a known format alone: a user's text is text, whatever it contains.
+
+    Raises:
+      UserError: more than one slot.
+    """
+    before, found, after = text.partition(slot)
+    if slot in after:
+        raise UserError(f"more than one {slot} in {text[:60]!r}: a row has one image")
+    return Slotted(before, after) if found else text
 
 
 def name_for(model_type: str) -> str:
@@ -114,7 +146,7 @@ def skipped(name: str, instruction: str | None) -> str:
 
 
 def render(
-    name: str, text: str | None, has_image: bool, instruction: str | None = None
+    name: str, text: str | Slotted | None, has_image: bool, instruction: str | None = None
 ) -> list[Segment]:
     """Puts a row into a prompt.
 
@@ -125,20 +157,16 @@ def render(
       instruction: a task description, put before the text on a line of its own; never cut.
 
     Raises:
-      UserError: an unknown name, an empty row, an image for a prompt that takes none.
+      UserError: an unknown name, an empty row, an image for a prompt that takes none, a raw prompt
+        whose text and image do not fit each other.
     """
     if name not in TEMPLATES:
         raise UserError(f"unknown prompt {name!r}; known: {', '.join(TEMPLATES)}")
     template = TEMPLATES[name]
-    text = text or ""
-    if not text.strip() and not has_image:
-        raise UserError("empty text without an image: nothing to embed")
-    if has_image and not template.image:
-        raise UserError(f"prompt {name!r} takes no image: the model is for text only")
-    words = [Segment("text", text)] if text else []
+    words = _words(name, template, text, has_image)
     if instruction:
         stated = template.instruction.replace("{instruction}", instruction)
-        words.insert(0, Segment("prompt", stated if text else stated.rstrip()))
+        words.insert(0, Segment("prompt", stated if words else stated.rstrip()))
     if not has_image:
         pattern = template.text
     else:
@@ -151,3 +179,26 @@ def render(
         before, _, pattern = pattern.partition(first) if first else (pattern, "", "")
         segments += ([Segment("prompt", before)] if before else []) + filling.get(first, [])
     return segments
+
+
+def _words(
+    name: str, template: Template, text: str | Slotted | None, has_image: bool
+) -> list[Segment]:
+    """Returns the segments of the user's text, in a raw prompt with the image among them."""
+    if isinstance(text, Slotted) != (template.raw and has_image):
+        if template.raw:
+            raise UserError(
+                f"prompt {name!r}: the text of a row with an image is prompts.Slotted(before, "
+                "after), that of any other row a string"
+            )
+        raise UserError(f"prompt {name!r} has its own place for the image: give a plain text")
+    if isinstance(text, Slotted):
+        parts = [Segment("text", text.before), Segment("image"), Segment("text", text.after)]
+        return [part for part in parts if part.role == "image" or part.value]
+    text = text or ""
+    if not text.strip() and not has_image:
+        raise UserError("empty text without an image: nothing to embed")
+    if has_image and not template.image:
+        raise UserError(f"prompt {name!r} takes no image: the model is for text only")
+    text = text if template.raw else text.strip()
+    return [Segment("text", text)] if text else []

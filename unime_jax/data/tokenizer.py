@@ -1,5 +1,6 @@
 """Reads a checkpoint's tokenizer and encodes prompts with it."""
 
+import itertools
 import json
 import pathlib
 import re
@@ -12,104 +13,167 @@ from unime_jax.types import UserError
 class Tokenizer:
     """A fast tokenizer of a checkpoint directory.
 
-    The template's special tokens are special; the same characters in a user's text are text.
+    The template's special tokens are special; the same characters in a user's text are text. Apart
+    from that the ids are those of the whole string in the tokenizers library.
+
+    Args:
+      directory: holds tokenizer.json.
+      image_token: id of the added token that marks an image inside a string (its lstrip and rstrip
+        count), or None.
+      apart: the strings around an image are encoded one by one, each with the tokenizer's own
+        start and end tokens.
     """
 
-    def __init__(self, directory: str | pathlib.Path):
-        self._tokenizer = _read(pathlib.Path(directory).expanduser())
-        # A tokenizer.json may carry the cutting and padding of whoever saved it.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        special = sorted((t.content for t in added if t.special), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        probe = self._tokenizer.encode("a", add_special_tokens=True).special_tokens_mask
-        ids = self._tokenizer.encode("a", add_special_tokens=True).ids
-        first = probe.index(0)
-        last = len(probe) - probe[::-1].index(0)
-        self._prefix, self._suffix = ids[:first], ids[last:]
-        self._tokenizer.encode_special_tokens = True
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        *,
+        image_token: int | None = None,
+        apart: bool = False,
+    ):
+        path, content = _read(pathlib.Path(directory).expanduser())
+        self._first = _build(path, content)
+        # A Metaspace tokenizer may put its "_" before the string's first piece alone.
+        later = json.loads(content)
+        _never_prepend(later.get("pre_tokenizer"))
+        self._later = _build(path, json.dumps(later))
+        self._apart = apart
+        added = self._first.get_added_tokens_decoder()
+        self._image = added.get(image_token)
+        self._special = {t.content: (id, t) for id, t in added.items() if t.special}
+        longest = sorted(self._special, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
+        probe = self._first.encode("a", add_special_tokens=True)
+        real = [place for place, special in enumerate(probe.special_tokens_mask) if not special]
+        self._prefix, self._suffix = probe.ids[: real[0]], probe.ids[real[-1] + 1 :]
+        self._first.encode_special_tokens = True
+        self._later.encode_special_tokens = True
 
     def count(self, text: str) -> int:
         """Counts the tokens of a text alone, without start and end tokens."""
         return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def count(self, text: str) -> int:
+        """Counts the tokens of a text alone, without start and end tokens."""
+        return len(self._first.encode(text, add_special_tokens=False).ids)
+
     def encode(self, segments: Sequence[Segment], image_slot: int) -> tuple[list[int], int, int]:
         """Encodes a rendered prompt, the tokenizer's own start and end tokens included.
 
-        Neighbouring segments are encoded together, so that tokens at their borders are those
-        of the whole string.
-
         Returns:
-          Token ids, and where the user's text starts and stops among them. A token that spans
-          the border belongs to the prompt.
+          Token ids, and where the user's text (the last one of several) starts and stops among
+          them. A token that spans the border belongs to the prompt.
         """
-        ids = list(self._prefix)
-        start = stop = None
-        run: list[Segment] = []
-
-        def flush():
-            nonlocal start, stop
-            if run:
-                pieces, first, last = self._encode_run(run)
-                if first is not None:
-                    start, stop = len(ids) + first, len(ids) + last
-                ids.extend(pieces)
-                run.clear()
-
-        for segment in segments:
-            if segment.role == "image":
-                flush()
+        ids: list[int] = []
+        span = None
+        for number, string in enumerate(_split(segments) if self._apart else [segments]):
+            if number:
                 ids.append(image_slot)
-            elif segment.role == "text":
-                run.append(segment)
-            else:
-                rest = 0
-                for found in self._special.finditer(segment.value):
-                    run.append(Segment("prompt", segment.value[rest : found.start()]))
-                    flush()
-                    ids.append(self._tokenizer.token_to_id(found.group()))
-                    rest = found.end()
-                run.append(Segment("prompt", segment.value[rest:]))
-        flush()
-        ids.extend(self._suffix)
-        if start is None:
-            start = stop = len(ids)
+            ids += self._prefix
+            found, inside = self._encode_string(string, image_slot)
+            if inside is not None:
+                span = len(ids) + inside[0], len(ids) + inside[1]
+            ids += found + self._suffix
+        start, stop = span or (len(ids), len(ids))
         return ids, start, stop
 
-    def _encode_run(self, run: list[Segment]) -> tuple[list[int], int | None, int | None]:
-        text = "".join(segment.value for segment in run)
-        if not text:
-            return [], None, None
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        at, span = 0, None
-        for segment in run:
+    def _encode_string(
+        self, segments: Sequence[Segment], image_slot: int
+    ) -> tuple[list[int], tuple[int, int] | None]:
+        """Encodes a string between its special tokens."""
+        text = "".join(segment.value for segment in segments)
+        wanted = None  # the user's text among the characters
+        at = 0
+        for segment in segments:
             if segment.role == "text":
-                span = (at, at + len(segment.value))
+                wanted = at, at + len(segment.value)
             at += len(segment.value)
-        if span is None:
-            return encoding.ids, None, None
-        inside = [
-            i
-            for i, (first, last) in enumerate(encoding.offsets)
-            if span[0] <= first and last <= span[1] and first < span[1]
-        ]
-        if not inside:
-            return encoding.ids, None, None
-        return encoding.ids, inside[0], inside[-1] + 1
+        ids: list[int] = []
+        inside: list[int] = []
+        rest, tokenizer = 0, self._first
+        for start, stop, id in [*self._cuts(segments, text, image_slot), (len(text), None, None)]:
+            if rest < start:
+                encoding = tokenizer.encode(text[rest:start], add_special_tokens=False)
+                for place, (first, last) in enumerate(encoding.offsets):
+                    first, last = first + rest, last + rest
+                    if wanted and wanted[0] <= first < wanted[1] and last <= wanted[1]:
+                        inside.append(len(ids) + place)
+                ids += encoding.ids
+            if id is not None:
+                ids.append(id)
+                rest, tokenizer = stop, self._later
+        return ids, (inside[0], inside[-1] + 1) if inside else None
+
+    def _cuts(self, segments: Sequence[Segment], text: str, image_slot: int):
+        """Yields (start, stop, id) of the special tokens, with the blanks that they swallow."""
+        at = previous = 0
+        for segment in segments:
+            found = []
+            if segment.role == "image":
+                found = [(at, at, image_slot, self._image)]
+            elif segment.role == "prompt":
+                for match in self._pattern.finditer(segment.value):
+                    found.append((at + match.start(), at + match.end(), *self._special[match[0]]))
+            at += len(segment.value)
+            for start, stop, id, token in found:
+                if token is not None:
+                    if token.single_word and _touches_a_word(text, start, stop):
+                        continue
+                    if token.lstrip:
+                        start = max(previous, len(text[:start].rstrip()))
+                    if token.rstrip:
+                        stop += len(text[stop:]) - len(text[stop:].lstrip())
+                yield start, stop, id
+                previous = stop
 
 
-def _read(directory: pathlib.Path):
-    import tokenizers
+def _touches_a_word(text: str, start: int, stop: int) -> bool:
+    return bool(re.match(r"\w", text[stop:]) or re.search(r"\w\Z", text[:start]))
 
+
+def _split(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Splits a prompt at its images."""
+    strings: list[list[Segment]] = [[]]
+    for is_image, run in itertools.groupby(segments, lambda segment: segment.role == "image"):
+        if is_image:
+            strings += [[] for _ in run]
+        else:
+            strings[-1] += run
+    return strings
+
+
+def _never_prepend(pre_tokenizer) -> None:
+    parts = [pre_tokenizer] if isinstance(pre_tokenizer, dict) else []
+    while parts:
+        part = parts.pop()
+        parts += part.get("pretokenizers", [])
+        if part.get("prepend_scheme") == "first":
+            part["prepend_scheme"] = "never"
+
+
+def _read(directory: pathlib.Path) -> tuple[pathlib.Path, str]:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(
             f"{directory} holds no tokenizer.json; save it with transformers' fast class"
         )
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-        return tokenizers.Tokenizer.from_file(str(path))
+        content = path.read_text(encoding="utf-8")
+        json.loads(content)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable tokenizer: {error}") from None
+    return path, content
+
+
+def _build(path: pathlib.Path, content: str):
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content)
     # tokenizers raises bare Exception for whatever it does not understand.
     except Exception as error:
         raise UserError(f"{path} is not a readable tokenizer: {error}") from None
+    # A tokenizer.json may carry the cutting and padding of whoever saved it.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

@@ -1,0 +1,109 @@
+"""Sorts rows of any length into a few shapes, and prepares one group ahead of its reader."""
+
+import collections
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from unime_jax.types import Inputs
+
+# Padded lengths: few, so that few shapes are compiled, and close enough that padding stays small.
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
+_STEP = 256  # of longer ones
+# At most so many rows, positions and tiles in one group.
+_ROWS, _TOKENS, _TILES = 64, 8192, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Rows that will be one group.
+
+    Attributes:
+      tokens, tiles: T and C.
+      members: the rows' numbers.
+    """
+
+    tokens: int
+    tiles: int
+    members: tuple[int, ...]
+
+
+def padded_length(length: int, limit: int) -> int:
+    """Returns the padded length of a row; `limit` is the longest that the model reads."""
+    fitting = next((size for size in LENGTHS if size >= length), -(-length // _STEP) * _STEP)
+    return min(fitting, limit)
+
+
+def sort(shapes: Sequence[tuple[int, int]]) -> list[Bucket]:
+    """Puts rows of equal shape together, short ones first.
+
+    Args:
+      shapes: (T, C) of each row.
+    """
+    places = collections.defaultdict(list)
+    for place, shape in enumerate(shapes):
+        places[shape].append(place)
+    buckets = []
+    for (tokens, tiles), members in sorted(places.items()):
+        limit = max(1, min(_ROWS, _TOKENS // tokens, _TILES // max(tiles, 1)))
+        rows = 1 << (limit.bit_length() - 1)  # groups are padded to powers of two on the device
+        for start in range(0, len(members), rows):
+            buckets.append(Bucket(tokens, tiles, tuple(members[start : start + rows])))
+    return buckets
+
+
+class Groups:
+    """Groups of rows, made while they are read: at most two of them are in memory.
+
+    Iterating yields (inputs, places of their rows). Images of the next group are prepared by
+    threads while this one is used.
+
+    Args:
+      buckets: what the groups are made of.
+      prepare: the image of a row, by its number; called from threads.
+      pack: (bucket, prepared images) -> inputs.
+      tokens: real positions of all rows.
+
+    Attributes:
+      rows: of all groups.
+      padded_share: of all positions, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        buckets: list[Bucket],
+        prepare: Callable[[int], Any],
+        pack: Callable[[Bucket, list[Any]], Inputs],
+        *,
+        tokens: int,
+    ):
+        self._buckets, self._prepare, self._pack = buckets, prepare, pack
+        self.rows = sum(len(bucket.members) for bucket in buckets)
+        padded = sum(len(bucket.members) * bucket.tokens for bucket in buckets)
+        self.padded_share = 1 - tokens / padded if padded else 0.0
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def __iter__(self) -> Iterator[tuple[Inputs, np.ndarray]]:
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            started = map(lambda bucket: (bucket, self._start(pool, bucket)), self._buckets)
+            ahead = collections.deque(itertools.islice(started, 1))
+            while ahead:
+                ahead.extend(itertools.islice(started, 1))
+                bucket, futures = ahead.popleft()
+                images = [future and future.result() for future in futures]
+                yield self._pack(bucket, images), np.array(bucket.members)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, bucket: Bucket) -> list[Future | None]:
+        if not bucket.tiles:
+            return [None] * len(bucket.members)
+        return [pool.submit(self._prepare, row) for row in bucket.members]
