@@ -51,10 +51,6 @@ class Tokenizer:
 
     def count(self, text: str) -> int:
         """Counts the tokens of a text alone, without start and end tokens."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def count(self, text: str) -> int:
-        """Counts the tokens of a text alone, without start and end tokens."""
         return len(self._first.encode(text, add_special_tokens=False).ids)
 
     def encode(self, segments: Sequence[Segment], image_slot: int) -> tuple[list[int], int, int]:
