@@ -3,10 +3,17 @@
 Layouts are those of `ImageSpec`. The package's own host code is not used here.
 """
 
+import pathlib
+
 import numpy as np
+from flax import nnx
 from PIL import Image
 
-from unime_jax.types import Inputs
+from unime_jax import models
+from unime_jax.models import hf
+from unime_jax.types import Inputs, flatten
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 
 
 def hd_transform(image: np.ndarray, crops: int, size: int = 336) -> tuple[np.ndarray, tuple]:
@@ -72,3 +79,50 @@ def pack(rows, *, size: int, tiles: int | None = None, tokens: int | None = None
             grids[i] = grid
     lengths = np.array([len(row[0]) for row in rows], np.int32)
     return Inputs(ids, lengths, index, packed, grid=grids)
+
+
+def assert_keys_are(config: dict, expected: dict[str, list[int]]) -> None:
+    """Checks that a model of true size maps every key of its files, with its shape, both ways."""
+    model = nnx.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
+    abstract = flatten(nnx.to_pure_dict(nnx.state(model)))
+    source = _Shapes(expected)
+    key_map = models.rules(config)
+    hf.check(source, key_map, abstract)
+    written = {}
+    for rule in key_map.rules:
+        keys = hf.keys_of(rule, abstract[rule.ours].shape)
+        written.update(dict.fromkeys(keys, rule))
+    copies = {copy: original for copy, original in key_map.copies if copy in expected}
+    assert set(written) | set(copies) == set(expected)
+    for copy in copies:
+        without = {key: shape for key, shape in expected.items() if key != copy}
+        hf.check(_Shapes(without), key_map, abstract)
+
+
+class _Shapes:
+    """A source whose tensors have shapes and no content."""
+
+    name = "shapes"
+
+    def __init__(self, shapes):
+        self._shapes = shapes
+
+    def keys(self):
+        return set(self._shapes)
+
+    def slice(self, key):
+        return _Shape(self._shapes[key])
+
+
+class _Shape:
+    def __init__(self, shape):
+        self._shape = shape
+
+    def get_shape(self):
+        return self._shape
+
+    def get_dtype(self):
+        return "BF16"
+
+    def __getitem__(self, index):
+        return np.zeros(1)

@@ -1,7 +1,6 @@
 """Phi-3.5-vision against golden files of the published code."""
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,16 @@ import pictures
 import pytest
 import safetensors.numpy
 import tolerances
+import torch
 from flax import nnx
 
 from unime_jax import models
-from unime_jax.models import hf
+from unime_jax.models import hf, phi35v
+from unime_jax.models.phi35v import Phi35VConfig
+from unime_jax.models.su_rope import SuRope
+from unime_jax.types import ImageSpec, Inputs, UserError, flatten
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
-TINY = GOLDEN / "phi3v_tiny"
+TINY = pictures.GOLDEN / "phi3v_tiny"
 SIZE = 336
 CONFIG = json.loads((TINY / "config.json").read_text())
 
@@ -91,3 +93,188 @@ def test_embeddings_and_gradients_match(model, golden, groups):
     assert len(expected) == 7
     actual = dict(hf.exported(gradients, models.rules(CONFIG), np.float32))
     tolerances.assert_gradients_near({name: actual[name] for name in expected}, expected)
+
+
+def test_padding_and_batch_mates_change_nothing(model, rows, groups):
+    """Among them a long row beside short ones: RoPE factors are a row's own."""
+    (together, numbers), _ = groups
+    vectors = parity.embed(model, together)
+    for number in (2, 3):
+        alone = parity.embed(model, pictures.pack([rows[number]], size=SIZE))
+        tolerances.assert_near(alone[0], vectors[numbers.index(number)], tolerances.EMBEDDING)
+    noise = np.random.default_rng(3)
+    tiles, tokens = np.array(together.tiles), np.array(together.tokens)
+    for place, number in enumerate(numbers):
+        ids, _, own, _ = rows[number]
+        tiles[place, len(own) :] = noise.integers(0, 256, tiles[place, len(own) :].shape)
+        tokens[place, len(ids) :] = noise.integers(0, 256, tokens[place, len(ids) :].shape)
+    noisy = Inputs(tokens, together.lengths, together.image_index, tiles, grid=together.grid)
+    np.testing.assert_array_equal(parity.embed(model, noisy), vectors)
+
+
+def test_a_single_tile_is_its_own_thumbnail(model, golden):
+    """A group with C = 1 runs the tower once a row; same rows in a wider group, same vectors."""
+    tile = golden["image_1"]
+    index = pictures.phi_index((1, 1))
+    assert len(index) == 313
+    rows = [(np.ones(320, int), np.array([-1, *index, *[-1] * 6]), tile[None], (1, 1))]
+    narrow = pictures.pack(rows, size=SIZE)
+    narrow = Inputs(narrow.tokens, narrow.lengths, narrow.image_index, narrow.tiles)  # no grid
+    wide = pictures.pack(rows, size=SIZE, tiles=2)
+    expected = parity.embed(model, wide)
+    tolerances.assert_near(parity.embed(model, narrow), expected, tolerances.EMBEDDING)
+    graphdef, params = parity.split(model)
+    features = jax.jit(lambda p, t: nnx.merge(graphdef, p).featurise(t))(params, tile[None])
+    assert features.shape == (1, 144, 128)
+    given = Inputs(
+        narrow.tokens,
+        narrow.lengths,
+        narrow.image_index,
+        np.zeros((1, 1, 0, 0, 3), np.uint8),
+        features=np.asarray(features)[:, None],
+    )
+    tolerances.assert_near(parity.embed(model, given), expected, tolerances.EMBEDDING)
+
+
+GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2), (4, 4), (1, 16), (16, 1)]
+
+
+def test_thumbnails_match_pytorchs_bicubic():
+    """All grids at once, in one program, with padded tiles full of noise."""
+    size, tiles = 12, 16
+    noise = np.random.default_rng(0).integers(0, 256, (len(GRIDS), tiles, size, size, 3))
+    noise = noise.astype(np.uint8)
+    ours = jax.jit(phi35v.thumbnail)(noise, np.array(GRIDS))
+    for (h, w), row, small in zip(GRIDS, noise, ours, strict=True):
+        image = row[: h * w].reshape(h, w, size, size, 3).swapaxes(1, 2)
+        image = torch.tensor(image.reshape(h * size, w * size, 3)).permute(2, 0, 1)[None]
+        expected = torch.nn.functional.interpolate(
+            image.double(), size=(size, size), mode="bicubic", align_corners=False
+        )
+        expected = expected[0].permute(1, 2, 0)
+        np.testing.assert_allclose(small, expected, rtol=0, atol=1e-4, err_msg=f"{h} x {w}")
+
+
+def test_su_rope_follows_each_rows_own_length():
+    rope = SuRope.from_hf(CONFIG, 16)
+    lengths = jnp.array([512, 513, 4])
+    cos, sin = rope.tables(600, lengths)
+    assert cos.shape == (3, 600, 1, 8)
+    magnitude = np.sqrt(1 + np.log(4096 / 512) / np.log(512))
+    short, long = (np.array(CONFIG["rope_scaling"][f"{name}_factor"]) for name in ("short", "long"))
+    for row, factor in enumerate((short, long, short)):
+        angle = np.arange(600)[:, None] / (factor * 1e4 ** (np.arange(8) / 8))
+        tolerances.assert_near(cos[row, :, 0], np.cos(angle) * magnitude, 1e-4)
+        tolerances.assert_near(sin[row, :, 0], np.sin(angle) * magnitude, 1e-4)
+    plain = SuRope.from_hf({**CONFIG, "max_position_embeddings": 512}, 16)
+    assert plain.magnitude == 1.0 and rope.magnitude == pytest.approx(magnitude)
+
+
+def test_round_trip_is_bit_identical(model, tmp_path):
+    models.save(tmp_path, parity.split(model)[1], CONFIG)
+    expected = safetensors.numpy.load_file(TINY / "model.safetensors")
+    written = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    assert set(written) == set(expected)
+    for name, value in expected.items():
+        assert written[name].dtype == value.dtype
+        np.testing.assert_array_equal(written[name], value, err_msg=name)
+
+
+WTE = "model.vision_embed_tokens.wte.weight"
+
+
+def test_old_buffers_and_a_missing_copy_of_the_embedding_are_fine(model, tmp_path):
+    content = safetensors.numpy.load_file(TINY / "model.safetensors")
+    tower = "model.vision_embed_tokens.img_processor.vision_model."
+    content[f"{tower}embeddings.position_ids"] = np.arange(577)[None]
+    content["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(8, np.float32)
+    del content[WTE]
+    safetensors.numpy.save_file(content, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    loaded = flatten(parity.split(models.load(tmp_path))[1])
+    for path, value in flatten(parity.split(model)[1]).items():
+        np.testing.assert_array_equal(loaded[path], value, err_msg=path)
+    content[WTE] = content["model.embed_tokens.weight"] + 1
+    safetensors.numpy.save_file(content, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="wte.weight differs from model.embed_tokens.weight"):
+        models.load(tmp_path)
+
+
+def published() -> dict:
+    """config.json as published: true sizes, no vision_config."""
+    config = {k: v for k, v in CONFIG.items() if k != "vision_config"}
+    factors = {f"{name}_factor": [1.0] * 48 for name in ("short", "long")}
+    return {
+        **config,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32064,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "rope_scaling": {"type": "su", **factors},
+        "img_processor": {**config["img_processor"], "image_dim_out": 1024},
+    }
+
+
+def test_every_key_of_the_published_files():
+    expected = json.loads((pictures.GOLDEN / "phi35v_keys.json").read_text())
+    assert len(expected) == 593
+    pictures.assert_keys_are(published(), expected)
+    model = nnx.eval_shape(lambda: models.build(published(), rngs=nnx.Rngs(0)))
+    assert model.image_spec == ImageSpec("phi_hd", 336, 144, crops=16)
+    assert model.embedding_width == 3072
+    sizes = [x.size for x in flatten(nnx.to_pure_dict(nnx.state(model))).values()]
+    assert sum(sizes) == 4_146_621_440
+
+
+def nested(name: str, **changes) -> dict:
+    return {name: {**CONFIG[name], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (nested("embd_layer", hd_transform_order="glb_sub"), "hd_transform_order = 'glb_sub'"),
+        (nested("embd_layer", use_hd_transform=False), "use_hd_transform = False"),
+        (nested("embd_layer", with_learnable_separator=False), "with_learnable_separator = False"),
+        (nested("embd_layer", projection_cls="linear"), "projection_cls = 'linear'"),
+        ({"embd_layer": None}, "lacks embd_layer"),
+        (nested("img_processor", layer_idx=-1), "layer_idx = -1"),
+        (nested("img_processor", type_feature="cls_patch"), "type_feature = 'cls_patch'"),
+        (nested("img_processor", image_dim_out=64), "image_dim_out = 64"),
+        ({"vision_config": None, **nested("img_processor", model_name="x/y")}, "'x/y' is unknown"),
+        (nested("vision_config", hidden_act="gelu"), "vision_config.hidden_act = 'gelu'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        (nested("rope_scaling", type="yarn"), "rope_scaling.type = 'yarn'"),
+        (nested("rope_scaling", factor=2.0), "unknown keys factor"),
+        (nested("rope_scaling", long_factor=[1.0] * 7), "long_factor must hold 8 numbers"),
+        ({"original_max_position_embeddings": None}, "original_max_position_embeddings = None"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+    ],
+)
+def test_configs_that_would_compute_something_else_are_refused(changes, words):
+    config = {k: v for k, v in {**CONFIG, **changes}.items() if v is not None}
+    with pytest.raises(UserError, match=words):
+        Phi35VConfig.from_hf(config)
+
+
+def test_fewer_key_value_heads_and_any_sliding_window_are_followed():
+    config = {**CONFIG, "num_key_value_heads": 2, "sliding_window": 4}
+    model = parity.build(config)
+    qkv = parity.split(model)[1]["language_model"]["model"]["layers"]["self_attn"]["qkv_proj"]
+    assert qkv["kernel"].shape == (2, 64, 64 + 2 * 32)
+    assert np.isfinite(parity.embed(model, parity.text_inputs((9,)))).all()
+
+
+def test_bf16_is_near_f32(model, rows, groups):
+    """Computed in bf16 and in f32 from the same bf16 weights."""
+    half = models.load(TINY, dtype="bfloat16")
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), parity.split(half)[1])
+    exact = nnx.merge(parity.split(model)[0], wide)
+    for inputs in (pictures.pack([rows[3]], size=SIZE), groups[1][0]):
+        ours, expected = parity.embed(half, inputs), parity.embed(exact, inputs)
+        assert ours.dtype == np.float32
+        assert np.linalg.norm(ours - expected, axis=-1).max() < 1e-2

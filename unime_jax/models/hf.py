@@ -203,7 +203,7 @@ def fill(source: Source, key_map: KeyMap, abstract: Params) -> Params:
       UserError: keys are missing, unknown or of another shape.
     """
     flat = flatten(abstract)
-    _check(source, key_map, flat)
+    check(source, key_map, flat)
     rules = {rule.ours: rule for rule in key_map.rules}
     return unflatten({path: _read(source, rules[path], leaf) for path, leaf in flat.items()})
 
@@ -215,8 +215,12 @@ def keys_of(rule: Rule, shape: tuple[int, ...]) -> list[str]:
     return [rule.hf.replace("{L}", str(layer)) for layer in range(shape[0])]
 
 
-def _check(source: Source, key_map: KeyMap, flat: Mapping[str, Any]) -> None:
-    """Raises one error that lists everything that does not fit."""
+def check(source: Source, key_map: KeyMap, flat: Mapping[str, Any]) -> None:
+    """Compares a file's keys, shapes and dtypes with a model's flat parameters, both ways.
+
+    Raises:
+      UserError: lists everything that does not fit.
+    """
     ours = [rule.ours for rule in key_map.rules]
     absent = sorted(set(flat) - set(ours)) + sorted(set(ours) - set(flat))
     twice = sorted({path for path in ours if ours.count(path) > 1})

@@ -80,7 +80,8 @@ class Llava16Config:
             )
         tied = config.get("tie_word_embeddings", False)
         text = {**TEXT_DEFAULTS[kind], **text, "model_type": kind, "tie_word_embeddings": tied}
-        vision = ClipConfig.from_hf(config.get("vision_config") or clip.LARGE_336, **options)
+        tower = config.get("vision_config")
+        vision = ClipConfig.from_hf(clip.LARGE_336 if tower is None else tower, **options)
         grids = config.get("image_grid_pinpoints") or GRIDS
         for grid in grids:
             if len(grid) != 2 or any(side < 1 or side % vision.image_size for side in grid):
