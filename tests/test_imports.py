@@ -30,6 +30,7 @@ DOORS = {
     "PIL": {"data"},
     "tensorflow_datasets": {"data"},
     "array_record": {"data"},
+    "pyarrow": {"data"},
     "gguf": {"data"},
     "grain": {"data", "checkpoint"},
     "orbax": {"checkpoint"},

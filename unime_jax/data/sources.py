@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32
 
-from unime_jax.data import text_keys
+from unime_jax.data import prompts, text_keys
 from unime_jax.types import UserError
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -34,23 +34,36 @@ class ImageRef:
 
 
 @dataclasses.dataclass(frozen=True)
+class Item:
+    """What a row may have as a side: a text, an image, or both."""
+
+    text: str | prompts.Slotted | None = None
+    image: ImageRef | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Example:
     """One row: a query, its target, and which data set it belongs to.
 
     Attributes:
       query_text, target_text: None where that side is an image alone.
       query_image, target_image: None where that side is a text alone.
-      target_id: equal for equal targets, "" without a target.
+      target_id: equal for equal targets; "" without a target, or where its text and the content of
+        its image decide.
       set: the data set's name.
+      negatives: hard negatives of this row, its own; as many in every row of a source.
+      scores: a judge's scores of the target and of each negative; -inf for a place left empty.
       other_texts: texts that say the same as this row's text, to be drawn in its place.
     """
 
-    query_text: str | None = None
+    query_text: str | prompts.Slotted | None = None
     query_image: ImageRef | None = None
-    target_text: str | None = None
+    target_text: str | prompts.Slotted | None = None
     target_image: ImageRef | None = None
     target_id: str = ""
     set: str = ""
+    negatives: tuple[Item, ...] = ()
+    scores: tuple[float, ...] = ()
     other_texts: tuple[str, ...] = ()
 
 
@@ -201,7 +214,7 @@ def pairs(path: str | os.PathLike, split: str = "train") -> Pairs:
     if path.suffix == ".jsonl":
         return _jsonl_pairs(path)
     images = _open(path, "smol_pairs", split)
-    with _damage(path):
+    with damage(path):
         rows = [
             PairRow(
                 caption=_text(found["caption"]),
@@ -215,7 +228,7 @@ def pairs(path: str | os.PathLike, split: str = "train") -> Pairs:
         ]
 
     def load(number: int) -> bytes:
-        with _damage(path):
+        with damage(path):
             return images[number]["image"]
 
     return Pairs(rows, load, name=split)
@@ -280,7 +293,7 @@ def _open(path: pathlib.Path, name: str, split: str):
     os.environ.setdefault("TFDS_LOG_LEVEL", "error")
     import tensorflow_datasets as tfds
 
-    with _damage(path):
+    with damage(path):
         builder = tfds.builder_from_directory(str(versions[-1].parent))
         if split not in builder.info.splits:
             known = ", ".join(builder.info.splits)
@@ -290,7 +303,7 @@ def _open(path: pathlib.Path, name: str, split: str):
 
 
 @contextlib.contextmanager
-def _damage(path: pathlib.Path):
+def damage(path: pathlib.Path):
     """Turns what tfds, protobuf and array_record raise, each its own kinds, into one line."""
     try:
         yield
@@ -309,7 +322,7 @@ def split_sentences(path: str | os.PathLike, split: str) -> list[dict[str, str]]
     """Reads a split of the sentences (heldout, gloss_to_example, ...) as plain dicts."""
     path = pathlib.Path(path).expanduser()
     rows = _open(path, "smol_sentences", split)
-    with _damage(path):
+    with damage(path):
         return [{key: _text(value) for key, value in row.items()} for row in rows]
 
 

@@ -1,0 +1,220 @@
+"""A user's own training pairs, with an instruction, hard negatives and judge scores if wanted.
+
+A .jsonl (a JSON object a line), .json (a list of objects) or .parquet (a column a key) has
+
+    query_text, query_image      one of them or both; images are paths
+    target_text, target_image    likewise (also as pos_text, pos_image)
+    target_id                    optional: equal for equal targets
+    set                          optional: name of the data set that the row belongs to
+    hard_negatives               optional: a list of [text, image] or {"text": ..., "image": ...}
+    hard_negatives_scores        optional: a judge's score of each hard negative
+    query_pos_scores             the judge's score of the target (also as target_score)
+
+which covers the published files of UniME-V2. A text may mark its image's place by <|image_1|>.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from unime_jax.data import prompts
+from unime_jax.data.sources import Example, ImageRef, Item
+from unime_jax.types import UserError
+
+_ALIASES = {"pos_text": "target_text", "pos_image": "target_image", "target_score": "target_score",
+            "query_pos_scores": "target_score"}  # fmt: skip
+_TEXTS = ("query_text", "query_image", "target_text", "target_image", "target_id", "set")
+_SIGNS = {"query_text", "query_image"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One row as given; "" stands for what is absent."""
+
+    query: tuple[str, str]
+    target: tuple[str, str]
+    negatives: tuple[tuple[str, str], ...] = ()
+    scores: tuple[float, ...] = ()
+    target_id: str = ""
+
+
+class TaskPairs:
+    """Rows of one set, all with images on the same sides.
+
+    Attributes:
+      name: of the set.
+      direction: what its sides are, for reports.
+    """
+
+    def __init__(self, name: str, rows: Sequence[_Row], root: pathlib.Path):
+        self.name = name
+        self._rows = rows
+        self._root = root
+        sides = ("image" if image else "text" for _, image in (rows[0].query, rows[0].target))
+        self.direction = " to ".join(sides)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._rows[index]
+        query, target = self._item(row.query), self._item(row.target)
+        return Example(
+            query_text=query.text,
+            query_image=query.image,
+            target_text=target.text,
+            target_image=target.image,
+            target_id=row.target_id,
+            set=self.name,
+            negatives=tuple(map(self._item, row.negatives)),
+            scores=row.scores,
+        )
+
+    def _item(self, side: tuple[str, str]) -> Item:
+        text, image = side
+        if not image:
+            return Item(text, None)
+        path = self._root / image
+
+        def load() -> bytes:
+            try:
+                return path.read_bytes()
+            except OSError as error:
+                raise UserError(f"cannot be read ({error.strerror})") from None
+
+        return Item(prompts.slotted(text) if text else None, ImageRef(-1, str(path), load))
+
+
+def reads(path: pathlib.Path) -> bool:
+    """Says whether a file is one of this module's, by its ending or its first line's keys."""
+    if path.suffix in (".json", ".parquet"):
+        return True
+    if path.suffix != ".jsonl":
+        return False
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(next(line for line in file if line.strip()))
+    except (OSError, ValueError, StopIteration):
+        return False
+    return isinstance(first, dict) and bool(_SIGNS & set(first))
+
+
+def read(
+    path: pathlib.Path, *, images: str = "", judged: int = 0, rows_per_set: int = 0
+) -> list[TaskPairs]:
+    """Reads all rows, and sorts them by set and by the sides of their images.
+
+    Args:
+      path: the file.
+      images: directory that image paths start from; "": the file's own.
+      judged: hard negatives of each row to keep, with their scores, which every row must then
+        have; 0: none. Where a row has fewer its target takes the empty places, at score -inf.
+      rows_per_set: the first so many rows of each set; 0: all.
+
+    Raises:
+      UserError: an unreadable file, or the first malformed row, named by its number.
+    """
+    root = pathlib.Path(images).expanduser() if images else path.parent
+    found: dict[tuple, list[_Row]] = {}
+    counts: dict[str, int] = collections.Counter()
+    for where, given in _objects(path):
+        name, row = _parse(where, given, judged)
+        if rows_per_set and counts[name] >= rows_per_set:
+            continue
+        counts[name] += 1
+        sides = (row.query, row.target, *row.negatives)
+        found.setdefault((name, *(bool(image) for _, image in sides)), []).append(row)
+    if not found:
+        raise UserError(f"{path}: no rows in it")
+    return [TaskPairs(key[0], rows, root) for key, rows in sorted(found.items())]
+
+
+def _objects(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Yields each row with the words that name it."""
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow
+            import pyarrow.parquet
+
+            try:
+                file = pyarrow.parquet.ParquetFile(path)
+                rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
+                yield from ((f"{path} row {i}", row) for i, row in enumerate(rows))
+            except pyarrow.ArrowException as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{path}: not a readable parquet file ({reason})") from None
+            return
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    try:
+        if path.suffix == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise UserError(f"{path}: a .json file holds a list of rows")
+            yield from ((f"{path} row {i}", row) for i, row in enumerate(rows))
+            return
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                yield f"{path} line {number}", json.loads(line)
+    except ValueError as error:
+        where = f"{path} line {number}" if path.suffix == ".jsonl" else path
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+
+
+def _parse(where: str, given: Any, judged: int) -> tuple[str, _Row]:
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: a row is a JSON object")
+    row = {_ALIASES.get(key, key): value for key, value in given.items()}
+    for key in _TEXTS:
+        value = row.get(key)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f'{where}: "{key}" is {value!r}; give a string')
+        row[key] = value or ""
+    sides = [(row[f"{side}_text"], row[f"{side}_image"]) for side in ("query", "target")]
+    for name, (text, image) in zip(("query", "target"), sides, strict=True):
+        if not text.strip() and not image:
+            raise UserError(f'{where}: give "{name}_text", "{name}_image" or both')
+    negatives = tuple(_negative(where, item) for item in row.get("hard_negatives") or ())
+    scores = _scores(where, row, len(negatives))
+    if judged and not (negatives and scores):
+        raise UserError(
+            f'{where}: config.stage="judge" needs "hard_negatives", "hard_negatives_scores" and '
+            f'"query_pos_scores" in every row'
+        )
+    missing = max(0, judged - len(negatives))
+    negatives = negatives[:judged] + (sides[1],) * missing
+    scores = scores[: judged + 1] + (-math.inf,) * missing if judged else ()
+    target_id = f"id {row['target_id']}" if row["target_id"] else ""
+    return row["set"] or "pairs", _Row(*sides, negatives, scores, target_id)
+
+
+def _negative(where: str, item: Any) -> tuple[str, str]:
+    if isinstance(item, dict):
+        item = [item.get("text"), item.get("image")]
+    good = isinstance(item, (list, tuple)) and len(item) == 2
+    good = good and all(part is None or isinstance(part, str) for part in item)
+    if not good or not any(item):
+        raise UserError(f"{where}: hard negative {item!r} is no [text, image]")
+    return item[0] or "", item[1] or ""
+
+
+def _scores(where: str, row: dict[str, Any], negatives: int) -> tuple[float, ...]:
+    """Returns the scores of the target and of every negative; () without."""
+    own, others = row.get("target_score"), row.get("hard_negatives_scores")
+    own = own[0] if isinstance(own, list) and len(own) == 1 else own
+    if own is None and not others:
+        return ()
+    numbers = [own, *(others or ())]
+    if len(numbers) != 1 + negatives or not all(
+        isinstance(x, (int, float)) and math.isfinite(x) for x in numbers
+    ):
+        raise UserError(
+            f"{where}: {negatives} hard negatives need as many finite hard_negatives_scores, and "
+            f"one query_pos_scores for the target"
+        )
+    return tuple(map(float, numbers))
