@@ -12,7 +12,7 @@ PACKAGE = ROOT / "unime_jax"
 
 ENTRIES = {"train", "evaluate", "embed", "teach", "convert", "prepare", "plan", "inspect"}
 STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
-STEP |= {"evaluation", "train_data"}
+STEP |= {"evaluation", "train_data", "weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "runtime"}
 LEVELS = {
@@ -33,6 +33,7 @@ DOORS = {
     "pyarrow": {"data"},
     "gguf": {"data"},
     "grain": {"data", "checkpoint"},
+    "huggingface_hub": {"models"},
     "orbax": {"checkpoint"},
     "safetensors": {"models", "convert", "data"},
     "ml_collections": {"config"} | ENTRIES,

@@ -7,6 +7,13 @@ A run directory is
     metrics.jsonl     one line a logged step
 
 and loads as a model: the base it started from plus its newest trainable parameters.
+
+A model directory (written by `convert import`) is
+
+    model.json                      where it comes from; shapes and dtypes of its parameters
+    params/                         the parameters, a nested dict
+    unused/                         tensors of the original that the model does not use, if any
+    config.json, tokenizer.json ... as in the directory that it comes from
 """
 
 import json
@@ -17,10 +24,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from unime_jax.types import Array, UserError
+from unime_jax.types import Params, UserError, flatten, unflatten
 
 RUN_FILE = "run.json"
+MODEL_FILE = "model.json"
+MODEL_FORMAT = 1
 # Keys that may change between a run and its continuation without changing what is computed.
 FREE_KEYS = ("checkpoint.", "log.", "eval.", "mesh.", "output", "data.threads", "train.chunk")
 
@@ -134,8 +144,8 @@ def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
     os.replace(part, path / RUN_FILE)
 
 
-def read_trainable(path: str | os.PathLike) -> dict[str, Array]:
-    """Returns the newest trainable parameters of a run directory, path -> f32 array.
+def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Returns the newest trainable parameters of a run directory, path -> f32 array on the host.
 
     Raises:
       UserError: no step has been saved there yet.
@@ -144,10 +154,111 @@ def read_trainable(path: str | os.PathLike) -> dict[str, Array]:
     step = manager.latest_step()
     if step is None:
         raise UserError(f"{path}: no checkpoint there yet; let the run save one first")
-    ocp = _orbax()
-    found = manager.restore(step, args=ocp.args.Composite(trainable=ocp.args.StandardRestore()))
+    # Arrays of numpy: the devices of the run need not be those of its reader.
+    like = jax.tree.map(
+        lambda leaf: np.empty(leaf.shape, leaf.dtype), manager.item_metadata(step)["trainable"]
+    )
+    args = _orbax().args.Composite(trainable=_orbax().args.StandardRestore(like))
+    found = manager.restore(step, args=args)
     manager.close()
     return found["trainable"]
+
+
+def is_model(path: str | os.PathLike) -> bool:
+    return (pathlib.Path(path) / MODEL_FILE).is_file()
+
+
+def write_model(
+    path: str | os.PathLike, params: Params, unused: dict[str, np.ndarray], notes: dict[str, Any]
+) -> None:
+    """Writes a model's parameters, and model.json at last.
+
+    Args:
+      path: a directory that exists.
+      params: arrays of any dtype.
+      unused: what else belongs to the model, by name.
+      notes: kept in model.json.
+    """
+    ocp, path = _orbax(), pathlib.Path(path).absolute()
+    trees = {"params": params, "unused": unused}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        for name, tree in trees.items():
+            if tree:
+                writer.save(path / name, args=ocp.args.PyTreeSave(tree))
+    described = {
+        name: {
+            key: {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+            for key, leaf in flatten(tree).items()
+        }
+        for name, tree in trees.items()
+    }
+    text = json.dumps({"format": MODEL_FORMAT, **notes, **described}, indent=1)
+    (path / MODEL_FILE).write_text(text, encoding="utf-8")
+
+
+def read_model_notes(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the content of model.json.
+
+    Raises:
+      UserError: it cannot be read, or is of another version.
+    """
+    path = pathlib.Path(path) / MODEL_FILE
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+        version = notes["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); import the model again") from None
+    if version != MODEL_FORMAT:
+        raise UserError(f"{path}: format {version} is not {MODEL_FORMAT}; import the model again")
+    return notes
+
+
+def read_model(path: str | os.PathLike, abstract: Params) -> Params:
+    """Returns parameters of a model directory in the dtypes and on the shardings asked for.
+
+    Args:
+      path: a model directory.
+      abstract: nested dict of ShapeDtypeStruct; may leave parameters out.
+
+    Raises:
+      UserError: a parameter is not there or of another shape; the files are damaged.
+    """
+    there = read_model_notes(path)["params"]
+    flat = flatten(abstract)
+    wrong = [
+        f"{name} is {tuple(there[name]['shape']) if name in there else 'missing'}, not {leaf.shape}"
+        for name, leaf in flat.items()
+        if name not in there or tuple(there[name]["shape"]) != leaf.shape
+    ]
+    if wrong:
+        raise UserError(f"{path} does not fit its config.json: {'; '.join(wrong[:5])}")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def how(leaf):
+        sharding = getattr(leaf, "sharding", None) or device
+        return _orbax().ArrayRestoreArgs(
+            sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+        )
+
+    return _restore(pathlib.Path(path) / "params", abstract, jax.tree.map(how, abstract))
+
+
+def read_model_leaf(path: str | os.PathLike, tree: str, name: str) -> np.ndarray:
+    """Returns one array of a model directory as it is stored; `tree` is "params" or "unused"."""
+    item = unflatten({name: 0}) if tree == "params" else {name: 0}
+    how = jax.tree.map(lambda _: _orbax().RestoreArgs(restore_type=np.ndarray), item)
+    return jax.tree.leaves(_restore(pathlib.Path(path) / tree, item, how))[0]
+
+
+def _restore(path: pathlib.Path, item, how):
+    ocp = _orbax()
+    args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(path.absolute(), args=args)
+    except (ValueError, OSError, KeyError) as error:  # of Orbax, of TensorStore
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged ({reason}); import the model again") from None
 
 
 def _split(state) -> tuple[dict, dict]:
@@ -179,7 +290,13 @@ def _manager(directory: str | os.PathLike, *, keep: int | None, read_only: bool 
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, create=not read_only, read_only=read_only
     )
+    # Shapes can be asked for only where the handler is known beforehand.
+    handlers = {
+        "trainable": ocp.StandardCheckpointHandler(),
+        "rest": ocp.StandardCheckpointHandler(),
+        "config": ocp.JsonCheckpointHandler(),
+    }
     path = (pathlib.Path(directory) / "checkpoints").absolute()
     if read_only and not path.is_dir():
         raise UserError(f"{directory}: no checkpoint there yet; let the run save one first")
-    return ocp.CheckpointManager(path, options=options)
+    return ocp.CheckpointManager(path, options=options, item_handlers=handlers)

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unime_jax import checkpoint, models, sharding
+from unime_jax import checkpoint, models, sharding, weights
 from unime_jax.data import buckets, preprocess, prompts
 from unime_jax.models import lora
-from unime_jax.types import Array, Inputs, Params, UserError, flatten, unflatten
+from unime_jax.types import Array, Inputs, Params, UserError
 
 MAX_TOKENS = 4096
 # Keys of `config.data` that hold for a trained model ever after.
@@ -200,20 +200,17 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
     """Loads an embedding model.
 
     Args:
-      path: an HF directory (config.json, safetensors, tokenizer.json) or the output directory of
-        a training run, whose adapters are merged into the model it started from.
-      adapter: a run directory to put on top of `path`.
+      path: an HF directory (config.json, safetensors, tokenizer.json) or hub id, a model directory
+        of ours, the output directory of a training run or a PEFT adapter; the last two are merged
+        into the model they started from.
+      adapter: a run directory or a PEFT adapter to merge into `path`.
       dtype: of parameters and computation, "bfloat16" or "float32"; embeddings are f32.
       mesh: devices to shard the parameters over (`unime_jax.sharding`), or None.
 
     Raises:
       UserError: a missing or inconsistent file, an unknown model type.
     """
-    model, directory = load_model(path, dtype=dtype, mesh=mesh)
-    if adapter is not None:
-        if not checkpoint.is_run(adapter):
-            raise UserError(f"{adapter}: not the output directory of a training run")
-        _apply_run(model, pathlib.Path(adapter))
+    model, directory = load_model(path, adapter=adapter, dtype=dtype, mesh=mesh)
     run = path if adapter is None else adapter
     return Embedder(model, directory=directory, mesh=mesh, **preparation_of(run))
 
@@ -227,33 +224,19 @@ def preparation_of(path) -> dict[str, Any]:
 
 
 def load_model(
-    path, *, dtype: str, attention: str = "auto", remat: str = "none", mesh=None
+    path, *, adapter=None, dtype: str, attention: str = "auto", remat: str = "none", mesh=None
 ) -> tuple[nnx.Module, pathlib.Path]:
-    """Returns the model of an HF or run directory, adapters merged, and its base's HF directory."""
-    path = pathlib.Path(path).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give an HF directory or a run directory")
-    if checkpoint.is_run(path):
-        base = pathlib.Path(checkpoint.read_run(path)["model"]["path"])
-        if not base.is_dir():
-            base = path.parent / base.name  # runs that were moved together
-        if not base.is_dir():
-            raise UserError(
-                f"{path} was trained from {base.name}, which is neither where it was nor beside it"
-            )
-        model, directory = load_model(
-            base, dtype=dtype, attention=attention, remat=remat, mesh=mesh
-        )
-        _apply_run(model, path)
-        return model, directory
+    """Returns the model, adapters merged, and the directory of its config.json and tokenizer."""
+    found = weights.find(path, adapter)
     model = models.load(
-        path,
+        found.directory,
         dtype=dtype,
         attention=resolve_attention(attention, dtype, mesh),
         remat=remat,
         sharding_of=None if mesh is None else sharding.sharding_of(mesh),
+        fill=found.fill,
     )
-    return model, path
+    return model, found.directory
 
 
 def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
@@ -275,25 +258,6 @@ def attach_adapters(model: nnx.Module, adapters: dict[str, Any], *, seed: int) -
             targets=adapters["targets"],
             rngs=nnx.Rngs(seed),
         )
-
-
-def _apply_run(model: nnx.Module, run: pathlib.Path) -> None:
-    """Puts a run's newest trainable parameters into the model it started from; merges adapters."""
-    attach_adapters(model, checkpoint.read_run(run)["train"]["adapters"], seed=0)
-    trained = checkpoint.read_trainable(run)
-    flat = flatten(nnx.to_pure_dict(nnx.state(model)))
-    unknown = sorted(set(trained) - set(flat))
-    if unknown:
-        raise UserError(f"{run}: parameters unknown to its base model: {', '.join(unknown[:5])}")
-    for name, value in trained.items():
-        if flat[name].shape != value.shape:
-            raise UserError(f"{run}: {name} is {value.shape}, the base has {flat[name].shape}")
-    merged = {
-        name: trained[name].astype(leaf.dtype) if name in trained else leaf
-        for name, leaf in flat.items()
-    }
-    nnx.update(model, unflatten(merged))
-    lora.merge(model)
 
 
 def _apply(graphdef, params, inputs) -> Array:

@@ -5,7 +5,6 @@ text models) and `embedding_width`; `parse(config, **options)` and `key_map(pars
 checkpoints.
 """
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +79,18 @@ def rules(config: dict[str, Any]) -> hf.KeyMap:
     return cls.key_map(cls.parse(config))
 
 
+def abstract(config: dict[str, Any], **options) -> tuple[nnx.GraphDef, Params]:
+    """Returns a model without weights: its definition, and shapes and dtypes of its parameters.
+
+    Args:
+      config: content of config.json.
+      options: `dtype`, `attention`, `remat`, `matmul` of `build`.
+    """
+    model = nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), **options))
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
 def load(
     directory,
     *,
@@ -88,6 +99,7 @@ def load(
     remat: str = "none",
     matmul: str = "transposed",
     sharding_of: Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None = None,
+    fill: Callable[[Params], Params] | None = None,
 ) -> nnx.Module:
     """Loads a model directory, parameter by parameter.
 
@@ -95,34 +107,27 @@ def load(
       directory: config.json and safetensors files.
       dtype, attention, remat, matmul: as in `build`.
       sharding_of: (path, shape) -> where a parameter lives; None means the default device.
+      fill: abstract parameters -> parameters; None reads the directory's safetensors files.
 
     Raises:
       UserError: files that are missing, damaged or do not fit each other.
     """
-    directory = pathlib.Path(directory)
     config = read_config(directory)
-    model = nnx.eval_shape(
-        lambda: build(
-            config,
-            rngs=nnx.Rngs(0),
-            dtype=dtype,
-            attention=attention,
-            remat=remat,
-            matmul=matmul,
-        )
+    graphdef, params = abstract(
+        config, dtype=dtype, attention=attention, remat=remat, matmul=matmul
     )
-    graphdef, state = nnx.split(model)
-    abstract = nnx.to_pure_dict(state)
     if sharding_of is not None:
-        abstract = unflatten(
+        params = unflatten(
             {
                 path: jax.ShapeDtypeStruct(
                     leaf.shape, leaf.dtype, sharding=sharding_of(path, leaf.shape)
                 )
-                for path, leaf in flatten(abstract).items()
+                for path, leaf in flatten(params).items()
             }
         )
-    return nnx.merge(graphdef, hf.load(directory, rules(config), abstract))
+    if fill is not None:
+        return nnx.merge(graphdef, fill(params))
+    return nnx.merge(graphdef, hf.load(directory, rules(config), params))
 
 
 def save(directory, params: Params, config: dict[str, Any], dtype="float32") -> None:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -58,12 +58,15 @@ class KeyMap:
       ignored: regexes (whole keys) of what a file may hold and the model does not use.
       renamed: (regex, replacement) pairs that turn other versions' keys into those of the rules.
       copies: (copy, original) keys of the same tensor; a file may lack the copy, ours have it.
+      modules: (regex, replacement) pairs that turn keys of the rules into names of transformers'
+        modules, where these are called otherwise.
     """
 
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
+    modules: tuple[tuple[str, str], ...] = ()
 
     def __add__(self, other: "KeyMap") -> "KeyMap":
         return KeyMap(
@@ -71,6 +74,7 @@ class KeyMap:
             self.ignored + other.ignored,
             self.renamed + other.renamed,
             self.copies + other.copies,
+            self.modules + other.modules,
         )
 
 
@@ -81,13 +85,18 @@ def read_config(directory) -> dict[str, Any]:
       UserError: it is missing, no JSON object, or has no model_type.
     """
     path = pathlib.Path(directory) / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise UserError(f"{path} has no model_type; is this a model directory?")
     return config
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file is missing or holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -163,13 +172,18 @@ def renamed(name: str, key_map: KeyMap) -> str:
     return name
 
 
+def has_weights(directory) -> bool:
+    """Tells whether a directory holds safetensors files of a model."""
+    return any((pathlib.Path(directory) / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+
+
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     if single.exists():
         return [single]
     if not index.exists():
         raise UserError(f"{directory} holds neither {single.name} nor {index.name}")
-    names = _read_json(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map")
     paths = [directory / name for name in sorted(set(names.values()))]
@@ -196,8 +210,18 @@ def load(directory, key_map: KeyMap, abstract: Params) -> Params:
     return fill(Reader(directory, key_map), key_map, abstract)
 
 
-def fill(source: Source, key_map: KeyMap, abstract: Params) -> Params:
+def fill(
+    source: Source,
+    key_map: KeyMap,
+    abstract: Params,
+    *,
+    progress: Callable[[int, str], None] | None = None,
+) -> Params:
     """Does what `load` does, with tensors from anywhere.
+
+    Args:
+      source, key_map, abstract: see `load`.
+      progress: called with the bytes filled so far and the parameter that comes next.
 
     Raises:
       UserError: keys are missing, unknown or of another shape.
@@ -205,7 +229,13 @@ def fill(source: Source, key_map: KeyMap, abstract: Params) -> Params:
     flat = flatten(abstract)
     check(source, key_map, flat)
     rules = {rule.ours: rule for rule in key_map.rules}
-    return unflatten({path: _read(source, rules[path], leaf) for path, leaf in flat.items()})
+    filled, done = {}, 0
+    for path, leaf in flat.items():
+        if progress:
+            progress(done, path)
+        filled[path] = _read(source, rules[path], leaf)
+        done += filled[path].nbytes
+    return unflatten(filled)
 
 
 def keys_of(rule: Rule, shape: tuple[int, ...]) -> list[str]:
@@ -231,7 +261,7 @@ def check(source: Source, key_map: KeyMap, flat: Mapping[str, Any]) -> None:
     for rule in key_map.rules:
         leaf = flat[rule.ours]
         shape = leaf.shape[1:] if rule.stacked else leaf.shape
-        expected = _in_file(rule, shape)
+        expected = in_file(rule, shape)
         for key in keys_of(rule, leaf.shape):
             if key not in have:
                 missing.append(key)
@@ -270,7 +300,7 @@ def listed(kind: str, items: list[str]) -> str:
     return f"{len(items)} {kind}: {', '.join(items[:_SHOWN])}{more}"
 
 
-def _in_file(rule: Rule, shape: tuple) -> tuple:
+def in_file(rule: Rule, shape: tuple) -> tuple:
     """Puts what is said of each of our axes (a size, a slice) into the file's order."""
     order = TRANSFORMS[rule.transform]
     if order is None:
@@ -286,7 +316,7 @@ def _read(source: Source, rule: Rule, leaf: jax.ShapeDtypeStruct) -> Array:
 
     def one(key: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = source.slice(key)
-        value = tensor[_in_file(rule, index)] if index else tensor[...]
+        value = tensor[in_file(rule, index)] if index else tensor[...]
         order = TRANSFORMS[rule.transform]
         return value if order is None else value.transpose(order)
 
@@ -322,9 +352,12 @@ def exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.n
         leaf = flat[path]
         for layer, key in enumerate(keys_of(rule, leaf.shape)):
             value = np.asarray(leaf[layer] if rule.stacked else leaf).astype(jnp.dtype(dtype))
-            order = TRANSFORMS[rule.transform]
-            if order is not None:
-                value = value.transpose(np.argsort(order))
-            value = np.ascontiguousarray(value)
+            value = to_file(value, rule)
             yield key, value
             yield from ((copy, value) for copy, original in key_map.copies if original == key)
+
+
+def to_file(value: np.ndarray, rule: Rule) -> np.ndarray:
+    """Returns a parameter (of one layer, where they are stacked) in the file's layout."""
+    order = TRANSFORMS[rule.transform]
+    return np.ascontiguousarray(value if order is None else value.transpose(np.argsort(order)))

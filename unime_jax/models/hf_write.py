@@ -125,7 +125,7 @@ def _header(part: Sequence[Pending]) -> bytes:
 
 
 def _bytes(tensor: Pending) -> memoryview:
-    value = np.ascontiguousarray(tensor.read())
+    value = np.asarray(tensor.read(), order="C")
     if value.shape != tensor.shape or value.dtype.name != tensor.dtype:
         raise ValueError(f"{tensor.key} became {value.dtype}{value.shape}, not as announced")
     return memoryview(value.reshape(-1).view(np.uint8))

@@ -166,8 +166,14 @@ class Llava16(Multimodal):
             (r"^lm_head\.", "language_model.lm_head."),
             (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
         )
+        modules = (
+            (r"^language_model\.lm_head\b", "lm_head"),
+            (r"^language_model\.model\b", "model.language_model"),
+            (r"^vision_tower\.vision_model\b", "model.vision_tower"),
+            (r"^multi_modal_projector\b", "model.multi_modal_projector"),
+        )
         return (
             decoder.key_map(config.text, hf="language_model.")
             + clip.key_map(config.vision, hf="vision_tower.vision_model.", ours="vision_tower/")
-            + KeyMap(tuple(rules), renamed=renamed)
+            + KeyMap(tuple(rules), renamed=renamed, modules=modules)
         )

@@ -1,0 +1,233 @@
+"""What users name as a model, resolved to where its weights are.
+
+A name is a directory in Hugging Face layout or its id on the hub, a model directory of ours, the
+output directory of a training run, or an adapter in PEFT's format. Runs and adapters change a base,
+which may be any of these again.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from unime_jax import checkpoint, models
+from unime_jax.models import hf, hf_write, hub, peft
+from unime_jax.types import Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Is a model as it lies on the disk.
+
+    Attributes:
+      name: as it was asked for.
+      base_name: path or hub id of the model in Hugging Face layout at the bottom.
+      directory: holds config.json and the tokenizer.
+      config: content of config.json, see `models.read_config`.
+      key_map: the model's keys.
+      base: the tensors without the changes.
+      changes: of runs and adapters, in their order.
+    """
+
+    name: str
+    base_name: str
+    directory: pathlib.Path
+    config: dict[str, Any]
+    key_map: hf.KeyMap
+    base: hf.Source
+    changes: tuple[peft.Adapter, ...] = ()
+
+    @functools.cached_property
+    def source(self) -> hf.Source:
+        """The tensors, changed."""
+        source = self.base
+        for change in self.changes:
+            source = peft.Adapted(source, change, self.key_map)
+        return source
+
+    def fill(self, abstract: Params) -> Params:
+        """Returns the parameters in the dtypes and on the shardings asked for."""
+        if isinstance(self.base, Stored) and not self.changes:
+            return checkpoint.read_model(self.directory, abstract)
+        return hf.fill(self.source, self.key_map, abstract)
+
+
+def find(name: str | os.PathLike, adapter: str | os.PathLike | None = None) -> Weights:
+    """Finds a model; weights are read later.
+
+    Args:
+      name: a directory or hub id.
+      adapter: a run directory or a PEFT adapter to put on top.
+
+    Raises:
+      UserError: there is no such model, or its files do not belong together.
+    """
+    weights = _find(name)
+    return weights if adapter is None else _changed(weights, _locate(adapter))
+
+
+def _locate(name: str | os.PathLike) -> pathlib.Path:
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{name} is a file; give the directory of a model")
+    if hub.is_name(str(name)):
+        return hub.fetch(str(name))
+    raise UserError(
+        f"{name}: no such directory; give a Hugging Face directory or hub id, a model directory of "
+        "ours, a training run's directory or a PEFT adapter"
+    )
+
+
+def _find(name: str | os.PathLike) -> Weights:
+    path = _locate(name)
+    if checkpoint.is_run(path):
+        return dataclasses.replace(_changed(_find(_base_of_run(path)), path), name=str(name))
+    if peft.is_adapter(path) and not hf.has_weights(path):
+        return dataclasses.replace(_changed(_find(_base_of_adapter(path)), path), name=str(name))
+    config = models.read_config(path)
+    key_map = models.rules(config)
+    if checkpoint.is_model(path):
+        base_name = checkpoint.read_model_notes(path).get("base", str(path))
+        return Weights(str(name), base_name, path, config, key_map, Stored(path, key_map))
+    local = pathlib.Path(name).expanduser().is_dir()
+    base_name = str(path.resolve()) if local else str(name)
+    return Weights(str(name), base_name, path, config, key_map, hf.Reader(path, key_map))
+
+
+def _changed(weights: Weights, path: pathlib.Path) -> Weights:
+    if checkpoint.is_run(path):
+        change = _read_run(path, weights)
+    elif peft.is_adapter(path):
+        change = peft.read(path, weights.key_map)
+    else:
+        raise UserError(
+            f"{path}: neither the output directory of a training run nor a PEFT adapter "
+            f"({peft.CONFIG_FILE})"
+        )
+    return dataclasses.replace(weights, changes=(*weights.changes, change))
+
+
+def _base_of_run(path: pathlib.Path) -> str | pathlib.Path:
+    base = pathlib.Path(checkpoint.read_run(path)["model"]["path"])
+    for place in (base, path.parent / base.name):  # the second: runs that were moved together
+        if place.is_dir():
+            return place
+    raise UserError(
+        f"{path} was trained from {base.name}, which is neither where it was nor beside it"
+    )
+
+
+def _base_of_adapter(path: pathlib.Path) -> str | pathlib.Path:
+    base = peft.base_of(path)
+    for place in (pathlib.Path(base).expanduser(), path.parent / base):
+        if place.is_dir():
+            return place
+    if hub.is_name(base):
+        return base
+    raise UserError(
+        f"{path}/{peft.CONFIG_FILE} names the base {base}, which is not there; give the base as "
+        "the model and this directory as the adapter"
+    )
+
+
+def _read_run(run: pathlib.Path, weights: Weights) -> peft.Adapter:
+    """Returns a run's newest trainable parameters in the layout of files."""
+    settings = checkpoint.read_run(run)["train"]["adapters"]
+    trained = checkpoint.read_trainable(run)
+    rules = {rule.ours: rule for rule in weights.key_map.rules}
+    low_rank, replaced, unknown = {}, {}, []
+    for path, value in trained.items():
+        module, _, name = path.rpartition("/")
+        rule = rules.get(f"{module}/kernel" if name in ("lora_A", "lora_B") else path)
+        if rule is None:
+            unknown.append(path)
+        elif name == "lora_A":
+            scale = settings["alpha"] / settings["rank"]
+            other = trained[f"{module}/lora_B"]
+            pairs = zip(_layers(rule, value), _layers(rule, other), strict=True)
+            for key, (a, b) in zip(hf.keys_of(rule, value.shape), pairs, strict=True):
+                low_rank[key] = peft.LowRank(a.T, b.T, scale)
+        elif name != "lora_B":
+            keys = hf.keys_of(rule, value.shape)
+            replaced.update(
+                zip(keys, (hf.to_file(x, rule) for x in _layers(rule, value)), strict=True)
+            )
+    if unknown:
+        names = ", ".join(sorted(unknown)[:5])
+        raise UserError(f"{run}: parameters unknown to its base model: {names}")
+    return peft.Adapter(str(run), low_rank, replaced, settings["dropout"])
+
+
+def _layers(rule: hf.Rule, value: np.ndarray):
+    return value if rule.stacked else [value]
+
+
+class Stored:
+    """Is the source over a model directory of ours.
+
+    A stacked parameter is read as a whole and kept until another one is asked for.
+    """
+
+    def __init__(self, directory: pathlib.Path, key_map: hf.KeyMap):
+        self.name = str(directory)
+        self._directory = directory
+        self._notes = notes = checkpoint.read_model_notes(directory)
+        self._places: dict[str, tuple[hf.Rule | None, str, int]] = {}
+        for rule in key_map.rules:
+            if rule.ours in notes["params"]:
+                shape = tuple(notes["params"][rule.ours]["shape"])
+                for layer, key in enumerate(hf.keys_of(rule, shape)):
+                    self._places[key] = (rule, rule.ours, layer)
+        self._places |= {key: (None, key, 0) for key in notes["unused"]}
+        originals = dict(key_map.copies)
+        self._places |= {key: self._places[originals[key]] for key in notes["copies"]}
+        self._held: tuple[str, np.ndarray] | None = None
+
+    def keys(self) -> set[str]:
+        return set(self._places)
+
+    def slice(self, key: str) -> hf.Tensor:
+        return _StoredTensor(self, key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        rule, name, _ = self._places[key]
+        if rule is None:
+            return tuple(self._notes["unused"][name]["shape"])
+        shape = self._notes["params"][name]["shape"]
+        return hf.in_file(rule, tuple(shape[1:] if rule.stacked else shape))
+
+    def dtype(self, key: str) -> str:
+        rule, name, _ = self._places[key]
+        tree = "unused" if rule is None else "params"
+        narrow = self._notes["narrow"].get(key)
+        return narrow or hf_write.DTYPES[self._notes[tree][name]["dtype"]]
+
+    def read(self, key: str) -> np.ndarray:
+        rule, name, layer = self._places[key]
+        if rule is None:
+            return checkpoint.read_model_leaf(self._directory, "unused", name)
+        if self._held is None or self._held[0] != name:
+            self._held = None  # before the next one is read
+            self._held = (name, checkpoint.read_model_leaf(self._directory, "params", name))
+        value = self._held[1]
+        return hf.to_file(value[layer] if rule.stacked else value, rule)
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredTensor:
+    source: Stored
+    key: str
+
+    def get_shape(self) -> tuple[int, ...]:
+        return self.source.shape(self.key)
+
+    def get_dtype(self) -> str:
+        return self.source.dtype(self.key)
+
+    def __getitem__(self, index) -> np.ndarray:
+        return self.source.read(self.key)[index]
