@@ -464,3 +464,51 @@ def test_kl_without_the_diagonal_is_that_of_the_other_rows():
     np.testing.assert_allclose(value, (p * np.log(p / q)).sum(axis=1).mean(), rtol=1e-4)
     grad = jax.grad(lambda s: DISTILL(s, teacher, temperature=0.1, diagonal=False)[0])(student)
     assert np.isfinite(grad).all()
+
+
+# ---- explicit negatives
+
+
+def unit_of(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_given_negatives_are_candidates_of_every_query():
+    """SimCSE's loss with hard negatives: a cross-entropy over 2 B columns."""
+    rng = np.random.default_rng(0)
+    query, target, negative = (unit_of(rng.normal(size=(6, 5))) for _ in range(3))
+    loss, metrics = losses.info_nce(query, target, temperature=0.05, negatives=negative)
+    logits = np.concatenate([query @ target.T, query @ negative.T], axis=1) / 0.05
+    wanted = np.mean(np.log(np.exp(logits).sum(1)) - logits[range(6), range(6)])
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    np.testing.assert_allclose(metrics["hard_negative_cosine"], (query @ negative.T).mean(), 1e-4)
+    best = np.where(np.eye(6, 12), -9, logits).max(1)
+    np.testing.assert_allclose(metrics["accuracy"], (logits[range(6), range(6)] > best).mean())
+
+
+def test_a_given_negative_that_is_the_target_is_left_out():
+    rng = np.random.default_rng(1)
+    query, target = (unit_of(rng.normal(size=(4, 5))) for _ in range(2))
+    ids = np.arange(4)
+    negative = np.concatenate([target[1:2], unit_of(rng.normal(size=(1, 5)))])
+    loss, _ = losses.info_nce(
+        query, target, temperature=0.1, target_ids=ids, negatives=negative,
+        negative_ids=np.array([1, 9]),
+    )  # fmt: skip
+    logits = np.concatenate([query @ target.T, query @ negative.T], axis=1) / 0.1
+    logits[1, 4] = -np.inf
+    wanted = np.mean(np.log(np.exp(logits).sum(1)) - logits[range(4), range(4)])
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+
+
+def test_gradients_reach_the_given_negatives():
+    rng = np.random.default_rng(2)
+    query, target, negative = (unit_of(rng.normal(size=(4, 5))) for _ in range(3))
+
+    def loss(negative):
+        return losses.info_nce(query, target, temperature=0.5, negatives=negative)[0]
+
+    grad = jax.grad(loss)(jnp.asarray(negative))
+    step = 1e-2
+    numeric = (loss(negative + step * np.eye(4, 5)) - loss(negative - step * np.eye(4, 5))) / 2
+    np.testing.assert_allclose((grad * np.eye(4, 5)).sum(), numeric / step, rtol=2e-3)

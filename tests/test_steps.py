@@ -106,6 +106,6 @@ def test_k_zero_is_plain_info_nce():
     query, target = (jnp.asarray(x) for x in rng.normal(size=(2, 8, 4)).astype(np.float32))
     objective = steps.make_objective("contrast", temperature=0.1, k=0)
     batch = dataclasses.replace(toy.batch(8), target_ids=None)
-    loss, _ = objective(query, target, batch, jax.random.key(0))
+    loss, _ = objective([query, target], batch, jax.random.key(0))
     expected, _ = losses.info_nce(query, target, temperature=0.1)
     np.testing.assert_allclose(loss, expected)

@@ -29,7 +29,7 @@ def base_config() -> ConfigDict:
     c.model.remat = "none"  # kept inside a chunk's layers: none (all), dots, full (nothing)
 
     c.data = ConfigDict()
-    c.data.path = ""  # directory written by `prepare`, or a pairs.jsonl
+    c.data.path = ""  # directory written by `prepare`, a pairs.jsonl, or nli_for_simcse.csv
     c.data.max_tokens = 64  # longest row in tokens, prompt included, image features excluded
     c.data.prompt = ""  # key of data/prompts.py: TEMPLATES; "": the backbone's own
     c.data.image_size = 0  # images are resized to so many pixels square first; 0: as they are
@@ -46,6 +46,7 @@ def base_config() -> ConfigDict:
 
     c.teacher = ConfigDict()
     c.teacher.path = ""  # HF directory of the text teacher (`teach`)
+    c.teacher.instruction = ""  # task of NV-Embed's query form; "": plain passages
     c.teacher.vectors = ""  # directory of its vectors (written by `teach`, read by stage 1)
 
     c.loss = ConfigDict()
@@ -59,7 +60,8 @@ def base_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.steps = 1000
-    c.train.batch_size = 1024  # rows whose similarities meet in one loss
+    c.train.epochs = 0.0  # passes over the data, in place of steps; 0: steps
+    c.train.batch_size = 1024  # rows whose similarities meet in one loss; stage 1: sentences
     c.train.chunk = 0  # rows encoded at a time; 0: the whole group
     c.train.trainable = ()  # regexes on parameter paths, besides the adapters
     c.train.adapters = ConfigDict()
@@ -73,6 +75,7 @@ def base_config() -> ConfigDict:
     c.optim.multipliers = ()  # ((regex on paths, factor), ...); the first match counts
     c.optim.schedule = "linear"  # after the warm-up: linear or cosine to 0, or constant
     c.optim.warmup_steps = 100
+    c.optim.warmup_share = 0.0  # of all steps, in place of warmup_steps; 0: warmup_steps
     c.optim.b1 = 0.9
     c.optim.b2 = 0.999
     c.optim.weight_decay = 0.0
@@ -188,10 +191,15 @@ def validate_train(config: ConfigDict) -> None:
     for key in ("loss.k", "train.chunk", "train.adapters.rank", "optim.warmup_steps",
                 "optim.clip_norm", "optim.weight_decay", "checkpoint.every_steps",
                 "checkpoint.every_seconds", "eval.every_steps", "data.image_size",
-                "data.image_crops"):  # fmt: skip
+                "data.image_crops", "train.epochs"):  # fmt: skip
         value = lookup(config, key)
         check(value >= 0, f"config.{key}={value}: must not be negative")
-    for key in ("train.adapters.dropout", "data.extra_texts", "data.max_bad_share"):
+    for key in (
+        "train.adapters.dropout",
+        "optim.warmup_share",
+        "data.extra_texts",
+        "data.max_bad_share",
+    ):
         value = lookup(config, key)
         check(0 <= value < 1, f"config.{key}={value}: must be in [0, 1)")
     for direction in config.data.directions:

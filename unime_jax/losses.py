@@ -81,6 +81,8 @@ def info_nce(
     *,
     temperature: Number,
     target_ids: Int[AnyArray, "B"] | None = None,
+    negatives: Float[AnyArray, "N E"] | None = None,
+    negative_ids: Int[AnyArray, "N"] | None = None,
 ) -> LossAndMetrics:
     """Contrasts each query's own target with all others of the batch, query to target only.
 
@@ -89,23 +91,38 @@ def info_nce(
       target: unit rows; row i is the positive of query i.
       temperature: divides the cosines.
       target_ids: rows with equal ids have the same target, which is then no negative.
+      negatives: unit rows; each is one more negative of every query, as SimCSE and E5-V use the
+        contradictions of NLI.
+      negative_ids: ids of the negatives; one that equals the id of a query's target is no negative
+        of that query.
 
     Returns:
       The mean over rows, and metrics: loss; positive_cosine; negative_cosine, the mean over all
       negatives; accuracy, the share of queries more similar to their positive than to every
-      negative (ties lose).
+      negative (ties lose); with `negatives`, hard_negative_cosine, the mean over those alone.
     """
     similarity = _similarity(query, target)
     negative = _others(similarity, None if target_ids is None else _same_target(target_ids))
     positive = _diagonal(similarity)
     kept = negative | _diagonal_mask(similarity)
+    further = {}
+    if negatives is not None:
+        given = _similarity(query, negatives)
+        wrong = jnp.ones(given.shape, bool)
+        if target_ids is not None and negative_ids is not None:
+            wrong = jnp.asarray(target_ids)[:, None] != jnp.asarray(negative_ids)[None, :]
+        similarity = jnp.concatenate([similarity, given], axis=1)
+        negative = jnp.concatenate([negative, wrong], axis=1)
+        kept = jnp.concatenate([kept, wrong], axis=1)
+        further["hard_negative_cosine"] = _masked_mean(given, wrong)
     logits = jnp.where(kept, similarity / temperature, -jnp.inf)
     loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive / temperature)
     return loss, _metrics(
         loss=loss,
         positive_cosine=jnp.mean(positive),
         negative_cosine=_masked_mean(similarity, negative),
-        accuracy=_accuracy(similarity, negative),
+        accuracy=_accuracy(positive, similarity, negative),
+        **further,
     )
 
 
@@ -182,7 +199,7 @@ def hard_negative_info_nce(
         filtered_share=jnp.mean(jnp.any(others & out, axis=1)),
         short_rows=jnp.sum(~valid[:, -1]),
         empty_rows=jnp.sum(~valid[:, 0]),
-        accuracy=_accuracy(similarity, others),
+        accuracy=_accuracy(positive, similarity, others),
     )
 
 
@@ -262,9 +279,9 @@ def _others(matrix, blocked):
     return others if blocked is None else others & ~blocked
 
 
-def _accuracy(similarity, negative):
+def _accuracy(positive, similarity, negative):
     best = jnp.max(jnp.where(negative, similarity, -jnp.inf), axis=1)
-    return jnp.mean(_diagonal(similarity) > best)
+    return jnp.mean(positive > best)
 
 
 def _masked_mean(values, mask):

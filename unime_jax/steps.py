@@ -19,8 +19,9 @@ from unime_jax import losses, optim
 from unime_jax.sharding import BATCH
 from unime_jax.types import Array, Batch, Inputs, unflatten
 
-# (query f32[B, E], target f32[B, E'], batch, key) -> (loss, metrics)
-Objective = Callable[[Array, Array, Batch, Array], tuple[Array, dict[str, Array]]]
+# (encoded sides of the batch, each f32[B, E]: query, target, negative; batch, key)
+# -> (loss, metrics)
+Objective = Callable[[Sequence[Array], Batch, Array], tuple[Array, dict[str, Array]]]
 
 
 @functools.partial(
@@ -112,21 +113,30 @@ def make_objective(
 ) -> Objective:
     """Returns the loss of a stage on embeddings: distill, align or contrast."""
 
-    def distill(query, vectors, batch, key):
-        del batch, key
+    def distill(sides, batch, key):
+        del key
         return losses.distill_kl(
-            query,
-            vectors,
+            jnp.concatenate(sides),
+            batch.vectors,
             temperature=temperature,
             direction=kl_direction,
             diagonal=kl_diagonal,
         )
 
-    def in_batch(query, target, batch, key):
+    def in_batch(sides, batch, key):
         del key
-        return losses.info_nce(query, target, temperature=temperature, target_ids=batch.target_ids)
+        query, *others = sides
+        return losses.info_nce(
+            query,
+            others[0] if others else batch.vectors,
+            temperature=temperature,
+            target_ids=batch.target_ids,
+            negatives=others[1] if len(others) > 1 else None,
+            negative_ids=batch.negative_ids,
+        )
 
-    def hard_negatives(query, target, batch, key):
+    def hard_negatives(sides, batch, key):
+        query, target = sides
         return losses.hard_negative_info_nce(
             query,
             target,
@@ -166,16 +176,24 @@ def make_train_step(
         def encode(inputs, key):
             return nnx.merge(graphdef, params).embed(inputs, key=key)
 
-        query_key, target_key, loss_key = jax.random.split(key, 3)
-        run = functools.partial(encode_groups, encode, chunk=chunk, mesh=mesh)
-        query = run(batch.query, order=batch.query_order, key=query_key if dropout else None)
-        if batch.vectors is not None:
-            target = batch.vectors
-        else:
-            target = run(
-                batch.target, order=batch.target_order, key=target_key if dropout else None
+        query_key, target_key, loss_key, negative_key = jax.random.split(key, 4)
+        sides = [
+            encode_groups(
+                encode,
+                groups,
+                order=order,
+                chunk=chunk,
+                key=side_key if dropout else None,
+                mesh=mesh,
             )
-        return objective(query, target, batch, loss_key)
+            for groups, order, side_key in (
+                (batch.query, batch.query_order, query_key),
+                (batch.target, batch.target_order, target_key),
+                (batch.negative, batch.negative_order, negative_key),
+            )
+            if groups
+        ]
+        return objective(sides, batch, loss_key)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, frozen, batch: Batch):

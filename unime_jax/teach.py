@@ -1,94 +1,135 @@
 """Embeds every training sentence with the teacher, once, to disk.
 
     python -m unime_jax.teach --config configs/smol_stage1.py
+    python -m unime_jax.teach --config configs/teacher_nv_embed.py --config.teacher.path=DIR \\
+        --config.data.path=nli_for_simcse.csv --config.output=nli_teacher/
 
-Reads config.teacher.path (an HF directory) and the sentences of config.data.path, writes
-config.teacher.vectors. Finished shards are kept: started again, it goes on with the next one.
+Reads the sentences of config.data.path and config.teacher.path, an HF directory (NV-Embed-v2, a
+BERT of sentence-transformers, a decoder). A config whose stage is "teach" writes config.output;
+with that of a training run the vectors go to its config.teacher.vectors. Finished shards are kept:
+started again, it goes on with the next one.
 """
 
 import hashlib
 import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
-from unime_jax import embedder, report, runtime
-from unime_jax.config import check, check_path, parse
-from unime_jax.data import sources
+from unime_jax import embedder, report, runtime, sharding
+from unime_jax.config import check, check_choice, check_path, parse
+from unime_jax.data import prompts, sources, teacher_vectors
+from unime_jax.types import UserError
 
-SHARD_ROWS = 1024
+SHARD_ROWS = 8192
 
 
 def main(argv: list[str]) -> None:
     config = parse(argv, __doc__)
+    check_choice(config, "model.dtype", ("float32", "bfloat16"))
     check_path(config, "teacher.path")
     check_path(config, "data.path")
-    check(
-        bool(config.teacher.vectors),
-        "config.teacher.vectors is empty; name a directory with --config.teacher.vectors=DIR",
-    )
+    key = "output" if config.stage == "teach" else "teacher.vectors"
+    check(bool(_target(config)), f"config.{key} is empty; name a directory with --config.{key}=DIR")
     runtime.start()
     run(config)
 
 
+def _target(config) -> str:
+    return config.output if config.stage == "teach" else config.teacher.vectors
+
+
 def run(config) -> pathlib.Path:
     """Writes the vectors as `vectors-NNNNN.npy` (f32[rows, E], unit rows) and a manifest."""
-    directory = pathlib.Path(config.teacher.vectors).expanduser()
+    directory = pathlib.Path(_target(config)).expanduser()
     sentences = sources.sentences(config.data.path)
     manifest = {
-        "teacher": pathlib.Path(config.teacher.path).name,
+        "teacher": pathlib.Path(config.teacher.path).expanduser().resolve().name,
         "teacher_sha256": _fingerprint(config.teacher.path),
+        "dtype": config.model.dtype,
+        "instruction": config.teacher.instruction,
         "count": len(sentences),
+        "sentences_sha256": teacher_vectors.sentences_hash(sentences),
         "shard_rows": SHARD_ROWS,
-        "sentences_sha256": sources.sentences_hash(sentences),
     }
-    known = directory / "manifest.json"
-    begun = json.loads(known.read_text()) if known.is_file() else {}
-    if any(begun.get(key) != value for key, value in manifest.items()):
-        for old in directory.glob("vectors-*.npy"):
-            old.unlink()
-        begun = {}
-    directory.mkdir(parents=True, exist_ok=True)
+    begun = _begun(directory, manifest, keep=config.stage == "teach")
     shards = range(0, len(sentences), SHARD_ROWS)
     missing = [start for start in shards if not _shard(directory, start).is_file()]
-    if not missing and begun:
+    if begun and not missing:
         print(f"{directory}: all {len(sentences)} vectors are there")
         return directory
 
-    teacher = embedder.load(config.teacher.path, dtype=config.model.dtype)
-    _write(known, json.dumps(manifest, indent=2).encode())
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
+    model, path = embedder.load_model(config.teacher.path, dtype=config.model.dtype, mesh=mesh)
+    teacher = embedder.Embedder(model, directory=path, mesh=mesh)
+    manifest["prompt"] = prompts.TEMPLATES[teacher.preprocessor.prompt].text
+    manifest["pooling"] = model.pooling
+    manifest["width"] = model.embedding_width
+    _write_manifest(directory, manifest)
     done = len(sentences) - sum(len(sentences[s : s + SHARD_ROWS]) for s in missing)
-    progress = report.Progress(len(sentences), "teaching", start=done, unit="sentence")
-    for start in missing:
-        vectors = teacher.embed(texts=sentences[start : start + SHARD_ROWS])
-        part = _shard(directory, start).with_suffix(".part")
-        with open(part, "wb") as file:
-            np.save(file, vectors)
-        os.replace(part, _shard(directory, start))
-        done += len(vectors)
-        progress.update(done)
-    progress.close()
-    width = int(np.load(_shard(directory, 0), mmap_mode="r").shape[1])
-    _write(known, json.dumps({**manifest, "width": width}, indent=2).encode())
-    print(f"done: {directory}, {len(sentences)} vectors of width {width}")
+    with report.Progress(len(sentences), "teaching", start=done, unit="sentence") as progress:
+        for start in missing:
+            texts = sentences[start : start + SHARD_ROWS]
+            vectors = teacher.embed(
+                texts=texts,
+                instruction=config.teacher.instruction or None,
+                progress=progress.advance,
+            )
+            part = _shard(directory, start).with_suffix(".part")
+            with open(part, "wb") as file:
+                np.save(file, vectors)
+            os.replace(part, _shard(directory, start))
+    print(f"done: {directory}, {len(sentences)} vectors of width {manifest['width']}")
     return directory
+
+
+def _begun(directory: pathlib.Path, manifest: dict[str, Any], *, keep: bool) -> bool:
+    """Says whether vectors with these settings were begun there; others make room.
+
+    Args:
+      directory: of the vectors.
+      manifest: what is known before the teacher is loaded.
+      keep: whether other vectors are refused or, in the cache of a run, removed.
+    """
+    try:
+        found = json.loads((directory / teacher_vectors.MANIFEST).read_text())
+    except (FileNotFoundError, ValueError):
+        found = {}
+    differing = sorted(key for key in manifest if found.get(key) != manifest[key])
+    if not differing:
+        return True
+    shards = list(directory.glob("vectors-*.npy"))
+    if shards and keep:
+        raise UserError(
+            f"{directory} holds vectors of another {', '.join(differing)}; choose another "
+            "config.output or remove that directory"
+        )
+    for shard in shards:
+        shard.unlink()
+    return False
+
+
+def _write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / teacher_vectors.MANIFEST
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(manifest, indent=2))
+    os.replace(part, path)
 
 
 def _shard(directory: pathlib.Path, start: int) -> pathlib.Path:
     return directory / f"vectors-{start // SHARD_ROWS:05d}.npy"
 
 
-def _write(path: pathlib.Path, content: bytes) -> None:
-    part = path.with_suffix(".part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 def _fingerprint(directory) -> str:
     """Hashes config and the head of each weight file: another teacher is noticed at no cost."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(directory).expanduser().glob("*")):
+    directory = pathlib.Path(directory).expanduser()
+    for step in sorted(directory.glob("checkpoints/*")):  # of a training run
+        digest.update(step.name.encode())
+    for path in sorted(directory.glob("*")):
         if path.suffix in (".json", ".safetensors"):
             digest.update(f"{path.name}:{path.stat().st_size}:".encode())
             with open(path, "rb") as file:

@@ -61,8 +61,8 @@ def run(config) -> dict[str, float]:
     schedule = optim.learning_rate_schedule(
         peak=config.optim.learning_rate,
         kind=config.optim.schedule,
-        warmup_steps=config.optim.warmup_steps,
-        steps=config.train.steps,
+        warmup_steps=round(config.optim.warmup_share * data.steps) or config.optim.warmup_steps,
+        steps=data.steps,
     )
     optimizer = optim.make_optimizer(
         schedule,
@@ -118,7 +118,7 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, m
     if restored is not None:
         state = restored
     first = int(state.step)
-    if first >= config.train.steps:
+    if first >= data.steps:
         print(f"{config.output}: all {first} steps are done")
         return {}
     if first:
@@ -131,7 +131,7 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, m
     print("compiling the step ...", flush=True)
     with runtime.StopRequest() as stop:
         started = time.perf_counter()
-        for step in range(first, config.train.steps):
+        for step in range(first, data.steps):
             batch = next(batches)
             state, values = train_step(state, frozen, sharding.shard_batch(batch, mesh))
             # Metrics of the step before are read while this one runs.
@@ -140,9 +140,7 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, m
             if step == first:
                 jax.block_until_ready(values)
                 print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
-                progress = report.Progress(
-                    config.train.steps, f"training ({config.stage})", start=step + 1
-                )
+                progress = report.Progress(data.steps, f"training ({config.stage})", start=step + 1)
             now = time.perf_counter()
             pending = (step, values, data.counts, now - started)
             if validate and (step + 1) % config.eval.every_steps == 0:
@@ -177,7 +175,7 @@ def _record(writer, progress, config, step, values, counts: dict[str, float], se
         "padded_share": counts["padded_share"],
         "seconds": seconds,
     }
-    if (step + 1) % config.log.every_steps == 0 or step + 1 == config.train.steps:
+    if (step + 1) % config.log.every_steps == 0 or step + 1 == progress.total:
         writer.write(step + 1, metrics)
     progress.update(step + 1, f"loss {metrics['loss']:.4f}")
     return metrics

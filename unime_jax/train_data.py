@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from unime_jax import report
-from unime_jax.data import pipeline, sources
+from unime_jax.data import nli, pipeline, sources, teacher_vectors
+from unime_jax.data.texts import Places
 from unime_jax.embedder import Embedder
 from unime_jax.types import Batch, UserError, flatten
 
@@ -22,11 +23,19 @@ _IMAGES_AT_ONCE = 32
 
 
 class TrainData:
-    """Batches of one run, by step."""
+    """Batches of one run, by step.
 
-    def __init__(self, batches: pipeline.Batches, *, steps: int, threads: int):
-        self._batches, self._steps, self._threads = batches, steps, threads
+    Attributes:
+      steps: of the whole run.
+      counts: rows and positions of a batch.
+    """
+
+    def __init__(
+        self, batches: pipeline.Batches, *, steps: int, epochs: float, threads: int, note: str = ""
+    ):
+        self._batches, self._threads, self._note = batches, threads, note
         rows = sum(rows for rows, _, _ in batches.info.query_shapes)
+        self.steps = max(1, round(epochs * batches.info.rows / rows)) if epochs else steps
         self.counts = {
             "rows": float(rows),
             "tokens": batches.info.tokens,
@@ -35,12 +44,15 @@ class TrainData:
 
     def batches(self, first: int) -> Iterator[Batch]:
         """Yields the batches of steps `first` to the last, made ahead of time."""
-        return self._batches.iterate(first, self._steps, threads=self._threads)
+        return self._batches.iterate(first, self.steps, threads=self._threads)
 
     def describe(self) -> str:
         """Returns what a batch is made of, a line each."""
         info = self._batches.info
-        lines = [f"  {line}" for line in info.strata]
+        lines = [f"  {line}" for line in ([self._note] if self._note else []) + info.strata]
+        lines.append(
+            f"  {self.steps} steps, {self.steps * self.counts['rows'] / info.rows:.2f} epochs"
+        )
         lines.append(
             f"  {info.tokens:.0f} tokens a batch, {info.padded_share:.0%} padding, "
             f"{info.cut_texts} texts longer than config.data.max_tokens are cut"
@@ -67,11 +79,13 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
     """
     data, stage = settings["data"], settings["stage"]
     features = vectors = None
-    if stage == "distill":
-        texts = sources.sentences(data["path"])
-        found = [sources.Texts(texts)]
-        stored, _ = sources.teacher_vectors(settings["teacher"]["vectors"], texts)
-        vectors = _by_text(texts, stored)
+    note, batch_size = "", settings["train"]["batch_size"]
+    if not reads_images(settings):
+        found, texts, note = _open_texts(settings)
+        if stage == "distill":
+            stored, _ = teacher_vectors.read(settings["teacher"]["vectors"], texts)
+            vectors = _by_text(texts, stored)
+            batch_size //= _texts_of_row(found[0])
     else:
         if embedder.image_spec is None:
             raise UserError(f"config.model.path: the model of {embedder.directory} takes no images")
@@ -102,7 +116,7 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
     batches = pipeline.Batches(
         found,
         embedder.preprocessor,
-        batch_size=settings["train"]["batch_size"],
+        batch_size=batch_size,
         seed=settings["seed"],
         max_tokens=data["max_tokens"],
         bins=data["length_bins"],
@@ -114,12 +128,38 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         vectors=vectors,
         max_bad_share=data["max_bad_share"],
     )
-    return TrainData(batches, steps=settings["train"]["steps"], threads=data["threads"])
+    train = settings["train"]
+    return TrainData(
+        batches, steps=train["steps"], epochs=train["epochs"], threads=data["threads"], note=note
+    )
+
+
+def reads_images(settings: dict[str, Any]) -> bool:
+    """Says whether a run's rows may have images; without, its model is the decoder alone."""
+    return settings["stage"] != "distill" and not nli.is_nli(settings["data"]["path"])
+
+
+def _open_texts(settings: dict[str, Any]) -> tuple[list[sources.Source], Sequence[str], str]:
+    """Returns the sources of a run on texts, all their texts, and a note on what was left out."""
+    path = settings["data"]["path"]
+    if not nli.is_nli(path):
+        texts = sources.sentences(path)
+        return [sources.Texts(texts)], texts, ""
+    if settings["stage"] == "align":
+        raise UserError(f"config.data.path={path}: alignment needs pairs of image and text")
+    found = nli.read(path)
+    return [sources.Triples(found)], found.sentences, found.describe()
+
+
+def _texts_of_row(source: sources.Source) -> int:
+    """Counts the sentences of a row: each is an item of a stage-1 batch."""
+    row = source[0]
+    return sum(text is not None for text in (row.query_text, row.target_text, row.negative_text))
 
 
 def _by_text(texts: Sequence[str], stored) -> Callable[[list[str]], np.ndarray]:
-    place = {text: number for number, text in enumerate(texts)}
-    return lambda wanted: stored[np.array([place[text] for text in wanted])]
+    places = Places(texts)
+    return lambda wanted: stored[places(wanted)]
 
 
 def cache_features(

@@ -75,9 +75,11 @@ class Batch:
       query: groups; concatenated and then permuted by `query_order` they are rows 0..B-1.
       target: groups, likewise; () where `vectors` stand for the other side.
       query_order, target_order: int32[B]; row i of the batch is row order[i] of the groups.
-      vectors: f32[B, E] or None: embeddings of the teacher (stage 1) or cached ones of the targets
-        (alignment).
+      vectors: f32[N, E] or None: embeddings of the teacher for the rows of query, target and
+        negative, one side after the other (stage 1), or cached ones of the targets (alignment).
       target_ids: int32[B] or None; equal ids mean the same target.
+      negative: groups, a hard negative of each row; () without.
+      negative_order, negative_ids: as those of the target.
     """
 
     query: tuple[Inputs, ...]
@@ -86,6 +88,9 @@ class Batch:
     target_order: Any
     vectors: Any = None
     target_ids: Any = None
+    negative: tuple[Inputs, ...] = ()
+    negative_order: Any = None
+    negative_ids: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

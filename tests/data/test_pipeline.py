@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unime_jax.data import pipeline, preprocess, sources
+from unime_jax.data import mixture, nli, pipeline, preprocess, sources
 from unime_jax.types import ImageSpec, UserError
 
 SPEC = ImageSpec("grid", 8, 3)
@@ -259,7 +259,7 @@ def test_padded_share_is_what_batches_have(smol):
 def test_bin_edges_are_the_best(lengths, bins):
     lengths = np.array(lengths)
     weights = np.ones(len(lengths))
-    edges = pipeline.bin_edges(lengths, weights, bins)
+    edges = mixture.bin_edges(lengths, weights, bins)
     rounded = -(-lengths // 4) * 4
 
     def cost(bounds):
@@ -283,12 +283,78 @@ def test_bin_edges_are_the_best(lengths, bins):
 def test_every_bin_in_use_gets_a_row_of_each_batch(where, count):
     where = np.sort(np.array(where))
     rows = np.arange(len(where))
-    parts = pipeline.fill_up(rows, where, 4, count)
+    parts = mixture.fill_up(rows, where, 4, count)
     assert sorted(np.concatenate(parts)) == list(rows)
     for bin_number, part in enumerate(parts):
         assert (where[part] <= bin_number).all()  # rows move to longer bins only
         assert not len(part) or len(part) * count >= len(rows)
-    from unime_jax.data import mixture
-
     shares = mixture.shares([len(part) for part in parts], count)
     assert all(share >= 1 for share, part in zip(shares, parts, strict=True) if len(part))
+
+
+# ---- rows of three texts
+
+
+@pytest.fixture(scope="module")
+def triples(tmp_path_factory):
+    path = tmp_path_factory.mktemp("nli") / "nli.csv"
+    rows = [f"q{'x' * (i % 7)}{i},t{i // 2},n{'y' * (i % 5)}{i}" for i in range(40)]
+    path.write_text("\n".join(["sent0,sent1,hard_neg", *rows]))
+    return sources.Triples(nli.read(path))
+
+
+def number_of(row, smol):
+    """The text of a tokenised row, a token a letter behind the prompt's own."""
+    empty = len(smol.tokenize("a", False).ids) - 1
+    return tuple(row[: len(row) - empty])
+
+
+def test_rows_of_three_texts_make_three_sides(smol, triples):
+    batches = pipeline.Batches([triples], smol, batch_size=8, bins=2)
+    first = shapes(batches[0])
+    for step in range(6):
+        batch = batches[step]
+        assert shapes(batch) == first
+        sides = [
+            [number_of(row, smol) for row in texts_of(groups, order, smol)]
+            for groups, order in (
+                (batch.query, batch.query_order),
+                (batch.target, batch.target_order),
+                (batch.negative, batch.negative_order),
+            )
+        ]
+        known = [
+            tuple(number_of(smol.tokenize(text, False).ids, smol) for text in texts)
+            for texts in (
+                (row.query_text, row.target_text, row.negative_text)
+                for row in (triples[i] for i in range(40))
+            )
+        ]
+        assert len(set(known)) == 40
+        assert all(row in known for row in zip(*sides, strict=True))
+        assert batch.negative_ids.shape == (8,) and batch.vectors is None
+        same = [a == b for a in sides[1] for b in sides[1]]
+        ids = batch.target_ids
+        assert [a == b for a in ids for b in ids] == same
+    assert batches.info.rows == 40
+    assert sum(rows for rows, _, _ in batches.info.negative_shapes) == 8
+
+
+def test_each_text_of_a_row_has_its_vector(smol, triples):
+    def vectors(texts):
+        return np.array([[float(sum(map(ord, text)))] for text in texts], np.float32)
+
+    batch = pipeline.Batches([triples], smol, batch_size=8, bins=2, vectors=vectors)[3]
+    assert batch.vectors.shape == (24, 1)
+    assert batch.negative_ids is not None and len(batch.target) and len(batch.negative)
+    letters = {tuple(smol.tokenize(c, False).ids)[:1]: ord(c) for c in "qxtny0123456789"}
+    found = [
+        sum(letters[(token,)] for token in number_of(row, smol))
+        for groups, order in (
+            (batch.query, batch.query_order),
+            (batch.target, batch.target_order),
+            (batch.negative, batch.negative_order),
+        )
+        for row in texts_of(groups, order, smol)
+    ]
+    np.testing.assert_array_equal(batch.vectors[:, 0], found)

@@ -1,9 +1,7 @@
 """Reading data with random access."""
 
-import json
 import shutil
 
-import numpy as np
 import packages
 import pytest
 
@@ -69,8 +67,6 @@ def test_sentences_are_wordnets_and_captions(prepared):
     found = sources.sentences(prepared)
     assert found == ["one two three", "Cat"]
     assert sources.split_sentences(prepared, "gloss_to_example")[0]["second"] == "b"
-    assert sources.sentences_hash(found) != sources.sentences_hash(found[::-1])
-    assert sources.sentences_hash(["ab", "c"]) != sources.sentences_hash(["a", "bc"])
 
 
 def test_what_is_not_there_is_said(prepared, tmp_path):
@@ -133,49 +129,6 @@ def test_an_unreadable_or_empty_list(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="no pairs in it"):
         sources.pairs(tmp_path / "empty.jsonl")
-
-
-# ---- teacher vectors
-
-
-def write_vectors(directory, texts, *, count=5, shard_rows=2):
-    array = np.arange(count * 3, dtype=np.float32).reshape(count, 3)
-    for number, start in enumerate(range(0, count, shard_rows)):
-        np.save(directory / f"vectors-{number:05d}.npy", array[start : start + shard_rows])
-    manifest = {
-        "count": count,
-        "shard_rows": shard_rows,
-        "sentences_sha256": sources.sentences_hash(texts),
-    }
-    (directory / "manifest.json").write_text(json.dumps(manifest))
-    return array
-
-
-def test_vectors_across_shards(tmp_path):
-    texts = list("abcde")
-    array = write_vectors(tmp_path, texts)
-    vectors, manifest = sources.teacher_vectors(tmp_path, texts)
-    assert vectors.shape == (5, 3) and len(vectors) == manifest["count"]
-    rows = [4, 0, 3, 3, 1]
-    np.testing.assert_array_equal(vectors[np.array(rows)], array[rows])
-    np.testing.assert_array_equal(vectors[2], array[2])
-
-
-def test_vectors_that_do_not_fit_are_refused(tmp_path):
-    write_vectors(tmp_path, list("abcde"))
-    with pytest.raises(UserError, match="other sentences.*teach"):
-        sources.teacher_vectors(tmp_path, list("abcdf"))
-    np.save(tmp_path / "vectors-00001.npy", np.zeros((1, 3), np.float32))
-    with pytest.raises(UserError, match="vectors-00001.npy: 1 rows, 2 expected"):
-        sources.teacher_vectors(tmp_path)
-    (tmp_path / "vectors-00001.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(UserError, match="vectors-00001.npy: cannot be read"):
-        sources.teacher_vectors(tmp_path)
-    (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="manifest.json is damaged"):
-        sources.teacher_vectors(tmp_path)
-    with pytest.raises(UserError, match="holds no teacher vectors"):
-        sources.teacher_vectors(tmp_path / "nowhere")
 
 
 # ---- bad rows

@@ -157,3 +157,17 @@ def test_minilm_matches_transformers(assets):
     model = models.load(assets / "teacher")
     assert model.embedding_width == 384 and model.image_spec is None
     tolerances.assert_near(parity.embed(model, inputs), expected, tolerances.EMBEDDING)
+
+
+def test_modules_behind_the_pooling_are_refused(pair, tmp_path):
+    directory = with_pooling(pair[1], tmp_path, ["mean_tokens"])
+    kinds = ["Transformer", "Pooling", "Normalize", "Dense"]
+    modules = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+    (directory / "modules.json").write_text(json.dumps(modules[:3]))
+    assert models.read_config(directory)["pooling"] == "mean"
+    (directory / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="models.Dense is not supported"):
+        models.read_config(directory)
+    (directory / "modules.json").write_text("{")
+    with pytest.raises(UserError, match="modules.json cannot be read"):
+        models.read_config(directory)

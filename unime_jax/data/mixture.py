@@ -7,6 +7,8 @@ import numpy as np
 
 from unime_jax.types import UserError
 
+ROUND = 4  # padded lengths are multiples of this
+
 
 def shares(
     sizes: Sequence[int],
@@ -78,3 +80,66 @@ class Mixture:
             for number, count in enumerate(self.counts)
             for place in range(count)
         ]
+
+
+def bin_edges(lengths: np.ndarray, weights: np.ndarray, bins: int) -> np.ndarray:
+    """Chooses upper bounds of length bins so that padding is least.
+
+    Args:
+      lengths: of the rows.
+      weights: how often each row is drawn.
+      bins: how many bins there may be.
+
+    Returns:
+      Rising bounds; the last is the longest length.
+    """
+    values = -(-lengths // ROUND) * ROUND
+    bounds = np.unique(values)
+    mass = np.array([weights[values == bound].sum() for bound in bounds])
+    total = np.concatenate([[0.0], np.cumsum(mass)])
+    # cost[j]: least padded length of the rows up to bound j; one more bin a round.
+    cost = total[1:] * bounds
+    before = [np.full(len(bounds), -1)]
+    for _ in range(min(bins, len(bounds)) - 1):
+        choices = cost[:, None] + (total[None, 1:] - total[1:, None]) * bounds[None, :]
+        choices[np.tril_indices(len(bounds))] = np.inf  # the bin before ends lower
+        choices = np.concatenate([choices, cost[None, :]])
+        before.append(np.where(choices.argmin(0) == len(bounds), -2, choices.argmin(0)))
+        cost = choices.min(0)
+    edges, at = [], len(bounds) - 1
+    for step in reversed(before):
+        if step[at] == -2:  # another bin would not help here
+            continue
+        edges.append(bounds[at])
+        at = step[at]
+    return np.array(edges[::-1])
+
+
+def fill_up(rows: np.ndarray, where: np.ndarray, bins: int, count: int) -> list[np.ndarray]:
+    """Moves rows to longer bins until every bin in use gets a row of each batch.
+
+    Args:
+      rows: of one source, short to long.
+      where: the bin of each row.
+      bins: how many there are.
+      count: rows that a batch takes of the source.
+
+    Returns:
+      The members of each bin, in order; some may be empty.
+    """
+    least = -(-len(rows) // count)
+    parts = [rows[where == i] for i in range(bins)]
+    for i in reversed(range(bins)):
+        for below in reversed(range(i)):
+            missing = least - len(parts[i])
+            if not len(parts[i]) or missing <= 0:
+                break
+            split = max(0, len(parts[below]) - missing)
+            parts[i] = np.concatenate([parts[below][split:], parts[i]])
+            parts[below] = parts[below][:split]
+    for i in range(bins - 1):  # what is left over at the short end
+        if 0 < len(parts[i]) < least:
+            longer = next(j for j in range(i + 1, bins) if len(parts[j]))
+            parts[longer] = np.concatenate([parts[i], parts[longer]])
+            parts[i] = parts[i][:0]
+    return [np.sort(part) for part in parts]

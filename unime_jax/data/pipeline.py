@@ -18,7 +18,7 @@ from unime_jax.data.preprocess import Picture, Preprocessor, Row
 from unime_jax.data.sources import Example, Source
 from unime_jax.types import Batch, Inputs, UserError
 
-_ROUND = 4  # padded lengths are multiples of this
+SIDES = 3  # query, target, negative
 _TRIES = 100  # rows to try in place of unreadable ones
 
 
@@ -29,13 +29,29 @@ class Stratum:
     Attributes:
       source: its number.
       members: rows of the source.
-      query_tokens, target_tokens: padded length of either side; 0: no such side.
+      tokens: padded length of query, target and negative; 0: a side that is not encoded.
     """
 
     source: int
     members: np.ndarray
-    query_tokens: int
-    target_tokens: int
+    tokens: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One row of a batch.
+
+    Attributes:
+      sides: of query, target and negative: its shape (T, C) and what `Preprocessor.group` takes;
+        None where a side is not encoded.
+      texts: of the sides that are texts.
+      target_id, negative_id: as in `Example`.
+    """
+
+    sides: list[tuple | None]
+    texts: list[str]
+    target_id: str
+    negative_id: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +60,8 @@ class Info:
 
     Attributes:
       strata: one line each: set, direction, rows, rows a batch, lengths.
-      query_shapes, target_shapes: (rows, T, C) of each group.
+      query_shapes, target_shapes, negative_shapes: (rows, T, C) of each group.
+      rows: of all strata.
       padded_share: expected share of positions that are padding, 0 to 1.
       cut_texts: texts that are longer than max_tokens and lose their end.
       tokens: positions of a batch, padding excluded, on average.
@@ -53,6 +70,8 @@ class Info:
     strata: list[str]
     query_shapes: list[tuple[int, int, int]]
     target_shapes: list[tuple[int, int, int]]
+    negative_shapes: list[tuple[int, int, int]]
+    rows: int
     padded_share: float
     cut_texts: int
     tokens: float
@@ -73,8 +92,9 @@ class Batches:
       other_texts: probability of one of a row's other texts in place of its own.
       features: f16[images, variants, P, D] in place of decoding images and running the tower.
       augment: decode images with a random flip and crop (without `features`).
-      vectors: texts -> f32[n, E], stands for the other side: of the query's text if it has one
-        (stage 1), else of the target's (alignment); no target groups are made then.
+      vectors: texts -> f32[n, E]. Rows without images are encoded and get vectors for each of
+        their texts (stage 1); of rows with images the query is encoded, and the vectors stand for
+        the target's text (alignment).
       max_bad_share: share of unreadable rows at which `__getitem__` raises UserError.
 
     Attributes:
@@ -123,15 +143,26 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         """Makes the batch of a step."""
         rows = [self._example(step, i, *row) for i, row in enumerate(self._mixture.rows(step))]
-        query, query_order = self._groups([(row[1], row[2]) for row in rows])
-        target, target_order = (), None
+        groups = []
+        for side in range(SIDES):
+            found = [row.sides[side] for row in rows]
+            groups.append(self._groups(found) if found[0] else ((), None))
+        (query, query_order), (target, target_order), (negative, negative_order) = groups
         vectors = None
-        if self._vectors is None:
-            target, target_order = self._groups([(row[3], row[4]) for row in rows])
-        else:
-            vectors = np.asarray(self._vectors([row[5] for row in rows]), np.float32)
-        ids = np.array([zlib.crc32(row[0].encode()) & 0x7FFFFFFF for row in rows], np.int32)
-        return Batch(query, target, query_order, target_order, vectors, ids)
+        if self._vectors is not None:
+            columns = zip(*(row.texts for row in rows), strict=True)
+            vectors = np.concatenate([self._vectors(list(column)) for column in columns])
+        return Batch(
+            query,
+            target,
+            query_order,
+            target_order,
+            None if vectors is None else vectors.astype(np.float32, copy=False),
+            _ids([row.target_id for row in rows]),
+            negative,
+            negative_order,
+            _ids([row.negative_id for row in rows]) if negative else None,
+        )
 
     def dataset(self, steps: int):
         """Returns the first `steps` batches as a grain.MapDataset."""
@@ -159,7 +190,7 @@ class Batches:
     def _tiles(self, has_image: bool) -> int:
         return self._preprocessor.fixed_layout.tiles if has_image else 0
 
-    def _example(self, step: int, place: int, stratum: int, member: int) -> tuple:
+    def _example(self, step: int, place: int, stratum: int, member: int) -> Drawn:
         """Makes one row; an unreadable one gives way to the next of its stratum."""
         found = self._strata[stratum]
         for attempt in range(_TRIES):
@@ -167,22 +198,20 @@ class Batches:
             example = self._data[found.source][number]
             rng = np.random.default_rng((self._seed, step, place))
             try:
-                return self._sides(example, found, rng)
+                return self._draw(example, found, rng)
             except UserError as error:
                 self.bad.add((found.source, number), str(error))
         raise UserError(f"{_TRIES} rows in a row are unreadable: {self.bad.problems()[-1]}")
 
-    def _sides(self, example: Example, found: Stratum, rng: np.random.Generator) -> tuple:
-        """Returns (target id, query key, query row, target key, target row, text)."""
+    def _draw(self, example: Example, found: Stratum, rng: np.random.Generator) -> Drawn:
         example = self._with_other_text(example, found, rng)
-        query = self._side(example.query_text, example.query_image, rng)
-        target = None, None
-        if found.target_tokens and self._vectors is None:
-            target = self._side(example.target_text, example.target_image, rng)
-        query_key = (found.query_tokens, self._tiles(example.query_image is not None))
-        target_key = (found.target_tokens, self._tiles(example.target_image is not None))
-        text = example.query_text if example.query_text is not None else example.target_text
-        return example.target_id, query_key, query, target_key, target, text
+        sides, texts = [], []
+        for tokens, (text, image) in zip(found.tokens, _sides(example), strict=True):
+            shape = tokens, self._tiles(image is not None)
+            sides.append((shape, self._side(text, image, rng)) if tokens else None)
+            if text is not None and image is None:
+                texts.append(text)
+        return Drawn(sides, texts, example.target_id, example.negative_id)
 
     def _with_other_text(self, example: Example, found: Stratum, rng) -> Example:
         """Draws another text of the row in place of its own, if one fits the stratum."""
@@ -191,7 +220,7 @@ class Batches:
         on_target = example.target_text is not None
         fitting = example.other_texts
         if not (on_target and self._vectors):  # a vector has no length
-            tokens = found.target_tokens if on_target else found.query_tokens
+            tokens = found.tokens[1] if on_target else found.tokens[0]
             fitting = [text for text in fitting if len(self._row(text, False).ids) <= tokens]
         if not fitting:
             return example
@@ -241,7 +270,7 @@ class Batches:
             for number in used
             if (size := len(self._data[number]))
         }
-        edges = bin_edges(
+        edges = mixture.bin_edges(
             np.concatenate([lengths[number].sum(1) for number in used]),
             np.concatenate(
                 [np.full(len(lengths[n]), per_source[n] / len(lengths[n])) for n in used]
@@ -253,128 +282,76 @@ class Batches:
             total = lengths[number].sum(1)
             rows = np.argsort(total, kind="stable")
             where = np.searchsorted(edges, total[rows])
-            members = fill_up(rows, where, len(edges), per_source[number])
+            members = mixture.fill_up(rows, where, len(edges), per_source[number])
             shares = mixture.shares(list(map(len, members)), per_source[number])
             parts += [(number, i, *row) for i, row in enumerate(zip(members, shares, strict=True))]
         parts = [part for part in parts if len(part[2])]
         longest = collections.defaultdict(int)  # (bin, side, has image) -> tokens
         for number, i, members, _ in parts:
-            for side in (0, 1):
-                key = (i, side, self._has_image(number)[side])
+            for side, image in enumerate(self._has_image(number)):
+                key = (i, side, image)
                 longest[key] = max(longest[key], int(lengths[number][members, side].max()))
         strata = []
         for number, i, members, _ in parts:
-            image = self._has_image(number)
-            padded = [-(-longest[i, side, image[side]] // _ROUND) * _ROUND for side in (0, 1)]
-            strata.append(Stratum(number, members, *padded))
+            sides = enumerate(self._has_image(number))
+            padded = [
+                -(-longest[i, side, image] // mixture.ROUND) * mixture.ROUND
+                for side, image in sides
+            ]
+            strata.append(Stratum(number, members, tuple(padded)))
         self._lengths = [lengths[number][members] for number, _, members, _ in parts]
         return strata, [part[3] for part in parts]
 
-    def _has_image(self, number: int) -> tuple[bool, bool]:
-        first = self._data[number][0]
-        return first.query_image is not None, first.target_image is not None
+    def _has_image(self, number: int) -> list[bool]:
+        return [image is not None for _, image in _sides(self._data[number][0])]
 
-    def _measure(self, example: Example) -> tuple[int, int]:
-        """Returns the lengths of both sides in positions, after cutting."""
+    def _measure(self, example: Example) -> list[int]:
+        """Returns the lengths of all sides in positions, after cutting; 0: not encoded."""
         lengths = []
-        for text, image in (
-            (example.query_text, example.query_image),
-            (example.target_text, example.target_image),
-        ):
-            if text is None and image is None or (lengths and self._vectors is not None):
+        for side, (text, image) in enumerate(_sides(example)):
+            replaced = side > 0 and self._vectors is not None and example.query_image is not None
+            if replaced or (text is None and image is None):
                 lengths.append(0)
                 continue
             row = self._row(text, image is not None)
             self._lost += row.lost > 0
             lengths.append(row.length(self._positions(image is not None)))
-        return tuple(lengths)
+        return lengths
 
     def _describe(self) -> Info:
-        lines, shapes, real, padded = [], [collections.Counter() for _ in range(2)], 0.0, 0
+        lines, shapes, real, padded = [], [collections.Counter() for _ in range(SIDES)], 0.0, 0
         for stratum, lengths, count in zip(
             self._strata, self._lengths, self._mixture.counts, strict=True
         ):
             source = self._data[stratum.source]
-            first = source[int(stratum.members[0])]
-            sides = (
-                (stratum.query_tokens, first.query_image),
-                (stratum.target_tokens, first.target_image),
-            )
-            for counter, (tokens, image) in zip(shapes, sides, strict=True):
+            images = self._has_image(stratum.source)
+            for counter, tokens, image in zip(shapes, stratum.tokens, images, strict=True):
                 if tokens:
-                    counter[tokens, self._tiles(image is not None)] += count
+                    counter[tokens, self._tiles(image)] += count
             real += count * lengths.mean(0).sum()
-            padded += count * (stratum.query_tokens + stratum.target_tokens)
+            padded += count * sum(stratum.tokens)
             direction = getattr(source, "direction", "text")
+            known = " and ".join(str(tokens) for tokens in stratum.tokens if tokens)
             lines.append(
                 f"{source.name} ({direction}): {len(stratum.members)} rows, {count} a batch, "
-                f"length {stratum.query_tokens} and {stratum.target_tokens}"
+                f"length {known}"
             )
-        query, target = (
+        found = [
             [(rows, tokens, tiles) for (tokens, tiles), rows in sorted(counter.items())]
             for counter in shapes
-        )
-        return Info(lines, query, target, float(1 - real / padded), self._lost, float(real))
+        ]
+        rows = sum(len(stratum.members) for stratum in self._strata)
+        return Info(lines, *found, rows, float(1 - real / padded), self._lost, float(real))
 
 
-def bin_edges(lengths: np.ndarray, weights: np.ndarray, bins: int) -> np.ndarray:
-    """Chooses upper bounds of length bins so that padding is least.
-
-    Args:
-      lengths: of the rows.
-      weights: how often each row is drawn.
-      bins: how many bins there may be.
-
-    Returns:
-      Rising bounds; the last is the longest length.
-    """
-    values = -(-lengths // _ROUND) * _ROUND
-    bounds = np.unique(values)
-    mass = np.array([weights[values == bound].sum() for bound in bounds])
-    total = np.concatenate([[0.0], np.cumsum(mass)])
-    # cost[j]: least padded length of the rows up to bound j; one more bin a round.
-    cost = total[1:] * bounds
-    before = [np.full(len(bounds), -1)]
-    for _ in range(min(bins, len(bounds)) - 1):
-        choices = cost[:, None] + (total[None, 1:] - total[1:, None]) * bounds[None, :]
-        choices[np.tril_indices(len(bounds))] = np.inf  # the bin before ends lower
-        choices = np.concatenate([choices, cost[None, :]])
-        before.append(np.where(choices.argmin(0) == len(bounds), -2, choices.argmin(0)))
-        cost = choices.min(0)
-    edges, at = [], len(bounds) - 1
-    for step in reversed(before):
-        if step[at] == -2:  # another bin would not help here
-            continue
-        edges.append(bounds[at])
-        at = step[at]
-    return np.array(edges[::-1])
+def _sides(example: Example) -> tuple[tuple, tuple, tuple]:
+    """Returns text and image of query, target and negative."""
+    return (
+        (example.query_text, example.query_image),
+        (example.target_text, example.target_image),
+        (example.negative_text, None),
+    )
 
 
-def fill_up(rows: np.ndarray, where: np.ndarray, bins: int, count: int) -> list[np.ndarray]:
-    """Moves rows to longer bins until every bin in use gets a row of each batch.
-
-    Args:
-      rows: of one source, short to long.
-      where: the bin of each row.
-      bins: how many there are.
-      count: rows that a batch takes of the source.
-
-    Returns:
-      The members of each bin, in order; some may be empty.
-    """
-    least = -(-len(rows) // count)
-    parts = [rows[where == i] for i in range(bins)]
-    for i in reversed(range(bins)):
-        for below in reversed(range(i)):
-            missing = least - len(parts[i])
-            if not len(parts[i]) or missing <= 0:
-                break
-            split = max(0, len(parts[below]) - missing)
-            parts[i] = np.concatenate([parts[below][split:], parts[i]])
-            parts[below] = parts[below][:split]
-    for i in range(bins - 1):  # what is left over at the short end
-        if 0 < len(parts[i]) < least:
-            longer = next(j for j in range(i + 1, bins) if len(parts[j]))
-            parts[longer] = np.concatenate([parts[i], parts[longer]])
-            parts[i] = parts[i][:0]
-    return [np.sort(part) for part in parts]
+def _ids(names: list[str]) -> np.ndarray:
+    return np.array([zlib.crc32(name.encode()) & 0x7FFFFFFF for name in names], np.int32)

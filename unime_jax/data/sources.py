@@ -1,18 +1,14 @@
-"""Reads training and evaluation data with random access: tfds directories and pairs.jsonl."""
+"""Reads training and evaluation data with random access: tfds directories, pairs.jsonl, NLI."""
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import Float32
-
-from unime_jax.data import prompts, text_keys
+from unime_jax.data import nli, prompts, text_keys
 from unime_jax.types import UserError
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -53,6 +49,8 @@ class Example:
       set: the data set's name.
       negatives: hard negatives of this row, its own; as many in every row of a source.
       scores: a judge's scores of the target and of each negative; -inf for a place left empty.
+      negative_text: a text that is no target although it looks like one; None without.
+      negative_id: as `target_id`, of the negative.
       other_texts: texts that say the same as this row's text, to be drawn in its place.
     """
 
@@ -64,6 +62,8 @@ class Example:
     set: str = ""
     negatives: tuple[Item, ...] = ()
     scores: tuple[float, ...] = ()
+    negative_text: str | None = None
+    negative_id: str = ""
     other_texts: tuple[str, ...] = ()
 
 
@@ -83,7 +83,7 @@ class Texts:
 
     def __init__(self, sentences: Sequence[str], name: str = "sentences"):
         self.name = name
-        self._sentences = list(sentences)
+        self._sentences = sentences
 
     def __len__(self) -> int:
         return len(self._sentences)
@@ -91,6 +91,28 @@ class Texts:
     def __getitem__(self, index: int) -> Example:
         text = self._sentences[index]
         return Example(query_text=text, target_id=text_keys.compact_key(text), set=self.name)
+
+
+class Triples:
+    """Rows of NLI: a query, its target and a hard negative; texts alone."""
+
+    def __init__(self, found: nli.Nli, name: str = "nli"):
+        self.name = name
+        self._nli = found
+
+    def __len__(self) -> int:
+        return len(self._nli.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        query, target, negative = (self._nli.sentences[int(i)] for i in self._nli.rows[index])
+        return Example(
+            query_text=query,
+            target_text=target,
+            negative_text=negative,
+            target_id=target.casefold(),
+            negative_id=negative.casefold(),
+            set=self.name,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,75 +348,18 @@ def split_sentences(path: str | os.PathLike, split: str) -> list[dict[str, str]]
         return [{key: _text(value) for key, value in row.items()} for row in rows]
 
 
-def sentences(path: str | os.PathLike) -> list[str]:
-    """Reads every text of stage 1: WordNet's sentences, then the training captions."""
+def sentences(path: str | os.PathLike) -> Sequence[str]:
+    """Reads every text of stage 1, each once.
+
+    Args:
+      path: nli_for_simcse.csv, a pairs.jsonl, or a directory written by `prepare` (WordNet's
+        sentences, then the training captions).
+    """
     path = pathlib.Path(path).expanduser()
+    if nli.is_nli(path):
+        return nli.read(path).sentences
     if path.suffix == ".jsonl":
         return list(dict.fromkeys(row["text"] for row in read_jsonl(path)))
     found = [row["text"] for row in split_sentences(path, "train")]
     found += [row["text"] for row in split_sentences(path, "captions") if row["kind"] == "caption"]
     return list(dict.fromkeys(found))
-
-
-def sentences_hash(texts: Sequence[str]) -> str:
-    """Fingerprints a list of texts, order included."""
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()
-
-
-class Vectors:
-    """Unit rows on disk in shards of equal length, read as they are needed."""
-
-    def __init__(self, shards: Sequence[np.ndarray]):
-        self._shards = list(shards)
-        self._rows = len(self._shards[0])
-        self.shape = (sum(map(len, self._shards)), self._shards[0].shape[1])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows) -> Float32[np.ndarray, "*rows E"]:
-        rows = np.asarray(rows)
-        out = np.empty((*rows.shape, self.shape[1]), np.float32)
-        for number in np.unique(rows // self._rows):
-            here = rows // self._rows == number
-            out[here] = self._shards[number][rows[here] % self._rows]
-        return out
-
-
-def teacher_vectors(
-    directory: str | os.PathLike, texts: Sequence[str] | None = None
-) -> tuple[Vectors, dict]:
-    """Opens the vectors that `teach` wrote, and their manifest.
-
-    Args:
-      directory: of the shards.
-      texts: the sentences they should belong to, in order; checked if given.
-
-    Raises:
-      UserError: missing, incomplete or damaged shards, or vectors of other sentences.
-    """
-    directory = pathlib.Path(directory).expanduser()
-    again = "run `python -m unime_jax.teach` again"
-    try:
-        manifest = json.loads((directory / "manifest.json").read_text())
-        count, shard_rows = manifest["count"], manifest["shard_rows"]
-    except FileNotFoundError:
-        raise UserError(f"{directory} holds no teacher vectors: {again}") from None
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{directory / 'manifest.json'} is damaged ({error}): {again}") from None
-    if texts is not None and manifest.get("sentences_sha256") != sentences_hash(texts):
-        raise UserError(f"{directory}: vectors of other sentences than the data now has: {again}")
-    shards = []
-    for start in range(0, count, shard_rows):
-        path = directory / f"vectors-{start // shard_rows:05d}.npy"
-        try:
-            shard = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}): {again}") from None
-        if len(shard) != min(shard_rows, count - start):
-            raise UserError(f"{path}: {len(shard)} rows, {min(shard_rows, count - start)} expected")
-        shards.append(shard)
-    return Vectors(shards), manifest

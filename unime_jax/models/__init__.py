@@ -1,7 +1,8 @@
 """Backbones: the one place where a model type becomes a class.
 
 Every class offers `embed(inputs, *, key=None) -> f32[G, E]` (unit rows), `image_spec` (None for
-text models) and `embedding_width`; `parse(config, **options)` and `key_map(parsed)` are its door to
+text models), `embedding_width` and `pooling` (what of the hidden states the row is, for
+reports); `parse(config, **options)` and `key_map(parsed)` are its door to
 checkpoints.
 """
 

@@ -28,6 +28,7 @@ from unime_jax.models.layers import (
 from unime_jax.types import Array, Inputs, UserError
 
 POOLINGS = ("mean", "cls")
+MODULES = ("Transformer", "Pooling", "Normalize")  # of a sentence-transformers directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +79,10 @@ def read_pooling(directory) -> str | None:
     """Returns the pooling that a sentence-transformers directory names; None without such a file.
 
     Raises:
-      UserError: the file is unreadable or asks for a pooling not built here.
+      UserError: the file is unreadable or asks for a pooling not built here, or the directory has
+        modules behind the pooling other than Normalize.
     """
+    _refuse_unknown_modules(pathlib.Path(directory) / "modules.json")
     path = pathlib.Path(directory) / "1_Pooling" / "config.json"
     if not path.exists():
         return None
@@ -94,6 +97,19 @@ def read_pooling(directory) -> str | None:
     if len(modes) != 1 or not modes <= set(names):
         raise UserError(f"{path}: only mean_tokens or cls_token alone are supported, not {modes}")
     return names[modes.pop()]
+
+
+def _refuse_unknown_modules(path: pathlib.Path) -> None:
+    if not path.exists():
+        return
+    try:
+        kinds = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    # Names come with their package: "sentence_transformers.models.Pooling".
+    unknown = [kind for kind in kinds if kind.rsplit(".", 1)[-1] not in MODULES]
+    if unknown:
+        raise UserError(f"{path}: {', '.join(unknown)} is not supported, only {', '.join(MODULES)}")
 
 
 class BertLayer(nnx.Module):
@@ -158,6 +174,10 @@ class Bert(nnx.Module):
     @staticmethod
     def parse(config: dict[str, Any], **options) -> BertConfig:
         return BertConfig.from_hf(config, **options)
+
+    @property
+    def pooling(self) -> str:
+        return self.config.pooling
 
     @property
     def embedding_width(self) -> int:

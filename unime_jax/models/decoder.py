@@ -340,6 +340,7 @@ class TextEmbedder(nnx.Module):
     """Embeds text with a decoder alone: the last real token's hidden state, scaled to length 1."""
 
     image_spec = None
+    pooling = "last token"
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.language_model = Decoder(config, rngs=rngs, dtype=dtype)

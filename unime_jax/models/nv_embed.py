@@ -124,6 +124,7 @@ class NVEmbed(nnx.Module):
     """Embeds text."""
 
     image_spec = None
+    pooling = "mean of latent attention"
 
     def __init__(self, config: NVEmbedConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config

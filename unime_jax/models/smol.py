@@ -102,6 +102,8 @@ class Projector(nnx.Module):
 class Smol(Multimodal):
     """Is the tower, the projector and the decoder."""
 
+    pooling = "last token"
+
     def __init__(self, config: SmolConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         self.config = config
         self.vision_tower = EfficientNet(config.vision, rngs=rngs)

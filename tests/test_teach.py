@@ -1,0 +1,108 @@
+"""Teaching: any teacher, any sentences, shards that survive a kill, a manifest that tells them."""
+
+import json
+
+import miniature
+import numpy as np
+import pytest
+import tolerances
+
+import unime_jax
+from unime_jax import config as config_lib
+from unime_jax import teach
+from unime_jax.data import nli, teacher_vectors
+from unime_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("teach")
+    text = {**miniature.STUDENT["text_config"], "hidden_size": 16}
+    miniature.write_model(root / "teacher", text, seed=1)
+    rows = [f"a {a} runs,an {a} is {b},no {b}" for a in "abcdef" for b in "uvw"]
+    (root / "nli.csv").write_text("\n".join(["sent0,sent1,hard_neg", *rows]))
+    return root
+
+
+def config(root, **changes):
+    values = {
+        "teacher.path": root / "teacher",
+        "data.path": root / "nli.csv",
+        "output": root / "vectors",
+        **changes,
+    }
+    file = miniature.ROOT / "configs" / "teacher_nv_embed.py"
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return config_lib.parse(["teach", f"--config={file}:smoke", *flags], "doc")
+
+
+@pytest.fixture(scope="module")
+def taught(root):
+    return teach.run(config(root))
+
+
+def test_vectors_are_those_of_the_teacher_on_eight_devices(root, taught):
+    sentences = nli.read(root / "nli.csv").sentences
+    stored, manifest = teacher_vectors.read(taught, sentences)
+    assert taught == root / "vectors" and len(sentences) == 6 + 18 + 3
+    assert manifest["width"] == 16 and manifest["count"] == 27 and manifest["teacher"] == "teacher"
+    assert manifest["pooling"] == "last token" and manifest["prompt"].startswith("{text}\nSummary")
+    alone = unime_jax.load(root / "teacher", dtype="float32").embed(texts=list(sentences))
+    tolerances.assert_near(stored[np.arange(27)], alone, tolerances.EMBEDDING)
+
+
+def test_an_instruction_is_part_of_manifest_and_rows(root, taught, tmp_path):
+    told = teach.run(config(root, **{"output": tmp_path, "teacher.instruction": "Find it."}))
+    assert json.loads((told / "manifest.json").read_text())["instruction"] == "Find it."
+    one, other = (np.load(directory / "vectors-00000.npy") for directory in (taught, told))
+    assert np.abs(one - other).max() > 0.01
+
+
+def test_vectors_of_other_settings_are_refused_not_overwritten(root, taught):
+    before = (taught / "vectors-00000.npy").stat().st_mtime_ns
+    with pytest.raises(UserError, match="vectors of another instruction; choose another"):
+        teach.run(config(root, **{"teacher.instruction": "Find it."}))
+    with pytest.raises(UserError, match="another dtype, instruction"):
+        teach.run(config(root, **{"teacher.instruction": "x", "model.dtype": "bfloat16"}))
+    teach.run(config(root))  # nothing to do
+    assert (taught / "vectors-00000.npy").stat().st_mtime_ns == before
+
+
+def test_a_killed_teacher_goes_on_with_the_next_shard(root, taught, tmp_path, monkeypatch):
+    monkeypatch.setattr(teach, "SHARD_ROWS", 10)
+    wanted = np.load(taught / "vectors-00000.npy")
+    saved, calls = teach.np.save, []
+
+    def dying(file, vectors):
+        calls.append(len(vectors))
+        if len(calls) == 2:
+            file.write(b"\x93NUMPY half of it")
+            raise KeyboardInterrupt
+        saved(file, vectors)
+
+    monkeypatch.setattr(teach.np, "save", dying)
+    with pytest.raises(KeyboardInterrupt):
+        teach.run(config(root, output=tmp_path))
+    assert [path.name for path in tmp_path.glob("*.npy")] == ["vectors-00000.npy"]
+    with pytest.raises(UserError, match="vectors-00001.npy"):
+        teacher_vectors.read(tmp_path)
+    kept = (tmp_path / "vectors-00000.npy").stat().st_mtime_ns
+    teach.run(config(root, output=tmp_path))
+    assert calls == [10, 10, 10, 7]
+    assert (tmp_path / "vectors-00000.npy").stat().st_mtime_ns == kept
+    stored, _ = teacher_vectors.read(tmp_path, nli.read(root / "nli.csv").sentences)
+    tolerances.assert_near(stored[np.arange(27)], wanted, tolerances.EMBEDDING)
+
+
+def test_what_is_missing_is_said_in_one_line(root):
+    for change, message in (
+        ({"teacher.path": ""}, "config.teacher.path is empty"),
+        ({"data.path": root / "none.csv"}, "config.data.path=.*no such file"),
+        ({"output": ""}, "config.output is empty"),
+        ({"model.dtype": "float16"}, "config.model.dtype='float16'"),
+    ):
+        changed = {"teacher.path": root / "teacher", "data.path": root / "nli.csv", **change}
+        flags = [f"--config.{key}={value}" for key, value in changed.items()]
+        file = miniature.ROOT / "configs" / "teacher_nv_embed.py"
+        with pytest.raises(UserError, match=message):
+            teach.main(["teach", f"--config={file}", *flags])

@@ -1,0 +1,77 @@
+"""Vectors of the teacher on disk, and the manifest that says whose they are."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from unime_jax.types import UserError
+
+
+def sentences_hash(texts: Sequence[str]) -> str:
+    """Fingerprints a list of texts, order included."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+MANIFEST = "manifest.json"
+
+
+class Vectors:
+    """Unit rows on disk in shards of equal length, read as they are needed."""
+
+    def __init__(self, shards: Sequence[np.ndarray]):
+        self._shards = list(shards)
+        self._rows = len(self._shards[0])
+        self.shape = (sum(map(len, self._shards)), self._shards[0].shape[1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows) -> Float32[np.ndarray, "*rows E"]:
+        rows = np.asarray(rows)
+        out = np.empty((*rows.shape, self.shape[1]), np.float32)
+        for number in np.unique(rows // self._rows):
+            here = rows // self._rows == number
+            out[here] = self._shards[number][rows[here] % self._rows]
+        return out
+
+
+def read(directory: str | os.PathLike, texts: Sequence[str] | None = None) -> tuple[Vectors, dict]:
+    """Opens the vectors that `teach` wrote, and their manifest.
+
+    Args:
+      directory: of the shards.
+      texts: the sentences they should belong to, in order; checked if given.
+
+    Raises:
+      UserError: missing, incomplete or damaged shards, or vectors of other sentences.
+    """
+    directory = pathlib.Path(directory).expanduser()
+    again = "run `python -m unime_jax.teach` again"
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        count, shard_rows = manifest["count"], manifest["shard_rows"]
+    except FileNotFoundError:
+        raise UserError(f"{directory} holds no teacher vectors: {again}") from None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{directory / MANIFEST} is damaged ({error}): {again}") from None
+    if texts is not None and manifest.get("sentences_sha256") != sentences_hash(texts):
+        raise UserError(f"{directory}: vectors of other sentences than the data now has: {again}")
+    shards = []
+    for start in range(0, count, shard_rows):
+        path = directory / f"vectors-{start // shard_rows:05d}.npy"
+        try:
+            shard = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error}): {again}") from None
+        if len(shard) != min(shard_rows, count - start):
+            raise UserError(f"{path}: {len(shard)} rows, {min(shard_rows, count - start)} expected")
+        shards.append(shard)
+    return Vectors(shards), manifest
