@@ -34,18 +34,15 @@ class Tokenizer:
         path, content = _read(pathlib.Path(directory).expanduser())
         self._first = _build(path, content)
         # A Metaspace tokenizer may put its "_" before the string's first piece alone.
-        later = json.loads(content)
-        _never_prepend(later.get("pre_tokenizer"))
-        self._later = _build(path, json.dumps(later))
+        changed = _never_prepend(content.get("pre_tokenizer"))
+        self._later = _build(path, content) if changed else self._first
         self._apart = apart
         added = self._first.get_added_tokens_decoder()
         self._image = added.get(image_token)
         self._special = {t.content: (id, t) for id, t in added.items() if t.special}
         longest = sorted(self._special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest)) or r"(?!)")
-        probe = self._first.encode("a", add_special_tokens=True)
-        real = [place for place, special in enumerate(probe.special_tokens_mask) if not special]
-        self._prefix, self._suffix = probe.ids[: real[0]], probe.ids[real[-1] + 1 :]
+        self._prefix, self._suffix = _ends(path, self._first)
         self._first.encode_special_tokens = True
         self._later.encode_special_tokens = True
 
@@ -123,6 +120,27 @@ class Tokenizer:
                 previous = stop
 
 
+def _ends(path: pathlib.Path, tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the tokens that stand before and behind every string.
+
+    Llama's classes in transformers follow tokenizer_config.json, all others the tokenizer's own
+    template.
+    """
+    settings = _read_json(path.with_name("tokenizer_config.json"))
+    kind = str(settings.get("tokenizer_class", ""))
+    if kind.startswith("Llama") and "add_bos_token" in settings:
+        names = [
+            settings.get(name) if settings.get(f"add_{name}") else None
+            for name in ("bos_token", "eos_token")
+        ]
+        names = [name.get("content") if isinstance(name, dict) else name for name in names]
+        ids = [None if name is None else tokenizer.token_to_id(name) for name in names]
+        return tuple([] if id is None else [id] for id in ids)
+    probe = tokenizer.encode("a", add_special_tokens=True)
+    real = [place for place, special in enumerate(probe.special_tokens_mask) if not special]
+    return probe.ids[: real[0]], probe.ids[real[-1] + 1 :]
+
+
 def _touches_a_word(text: str, start: int, stop: int) -> bool:
     return bool(re.match(r"\w", text[stop:]) or re.search(r"\w\Z", text[:start]))
 
@@ -138,34 +156,43 @@ def _split(segments: Sequence[Segment]) -> list[list[Segment]]:
     return strings
 
 
-def _never_prepend(pre_tokenizer) -> None:
-    parts = [pre_tokenizer] if isinstance(pre_tokenizer, dict) else []
+def _never_prepend(pre_tokenizer: dict | None) -> bool:
+    """Switches "before the first piece alone" to "never"; returns whether it was there."""
+    parts, changed = [pre_tokenizer or {}], False
     while parts:
         part = parts.pop()
         parts += part.get("pretokenizers", [])
         if part.get("prepend_scheme") == "first":
-            part["prepend_scheme"] = "never"
+            part["prepend_scheme"], changed = "never", True
+    return changed
 
 
-def _read(directory: pathlib.Path) -> tuple[pathlib.Path, str]:
+def _read(directory: pathlib.Path) -> tuple[pathlib.Path, dict]:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UserError(
             f"{directory} holds no tokenizer.json; save it with transformers' fast class"
         )
+    return path, _read_json(path)
+
+
+def _read_json(path: pathlib.Path) -> dict:
+    if not path.is_file():
+        return {}
     try:
-        content = path.read_text(encoding="utf-8")
-        json.loads(content)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable tokenizer: {error}") from None
-    return path, content
+        raise UserError(f"{path} is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a tokenizer's settings")
+    return content
 
 
-def _build(path: pathlib.Path, content: str):
+def _build(path: pathlib.Path, content: dict):
     import tokenizers
 
     try:
-        tokenizer = tokenizers.Tokenizer.from_str(content)
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
     # tokenizers raises bare Exception for whatever it does not understand.
     except Exception as error:
         raise UserError(f"{path} is not a readable tokenizer: {error}") from None
