@@ -1,11 +1,12 @@
 """Decoding images of any kind."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import packages
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unime_jax.data import pictures
 from unime_jax.types import UserError
@@ -48,11 +49,79 @@ def test_a_palette_with_a_transparent_colour():
     assert (found[0, 0] == [200, 0, 0]).all() and (found[1, 1] == 255).all()
 
 
-def test_exif_rotation_is_applied():
-    image = Image.new("RGB", (8, 4), "red")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(kind, orientation):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (4, 8, 3), np.uint8)).resize((16, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn right
-    assert pictures.open_rgb(encoded(image, "JPEG", exif=exif), "x").size == (4, 8)
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(image, kind, exif=exif, **options)
+    plain = Image.open(io.BytesIO(encoded(image, kind, **options))).convert("RGB")
+    plain.getexif()[0x0112] = orientation
+    wanted = np.asarray(ImageOps.exif_transpose(plain))
+    assert wanted.shape == ((8, 16, 3) if orientation < 5 else (16, 8, 3))
+    for source in (content, Image.open(io.BytesIO(content))):
+        assert pictures.size_of(source) == wanted.shape[1::-1]
+        np.testing.assert_array_equal(np.asarray(pictures.load_rgb(source)), wanted)
+    lazy = Image.open(io.BytesIO(content))
+    np.testing.assert_array_equal(np.asarray(pictures.load_rgb(lazy)), wanted)
+
+
+def test_exif_behind_the_pixels_of_a_png_counts():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(Image.new("RGB", (8, 4), "red"), exif=exif)
+    at = content.index(b"eXIf") - 4
+    chunk = content[at : at + 12 + int.from_bytes(content[at : at + 4], "big")]
+    end = content.index(b"IEND") - 4
+    moved = content[:at] + content[at + len(chunk) : end] + chunk + content[end:]
+    assert len(moved) == len(content) and moved != content
+    assert pictures.size_of(moved) == pictures.load_rgb(moved).size == (4, 8)
+
+
+def test_a_size_is_read_without_decoding(tmp_path):
+    rng = np.random.default_rng(0)
+    content = encoded(Image.fromarray(rng.integers(0, 255, (64, 48, 3), np.uint8)))
+    cut = content[: len(content) // 2]
+    (tmp_path / "cut.png").write_bytes(cut)
+    assert pictures.size_of(cut) == pictures.size_of(tmp_path / "cut.png") == (48, 64)
+    with pytest.raises(UserError, match="cut.png: not a readable image"):
+        pictures.load_rgb(tmp_path / "cut.png")
+    with pytest.raises(UserError, match="^image: not a readable image"):
+        pictures.load_rgb(Image.open(io.BytesIO(cut)))
+    for read in (pictures.size_of, pictures.load_rgb):
+        with pytest.raises(UserError, match="is more than 100 MP"):
+            read(packages.bomb(12000, 9000))
+        with pytest.raises(UserError, match="is more than 100 MP"):
+            read(Image.open(io.BytesIO(packages.bomb(12000, 9000))))
+        with pytest.raises(UserError, match="0 x 5 pixels is no image"):
+            read(Image.new("RGB", (0, 5)))
+        with pytest.raises(UserError, match="missing.png: cannot be read"):
+            read(tmp_path / "missing.png")
+        with pytest.raises(UserError, match="not list"):
+            read([1, 2])
+
+
+def test_of_an_animation_the_first_frame_counts():
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "WEBP", "PNG"):
+        content = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        assert Image.open(io.BytesIO(content)).n_frames == 2
+        found = np.asarray(pictures.load_rgb(content))
+        assert (np.abs(found.astype(int) - [255, 0, 0]) < 4).all(), kind
+
+
+def test_one_image_may_stand_in_many_rows():
+    """Pillow decodes in place, and rows are decoded by several threads."""
+    rng = np.random.default_rng(0)
+    whole = Image.fromarray(rng.integers(0, 255, (300, 300, 3), np.uint8))
+    for _ in range(20):
+        lazy = Image.open(io.BytesIO(encoded(whole, compress_level=1)))
+        with ThreadPoolExecutor(8) as pool:
+            for found in pool.map(pictures.load_rgb, [lazy] * 16):
+                np.testing.assert_array_equal(np.asarray(found), np.asarray(whole))
 
 
 @pytest.mark.parametrize(
