@@ -86,6 +86,8 @@ def test_a_sound_config_passes(runnable):
         ("train.adapters.dropout", 1.0),
         ("model.path", "/no/such/place"),
         ("data.path", ""),
+        ("data.image_size", -1),
+        ("data.image_crops", -4),
         ("data.directions", ("sideways",)),
         ("output", ""),
         ("checkpoint.keep", 0),

@@ -17,6 +17,7 @@ from unime_jax.models import lora
 from unime_jax.types import Array, Inputs, Params, UserError
 
 MAX_TOKENS = 4096
+LLAVA_IMAGE_TOKEN = 32000  # where config.json leaves it out, as transformers does
 # Keys of `config.data` that hold for a trained model ever after.
 PREPARATION = ("prompt", "image_size", "image_crops")
 
@@ -66,12 +67,16 @@ class Embedder:
             self.image_spec,
             prompt=self._prompt or prompts.name_for(self.model_config["model_type"]),
             max_tokens=self._number("max_position_embeddings", MAX_TOKENS),
-            image_token_id=self._number(
-                "image_token_index", self._number("image_token_id", preprocess.IMAGE_SLOT)
-            ),
+            image_token_id=self._image_token_id(),
             vocabulary=self._number("vocab_size", None),
             **self._preparation,
         )
+
+    def _image_token_id(self) -> int:
+        if self.image_spec is None or self.image_spec.kind != "llava_anyres":
+            return preprocess.IMAGE_SLOT
+        named = self._number("image_token_id", LLAVA_IMAGE_TOKEN)
+        return self._number("image_token_index", named)
 
     def _number(self, key: str, default: int | None) -> int | None:
         """Reads a key of config.json, or of its text_config."""
@@ -132,7 +137,7 @@ class Embedder:
 
     def embed_tokens(
         self,
-        token_rows: Sequence[Sequence[int]] | np.ndarray,
+        token_rows: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
         images: Sequence[Any] | None = None,
         *,
         attention_mask: np.ndarray | None = None,

@@ -223,6 +223,8 @@ def _views(pairs, number: int, embedder: Embedder, variants: int) -> np.ndarray 
 def _fingerprint(pairs: sources.Pairs, embedder: Embedder) -> str:
     """Hashes the tower's weights, the tile size and the rows."""
     digest = hashlib.sha256(repr(embedder.image_spec).encode())
+    if embedder.preprocessor.image_size:
+        digest.update(f"image_size {embedder.preprocessor.image_size}".encode())
     for path, leaf in sorted(flatten(embedder.params).items()):
         if path.startswith("vision_tower/"):
             digest.update(path.encode() + np.asarray(leaf).tobytes()[:4096])

@@ -358,3 +358,28 @@ def test_each_text_of_a_row_has_its_vector(smol, triples):
         for row in texts_of(groups, order, smol)
     ]
     np.testing.assert_array_equal(batch.vectors[:, 0], found)
+
+
+# ---- backbones whose images vary
+
+
+def test_images_of_real_backbones_need_one_size(byte_level):
+    """Phi's images take places according to their size; fixed, every row takes the same."""
+    spec = ImageSpec("phi_hd", 28, 1, crops=4)
+    options = {"prompt": "smol", "max_tokens": 200}
+    pairs = make_pairs(20, load=lambda number: packages.png("red", (4 + number, 40 - number)))
+    free = preprocess.Preprocessor(byte_level, spec, **options)
+    with pytest.raises(UserError, match="config.data.image_size"):
+        pipeline.Batches([pairs], free, batch_size=4)
+    for crops, tiles, grid in ((1, 1, [1, 1]), (4, 4, [2, 2])):
+        fixed = preprocess.Preprocessor(
+            byte_level, spec, **options, image_size=28, image_crops=crops
+        )
+        batches = pipeline.Batches([pairs], fixed, batch_size=4)
+        for step in range(3):
+            (query,) = batches[step].query
+            assert (query.rows, query.tokens.shape[1], query.tiles.shape[1]) in (
+                batches.info.query_shapes
+            )
+            assert query.tiles.shape[1:] == (tiles, 28, 28, 3) and query.grid.tolist() == [grid] * 4
+            assert ((query.image_index >= 0).sum(1) == fixed.fixed_layout.positions).all()

@@ -39,6 +39,28 @@ def flat(name, text, has_image, instruction=None):
         ("nv_embed", "A cat.", False, "A cat.</s>"),
         ("llava16", "A cat.", False, "[INST] A cat.\nSummary above sentence in one word: [/INST]"),
         ("llava16", None, True, "[INST] <IMG>\nSummary above image in one word: [/INST]"),
+        (
+            "phi35v_stage1",
+            "A cat.",
+            False,
+            "<|user|>\nA cat.\nSummary above sentences in one word:\n<|end|>\n<|assistant|>\n",
+        ),
+        (
+            "llava16_stage1",
+            "A cat.",
+            False,
+            "[INST] A cat.\nSummary above sentences in one word:\n [/INST]",
+        ),
+        ("mmeb", " Is it? \n", False, " Is it? \n"),
+        ("mmeb", prompts.Slotted("", "\nIs it?\n"), True, "<IMG>\nIs it?\n"),
+        ("mmeb", prompts.Slotted("a ", " b"), True, "a <IMG> b"),
+        (
+            "phi35v_eval",
+            " A cat.\n",
+            True,
+            "<|user|>\n<IMG>\nA cat.\nSummary above image and sentence in one word:"
+            "<|end|>\n<|assistant|>\n",
+        ),
     ],
 )
 def test_published_wording(name, text, has_image, expected):
@@ -62,6 +84,16 @@ def test_the_instruction_stands_before_the_text_and_is_never_cut():
     assert flat("smol", None, True, "Look.").startswith("<IMG>\nLook.\nSummary")
 
 
+def test_a_data_sets_slot_is_read_on_request_alone():
+    text = "<|image_1|>\nRepresent the given image."
+    assert prompts.slotted(text) == prompts.Slotted("", "\nRepresent the given image.")
+    assert prompts.slotted("no slot") == "no slot"
+    assert prompts.slotted("a <image> b", "<image>") == prompts.Slotted("a ", " b")
+    assert flat("mmeb", text, False) == text
+    with pytest.raises(UserError, match="more than one <|image_1|>"):
+        prompts.slotted(text + text)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "has_image", "message"),
     [
@@ -71,6 +103,11 @@ def test_the_instruction_stands_before_the_text_and_is_never_cut():
         ("smol", None, False, "empty text"),
         ("none", "x", True, "takes no image"),
         ("phi35v_stage1", "x", True, "takes no image"),
+        ("mmeb", "x", True, "prompts.Slotted"),
+        ("mmeb", None, True, "prompts.Slotted"),
+        ("mmeb", prompts.Slotted("a", "b"), False, "that of any other row a string"),
+        ("mmeb", " ", False, "empty text"),
+        ("llava16", prompts.Slotted("a", "b"), True, "has its own place for the image"),
     ],
 )
 def test_impossible_rows(name, text, has_image, message):

@@ -112,7 +112,7 @@ class Preprocessor:
         self.max_tokens = max_tokens
         self.image_token_id = image_token_id
         self._vocabulary = vocabulary
-        self._image_size = image_size
+        self.image_size = image_size
         self._directory = directory
         self._transform = None
         if image_spec is not None:
@@ -138,8 +138,8 @@ class Preprocessor:
 
     def layout(self, width: int, height: int) -> Layout:
         """Returns what an image of a size takes of its row."""
-        if self._image_size:
-            width = height = self._image_size
+        if self.image_size:
+            width = height = self.image_size
         return self._images.layout(width, height)
 
     @property
@@ -149,7 +149,7 @@ class Preprocessor:
         Raises:
           UserError: it depends on the size.
         """
-        if not self._image_size and self._images is not None and self.image_spec.kind != "grid":
+        if not self.image_size and self._images is not None and self.image_spec.kind != "grid":
             raise UserError(
                 "images of this model take more or less of a row according to their size; set "
                 "config.data.image_size (the paper's is 336)"
@@ -172,8 +172,8 @@ class Preprocessor:
         image = pictures.load_rgb(source, at_least=rough)
         if augment is not None:
             image = pictures.augment(image, augment)
-        if self._image_size:
-            image = pictures.resize(image, self._image_size)
+        if self.image_size:
+            image = pictures.resize(image, self.image_size)
         return Picture(transform.cut(image), transform.layout(*image.size))
 
     # ---- rows
@@ -199,7 +199,7 @@ class Preprocessor:
             raise UserError("this model takes no images: its image_spec is None")
         segments = prompts.render(self.prompt, text, has_image, instruction)
         ids, start, stop = self._tokenizer.encode(segments, IMAGE_SLOT)
-        if layout is None and has_image and (self._image_size or self.image_spec.kind == "grid"):
+        if layout is None and has_image and (self.image_size or self.image_spec.kind == "grid"):
             layout = self.fixed_layout
         # Counted apart from the text, as the published code of NV-Embed counts it.
         skipped = prompts.skipped(self.prompt, instruction)
@@ -289,7 +289,9 @@ class Preprocessor:
         return self._groups(rows, images, layouts)
 
     def embed_rows(
-        self, token_rows: Sequence[Sequence[int]], images: Sequence[Any] | None = None
+        self,
+        token_rows: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
+        images: Sequence[Any] | None = None,
     ) -> buckets.Groups:
         """Groups rows that are tokenised already; `image_token_id` marks each image's place.
 
@@ -311,7 +313,7 @@ class Preprocessor:
                 rows.append(row)
         return self._groups(rows, images, layouts)
 
-    def _check_ids(self, ids: Sequence[int], has_image: bool) -> tuple[int, ...]:
+    def _check_ids(self, ids: Sequence[int] | np.ndarray, has_image: bool) -> tuple[int, ...]:
         mark = self.image_token_id
         ids = tuple(int(token) for token in ids)
         slots = ids.count(mark)

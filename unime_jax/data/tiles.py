@@ -119,11 +119,6 @@ class AnyResolution:
 
     def __init__(self, spec: ImageSpec):
         self._spec = spec
-        for height, width in spec.grids:
-            if height % spec.size or width % spec.size:
-                raise UserError(
-                    f"image_grid_pinpoints: {height} x {width} is no multiple of {spec.size}"
-                )
 
     def _canvas(self, width: int, height: int) -> tuple[int, int]:
         """Returns (height, width) of the canvas that keeps most of the image, then wastes least."""
