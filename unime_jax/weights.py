@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unime_jax import checkpoint, models
-from unime_jax.models import hf, hf_write, hub, peft
+from unime_jax.models import hf, hf_read, hf_write, hub, peft
 from unime_jax.types import Params, UserError
 
 
@@ -87,7 +87,7 @@ def _find(name: str | os.PathLike) -> Weights:
     path = _locate(name)
     if checkpoint.is_run(path):
         return dataclasses.replace(_changed(_find(_base_of_run(path)), path), name=str(name))
-    if peft.is_adapter(path) and not hf.has_weights(path):
+    if peft.is_adapter(path) and not hf_read.has_weights(path):
         return dataclasses.replace(_changed(_find(_base_of_adapter(path)), path), name=str(name))
     config = models.read_config(path)
     key_map = models.rules(config)
@@ -96,7 +96,7 @@ def _find(name: str | os.PathLike) -> Weights:
         return Weights(str(name), base_name, path, config, key_map, Stored(path, key_map))
     local = pathlib.Path(name).expanduser().is_dir()
     base_name = str(path.resolve()) if local else str(name)
-    return Weights(str(name), base_name, path, config, key_map, hf.Reader(path, key_map))
+    return Weights(str(name), base_name, path, config, key_map, hf_read.Reader(path, key_map))
 
 
 def _changed(weights: Weights, path: pathlib.Path) -> Weights:

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from flax import nnx
 
 from unime_jax import models
-from unime_jax.models import efficientnet, hf
+from unime_jax.models import efficientnet, hf, hf_read
 from unime_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from unime_jax.types import UserError, unflatten
 
@@ -83,7 +83,7 @@ def ours_with(state, config, tmp_path):
         nnx.eval_shape(lambda: EfficientNet(config, rngs=nnx.Rngs(0)))
     )
     key_map = efficientnet.key_map(config, hf="", ours="")
-    return nnx.merge(graphdef, hf.load(tmp_path, key_map, abstract))
+    return nnx.merge(graphdef, hf_read.load(tmp_path, key_map, abstract))
 
 
 def tiles_of(count, size, seed=0):

@@ -11,7 +11,7 @@ import safetensors.numpy
 from flax import nnx
 
 from unime_jax import models
-from unime_jax.models import hf, hf_write
+from unime_jax.models import hf, hf_read, hf_write
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.types import UserError, flatten
 
@@ -77,7 +77,7 @@ def test_files_hold_pytorchs_layout(directory):
 
 
 def test_round_trip(directory):
-    assert_equal(hf.load(directory, MAP, abstract(toy_params())), toy_params())
+    assert_equal(hf_read.load(directory, MAP, abstract(toy_params())), toy_params())
 
 
 def test_round_trip_over_several_files(tmp_path):
@@ -88,14 +88,14 @@ def test_round_trip_over_several_files(tmp_path):
     assert set(index["weight_map"].values()) == set(files)
     total = sum(x.nbytes for x in jax.tree.leaves(toy_params()))
     assert index["metadata"]["total_size"] == total
-    assert_equal(hf.load(tmp_path, MAP, abstract(toy_params())), toy_params())
+    assert_equal(hf_read.load(tmp_path, MAP, abstract(toy_params())), toy_params())
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 def test_values_are_converted_to_the_wanted_dtype(tmp_path, stored):
     hf_write.save(tmp_path, toy_params(), MAP, CONFIG, stored)
     assert tensors(tmp_path)["norm.weight"].dtype == jnp.dtype(stored)
-    loaded = hf.load(tmp_path, MAP, abstract(toy_params(), jnp.bfloat16))
+    loaded = hf_read.load(tmp_path, MAP, abstract(toy_params(), jnp.bfloat16))
     expected = jax.tree.map(
         lambda x: x.astype(jnp.dtype(stored)).astype(jnp.bfloat16), toy_params()
     )
@@ -114,7 +114,7 @@ def test_parameters_land_on_their_shardings(directory):
         )
 
     placed = hf.unflatten({p: place(p, x) for p, x in flatten(toy_params()).items()})
-    loaded = hf.load(directory, MAP, placed)
+    loaded = hf_read.load(directory, MAP, placed)
     assert_equal(loaded, toy_params())
     kernel = loaded["layers"]["kernel"]
     assert kernel.sharding.spec == spec(None, "x")
@@ -127,7 +127,7 @@ def test_ignored_and_renamed_keys(directory):
         content["wrapped.norm.weight"] = content.pop("norm.weight")
 
     rewrite(directory, change)
-    assert_equal(hf.load(directory, MAP, abstract(toy_params())), toy_params())
+    assert_equal(hf_read.load(directory, MAP, abstract(toy_params())), toy_params())
 
 
 def test_all_problems_are_told_at_once(directory):
@@ -139,7 +139,7 @@ def test_all_problems_are_told_at_once(directory):
 
     rewrite(directory, change)
     with pytest.raises(UserError) as error:
-        hf.load(directory, MAP, abstract(toy_params()))
+        hf_read.load(directory, MAP, abstract(toy_params()))
     message = str(error.value)
     assert "\n" not in message and str(directory) in message
     assert "1 missing: layer.2.weight" in message
@@ -151,7 +151,7 @@ def test_all_problems_are_told_at_once(directory):
 def test_long_lists_of_problems_are_cut(directory):
     rewrite(directory, lambda content: content.update({f"x{n}": np.zeros(1) for n in range(30)}))
     with pytest.raises(UserError, match="30 unknown: x0, .* and 22 more$"):
-        hf.load(directory, MAP, abstract(toy_params()))
+        hf_read.load(directory, MAP, abstract(toy_params()))
 
 
 def test_a_key_under_two_names_is_refused(directory):
@@ -159,13 +159,13 @@ def test_a_key_under_two_names_is_refused(directory):
         directory, lambda content: content.update({"wrapped.norm.weight": content["norm.weight"]})
     )
     with pytest.raises(UserError, match="are both norm.weight"):
-        hf.load(directory, MAP, abstract(toy_params()))
+        hf_read.load(directory, MAP, abstract(toy_params()))
 
 
 def test_a_table_that_does_not_fit_the_model_is_our_bug(directory):
     params = {**toy_params(), "extra": {"kernel": np.zeros(2)}}
     with pytest.raises(ValueError, match="extra/kernel"):
-        hf.load(directory, MAP, abstract(params))
+        hf_read.load(directory, MAP, abstract(params))
 
 
 @pytest.mark.parametrize("damage", [lambda raw: raw[:-10], lambda raw: b"\xff" * 9 + raw[9:]])
@@ -173,20 +173,63 @@ def test_damaged_files_are_named(directory, damage):
     path = directory / "model.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"model\.safetensors is corrupt or cut short"):
-        hf.load(directory, MAP, abstract(toy_params()))
+        hf_read.load(directory, MAP, abstract(toy_params()))
+
+
+def sharded(tmp_path):
+    """A checkpoint of several files, and their paths."""
+    hf_write.save(tmp_path, toy_params(), MAP, CONFIG, shard_bytes=150)
+    return sorted(tmp_path.glob("*.safetensors"))
+
+
+def test_all_damaged_and_incomplete_files_are_named_at_once(tmp_path):
+    first, second, *_ = sharded(tmp_path)
+    first.write_bytes(first.read_bytes()[:-1])
+    safetensors.numpy.save_file({"other": np.zeros(1, np.float32)}, second)
+    with pytest.raises(UserError) as error:
+        hf_read.load(tmp_path, MAP, abstract(toy_params()))
+    message = str(error.value)
+    assert f"{first.name} is corrupt or cut short" in message
+    assert f"{second.name} lacks what model.safetensors.index.json names: 1 keys: " in message
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -np.nan])
+def test_values_that_are_no_numbers_are_warned_of(tmp_path, value, stored):
+    params = toy_params()
+    params["layers"]["kernel"][1, 2, 3] = value
+    params["norm"]["scale"][0] = -60000.0  # large, and fine
+    hf_write.save(tmp_path, params, MAP, CONFIG, stored)
+    with pytest.warns(UserWarning, match="NaN or infinite values in 1 tensors: layer.1.weight$"):
+        loaded = hf_read.load(tmp_path, MAP, abstract(toy_params()))
+    assert not np.isfinite(loaded["layers"]["kernel"][1, 2, 3])
+
+
+def test_arrays_are_filled_in_place_and_files_are_closed(tmp_path, monkeypatch):
+    """No second copy of a parameter: XLA takes over the buffer that was read into."""
+    made = []
+    empty = hf.aligned_empty
+    monkeypatch.setattr(hf, "aligned_empty", lambda *a: made.append(empty(*a)) or made[-1])
+    monkeypatch.setattr(hf_read, "_MAPPED_BYTES", 0)
+    sharded(tmp_path)
+    loaded = hf_read.load(tmp_path, MAP, abstract(toy_params()))
+    own = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(loaded)}
+    assert own == {array.ctypes.data for array in made}
+    assert not any(leaf.committed for leaf in jax.tree.leaves(loaded))
+    assert_equal(loaded, toy_params())
 
 
 def test_missing_files_are_named(directory, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(UserError, match="neither model.safetensors nor"):
-        hf.load(empty, MAP, abstract(toy_params()))
+        hf_read.load(empty, MAP, abstract(toy_params()))
     with pytest.raises(UserError, match="config.json is missing"):
         hf.read_config(empty)
     (directory / "model.safetensors").rename(directory / "moved")
     index = {"weight_map": {"norm.weight": "model-1.safetensors"}}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="lacks model-1.safetensors, which"):
-        hf.load(directory, MAP, abstract(toy_params()))
+        hf_read.load(directory, MAP, abstract(toy_params()))
 
 
 @pytest.mark.parametrize(

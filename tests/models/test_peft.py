@@ -11,7 +11,7 @@ import tolerances
 import torch
 
 from unime_jax import models
-from unime_jax.models import hf, peft
+from unime_jax.models import hf, hf_read, peft
 from unime_jax.models.peft import Adapter, LowRank
 from unime_jax.types import UserError
 
@@ -38,7 +38,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(base):
-    return hf.Reader(base, KEY_MAP)
+    return hf_read.Reader(base, KEY_MAP)
 
 
 class Case:
@@ -90,7 +90,7 @@ def test_merged_weights_are_pefts(source, case):
 
 def test_embeddings_are_pefts(base, case):
     adapter = peft.read(case.directory, KEY_MAP)
-    reader = hf.Reader(base, KEY_MAP)
+    reader = hf_read.Reader(base, KEY_MAP)
     fill = lambda params: hf.fill(peft.Adapted(reader, adapter, KEY_MAP), KEY_MAP, params)  # noqa: E731
     model = models.load(base, fill=fill)
     tolerances.assert_near(tiny_llava.ours(model, case.merged), case.embeddings, 1e-5)

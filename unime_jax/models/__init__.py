@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from unime_jax.models import bert, hf, hf_write
+from unime_jax.models import bert, hf, hf_read, hf_write
 from unime_jax.models.bert import Bert
 from unime_jax.models.decoder import TextEmbedder
 from unime_jax.models.llava16 import Llava16
@@ -128,7 +128,7 @@ def load(
         )
     if fill is not None:
         return nnx.merge(graphdef, fill(params))
-    return nnx.merge(graphdef, hf.load(directory, rules(config), params))
+    return nnx.merge(graphdef, hf_read.load(directory, rules(config), params))
 
 
 def save(directory, params: Params, config: dict[str, Any], dtype="float32") -> None:

@@ -1,22 +1,23 @@
-"""Keys of checkpoints in Hugging Face layout, and reading them: config.json, safetensors files.
+"""Keys of checkpoints in Hugging Face layout, and what they mean for a model's parameters.
 
-A model describes its keys once, as a list of rules that serve both directions (`hf_write` is the
-other one). Reading is complete both ways: every key of the file is used or listed as ignored, every
-parameter is filled exactly once, and all problems are reported together.
+A model describes its keys once, as a list of rules that serve both directions; `hf_read` and
+`hf_write` know the files. Reading is complete both ways: every key of the file is used or listed as
+ignored, every parameter is filled exactly once, and all problems are reported together.
 """
 
 import dataclasses
 import json
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
+from unime_jax.models.host_arrays import aligned_empty, is_finite
 from unime_jax.types import Array, Params, UserError, flatten, unflatten
 
 # Our axis i is the file's axis TRANSFORMS[name][i]; None keeps any number of axes as they are.
@@ -135,79 +136,11 @@ class Source(Protocol):
     def slice(self, key: str) -> Tensor: ...
 
 
-class Reader:
-    """Is the source over all safetensors files of a directory; reads on demand."""
-
-    def __init__(self, directory, key_map: KeyMap):
-        directory = pathlib.Path(directory)
-        self.name = str(directory)
-        self._files = {}
-        self._names: dict[str, tuple[pathlib.Path, str]] = {}
-        for path in _weight_files(directory):
-            try:
-                self._files[path] = safetensors.safe_open(path, framework="numpy")
-                names = list(self._files[path].keys())
-            except (safetensors.SafetensorError, OSError) as error:
-                raise UserError(
-                    f"{path} is corrupt or cut short ({error}); fetch it again"
-                ) from None
-            for name in names:
-                key = renamed(name, key_map)
-                if key in self._names:
-                    raise UserError(f"{path}: {name} and {self._names[key][1]} are both {key}")
-                self._names[key] = (path, name)
-
-    def keys(self) -> set[str]:
-        return set(self._names)
-
-    def slice(self, key: str) -> Tensor:
-        path, name = self._names[key]
-        return self._files[path].get_slice(name)
-
-
 def renamed(name: str, key_map: KeyMap) -> str:
     """Returns a file's key as the rules spell it."""
     for pattern, replacement in key_map.renamed:
         name = re.sub(pattern, replacement, name)
     return name
-
-
-def has_weights(directory) -> bool:
-    """Tells whether a directory holds safetensors files of a model."""
-    return any((pathlib.Path(directory) / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
-
-
-def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
-    if single.exists():
-        return [single]
-    if not index.exists():
-        raise UserError(f"{directory} holds neither {single.name} nor {index.name}")
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise UserError(f"{index} has no weight_map")
-    paths = [directory / name for name in sorted(set(names.values()))]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise UserError(f"{directory} lacks {', '.join(missing)}, which {index.name} names")
-    return paths
-
-
-def load(directory, key_map: KeyMap, abstract: Params) -> Params:
-    """Fills a model's parameters from a directory, one at a time.
-
-    The host holds no more than the parts of one parameter that its devices need.
-
-    Args:
-      directory: holds model.safetensors, or several files and model.safetensors.index.json.
-      key_map: the model's keys.
-      abstract: nested dict of ShapeDtypeStruct; values are converted to its dtypes and placed on
-        its shardings where it has any.
-
-    Raises:
-      UserError: a file is missing or corrupt, keys are missing, unknown or of another shape.
-    """
-    return fill(Reader(directory, key_map), key_map, abstract)
 
 
 def fill(
@@ -217,10 +150,16 @@ def fill(
     *,
     progress: Callable[[int, str], None] | None = None,
 ) -> Params:
-    """Does what `load` does, with tensors from anywhere.
+    """Fills a model's parameters, one at a time, with tensors from anywhere.
+
+    The host holds no more than the parts of one parameter that its devices need. NaN and infinite
+    values are warned of.
 
     Args:
-      source, key_map, abstract: see `load`.
+      source: the tensors.
+      key_map: the model's keys.
+      abstract: nested dict of ShapeDtypeStruct; values are converted to its dtypes and placed on
+        its shardings where it has any.
       progress: called with the bytes filled so far and the parameter that comes next.
 
     Raises:
@@ -229,12 +168,16 @@ def fill(
     flat = flatten(abstract)
     check(source, key_map, flat)
     rules = {rule.ours: rule for rule in key_map.rules}
+    broken: set[str] = set()
     filled, done = {}, 0
     for path, leaf in flat.items():
         if progress:
             progress(done, path)
-        filled[path] = _read(source, rules[path], leaf)
+        filled[path] = _read(source, rules[path], leaf, broken)
         done += filled[path].nbytes
+    if broken:
+        named = listed("tensors", sorted(broken))
+        warnings.warn(f"{source.name}: NaN or infinite values in {named}", stacklevel=2)
     return unflatten(filled)
 
 
@@ -311,28 +254,30 @@ def in_file(rule: Rule, shape: tuple) -> tuple:
     return tuple(turned)
 
 
-def _read(source: Source, rule: Rule, leaf: jax.ShapeDtypeStruct) -> Array:
-    dtype = np.dtype(leaf.dtype)
+def _read(source: Source, rule: Rule, leaf: jax.ShapeDtypeStruct, broken: set[str]) -> Array:
+    """Returns a filled parameter; keys of tensors with NaN or infinite values go into `broken`."""
 
     def one(key: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = source.slice(key)
         value = tensor[in_file(rule, index)] if index else tensor[...]
+        if not is_finite(value):
+            broken.add(key)
         order = TRANSFORMS[rule.transform]
         return value if order is None else value.transpose(order)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
-        if not rule.stacked:
-            return np.ascontiguousarray(one(rule.hf, index).astype(dtype, copy=False))
-        layers = range(index[0].start, index[0].stop)
-        out = np.empty((len(layers), *(s.stop - s.start for s in index[1:])), dtype)
-        for row, layer in enumerate(layers):
-            out[row] = one(rule.hf.replace("{L}", str(layer)), index[1:])
+        out = aligned_empty(tuple(s.stop - s.start for s in index), np.dtype(leaf.dtype))
+        if rule.stacked:
+            for row, layer in enumerate(range(index[0].start, index[0].stop)):
+                out[row] = one(rule.hf.replace("{L}", str(layer)), index[1:])
+        else:
+            out[...] = one(rule.hf, index)
         return out
 
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
-        return jnp.asarray(part(tuple(slice(0, n) for n in leaf.shape)))
+        return jax.device_put(part(tuple(slice(0, n) for n in leaf.shape)), may_alias=True)
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
