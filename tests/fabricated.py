@@ -43,7 +43,11 @@ def write_run(
         for path, leaf in shapes.items()
         if "/lora_" in path or (trainable and re.search(trainable, path))
     }
-    settings = {"data": {}, "model": {"path": str(base)}, "train": {"adapters": adapters}}
+    settings = {
+        "data": {"image_size": 224},
+        "model": {"path": str(base)},
+        "train": {"adapters": adapters},
+    }
     checkpoint.open_run(directory, settings)
     saves = checkpoint.Checkpoints(directory, config=settings, every_steps=1)
     saves.save(steps.TrainState(jnp.int32(1), trained, {"count": jnp.int32(1)}), force=True)

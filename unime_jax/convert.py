@@ -114,7 +114,7 @@ def import_model(args: argparse.Namespace) -> None:
         print(f"writing {total / 1e9:.2f} GB ...", flush=True)
         notes = {"base": found.base_name, "narrow": narrow, "copies": copies}
         checkpoint.write_model(scratch, params, rest, notes)
-        _copy_files(found.directory, scratch, args.dtype)
+        _write_files(found, scratch, args.dtype)
     _say_done(args.output, len(stored), total, started)
 
 
@@ -147,7 +147,7 @@ def export_model(args: argparse.Namespace) -> None:
         with _progress(total, "writing") as advance:
             shard_bytes = int(args.shard_gb * 1e9)
             hf_write.write(scratch, tensors, shard_bytes=shard_bytes, progress=advance)
-        _copy_files(found.directory, scratch, args.dtype)
+        _write_files(found, scratch, args.dtype)
     _say_done(args.output, len(tensors), total, started)
 
 
@@ -179,6 +179,7 @@ def export_adapters(args: argparse.Namespace) -> None:
     with _new_directory(args.output) as scratch:
         base_name = args.base or found.base_name
         peft.write(scratch, adapter, found.base, base_name=base_name, key_map=found.key_map)
+        _write_preparation(found, scratch)
     total = sum(change.a.nbytes + change.b.nbytes for change in adapter.low_rank.values())
     total += sum(value.nbytes for value in adapter.replaced.values())
     _say_done(args.output, 2 * len(adapter.low_rank) + len(adapter.replaced), total, started)
@@ -209,8 +210,9 @@ def _new_directory(output: str) -> Iterator[pathlib.Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _copy_files(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -> None:
-    """Copies what belongs to a model beside its weights; config.json may get another dtype."""
+def _write_files(found: weights.Weights, target: pathlib.Path, dtype: str | None) -> None:
+    """Writes what belongs to a model beside its weights; config.json may get another dtype."""
+    source = found.directory
     for path in sorted(source.iterdir()):
         if not path.is_file() or path.name.startswith("."):
             continue
@@ -220,6 +222,7 @@ def _copy_files(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -
     if pooling.is_file():
         (target / "1_Pooling").mkdir()
         shutil.copyfile(pooling, target / "1_Pooling" / "config.json")
+    _write_preparation(found, target)
     config = source / "config.json"
     if dtype is None:
         shutil.copyfile(config, target / "config.json")
@@ -227,7 +230,16 @@ def _copy_files(source: pathlib.Path, target: pathlib.Path, dtype: str | None) -
     content = _with_dtype(hf.read_json(config), dtype)
     if not {"dtype", "torch_dtype"} & content.keys():
         content["dtype"] = dtype
-    (target / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write_json(target / "config.json", content)
+
+
+def _write_preparation(found: weights.Weights, target: pathlib.Path) -> None:
+    if found.preparation:
+        _write_json(target / weights.PREPARATION_FILE, found.preparation)
+
+
+def _write_json(path: pathlib.Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _with_dtype(config: dict, dtype: str) -> dict:

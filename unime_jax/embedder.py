@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unime_jax import checkpoint, models, sharding, weights
+from unime_jax import models, sharding, weights
 from unime_jax.data import buckets, preprocess, prompts
 from unime_jax.models import lora
 from unime_jax.types import Array, Inputs, Params, UserError
 
 MAX_TOKENS = 4096
 LLAVA_IMAGE_TOKEN = 32000  # where config.json leaves it out, as transformers does
-# Keys of `config.data` that hold for a trained model ever after.
-PREPARATION = ("prompt", "image_size", "image_crops")
+PREPARATION = weights.PREPARATION
 
 
 class Embedder:
@@ -215,25 +214,24 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
     Raises:
       UserError: a missing or inconsistent file, an unknown model type.
     """
-    model, directory = load_model(path, adapter=adapter, dtype=dtype, mesh=mesh)
-    run = path if adapter is None else adapter
-    return Embedder(model, directory=directory, mesh=mesh, **preparation_of(run))
-
-
-def preparation_of(path) -> dict[str, Any]:
-    """Returns how a training run prepared its rows, for `Embedder`; {} for other directories."""
-    if not checkpoint.is_run(path):
-        return {}
-    data = checkpoint.read_run(path)["data"]
-    return {key: data[key] for key in PREPARATION if key in data}
+    found = weights.find(path, adapter)
+    model = _build(found, dtype=dtype, mesh=mesh)
+    return Embedder(model, directory=found.directory, mesh=mesh, **found.preparation)
 
 
 def load_model(
-    path, *, adapter=None, dtype: str, attention: str = "auto", remat: str = "none", mesh=None
+    path, *, dtype: str, attention: str = "auto", remat: str = "none", mesh=None
 ) -> tuple[nnx.Module, pathlib.Path]:
     """Returns the model, adapters merged, and the directory of its config.json and tokenizer."""
-    found = weights.find(path, adapter)
-    model = models.load(
+    found = weights.find(path)
+    model = _build(found, dtype=dtype, attention=attention, remat=remat, mesh=mesh)
+    return model, found.directory
+
+
+def _build(
+    found: weights.Weights, *, dtype: str, attention: str = "auto", remat: str = "none", mesh=None
+) -> nnx.Module:
+    return models.load(
         found.directory,
         dtype=dtype,
         attention=resolve_attention(attention, dtype, mesh),
@@ -241,7 +239,6 @@ def load_model(
         sharding_of=None if mesh is None else sharding.sharding_of(mesh),
         fill=found.fill,
     )
-    return model, found.directory
 
 
 def resolve_attention(attention: str, dtype: str, mesh=None) -> str:

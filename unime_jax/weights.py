@@ -17,6 +17,10 @@ from unime_jax import checkpoint, models
 from unime_jax.models import hf, hf_read, hf_write, hub, peft
 from unime_jax.types import Params, UserError
 
+# Keys of `config.data` that hold for a trained model ever after.
+PREPARATION = ("prompt", "image_size", "image_crops")
+PREPARATION_FILE = "preparation.json"
+
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -30,6 +34,7 @@ class Weights:
       key_map: the model's keys.
       base: the tensors without the changes.
       changes: of runs and adapters, in their order.
+      preparation: how the training prepared its rows, keys of PREPARATION; {} if unknown.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Weights:
     key_map: hf.KeyMap
     base: hf.Source
     changes: tuple[peft.Adapter, ...] = ()
+    preparation: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def source(self) -> hf.Source:
@@ -93,10 +99,27 @@ def _find(name: str | os.PathLike) -> Weights:
     key_map = models.rules(config)
     if checkpoint.is_model(path):
         base_name = checkpoint.read_model_notes(path).get("base", str(path))
-        return Weights(str(name), base_name, path, config, key_map, Stored(path, key_map))
-    local = pathlib.Path(name).expanduser().is_dir()
-    base_name = str(path.resolve()) if local else str(name)
-    return Weights(str(name), base_name, path, config, key_map, hf_read.Reader(path, key_map))
+        source = Stored(path, key_map)
+    else:
+        local = pathlib.Path(name).expanduser().is_dir()
+        base_name = str(path.resolve()) if local else str(name)
+        source = hf_read.Reader(path, key_map)
+    preparation = _preparation(path) or {}
+    return Weights(str(name), base_name, path, config, key_map, source, preparation=preparation)
+
+
+def _preparation(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what a directory says of how rows are prepared; None if nothing."""
+    if checkpoint.is_run(path):
+        data = checkpoint.read_run(path)["data"]
+        return {key: data[key] for key in PREPARATION if key in data}
+    if not (path / PREPARATION_FILE).is_file():
+        return None
+    found = hf.read_json(path / PREPARATION_FILE)
+    unknown = sorted(set(found) - set(PREPARATION))
+    if unknown:
+        raise UserError(f"{path / PREPARATION_FILE}: unknown {', '.join(unknown)}")
+    return found
 
 
 def _changed(weights: Weights, path: pathlib.Path) -> Weights:
@@ -109,7 +132,12 @@ def _changed(weights: Weights, path: pathlib.Path) -> Weights:
             f"{path}: neither the output directory of a training run nor a PEFT adapter "
             f"({peft.CONFIG_FILE})"
         )
-    return dataclasses.replace(weights, changes=(*weights.changes, change))
+    preparation = _preparation(path)
+    return dataclasses.replace(
+        weights,
+        changes=(*weights.changes, change),
+        preparation=weights.preparation if preparation is None else preparation,
+    )
 
 
 def _base_of_run(path: pathlib.Path) -> str | pathlib.Path:

@@ -6,6 +6,7 @@ ignored, every parameter is filled exactly once, and all problems are reported t
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -281,8 +282,10 @@ def _read(source: Source, rule: Rule, leaf: jax.ShapeDtypeStruct, broken: set[st
     return jax.make_array_from_callback(leaf.shape, sharding, part)
 
 
-def exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields the file's keys and tensors, one at a time.
+def pending(
+    params: Params, key_map: KeyMap, dtype
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Yields key and shape of every tensor of the file, and a function that returns it.
 
     Raises:
       UserError: a parameter has no key in this layout.
@@ -293,13 +296,24 @@ def exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.n
     if unknown:
         hint = "; merge adapters first" if any("/lora_" in path for path in unknown) else ""
         raise UserError(f"cannot be exported{hint}: {', '.join(unknown[:_SHOWN])}")
+
+    def value(leaf, rule, layer):
+        part = leaf[layer] if rule.stacked else leaf
+        return to_file(np.asarray(part).astype(jnp.dtype(dtype)), rule)
+
     for path, rule in rules.items():
         leaf = flat[path]
+        shape = in_file(rule, leaf.shape[1:] if rule.stacked else leaf.shape)
         for layer, key in enumerate(keys_of(rule, leaf.shape)):
-            value = np.asarray(leaf[layer] if rule.stacked else leaf).astype(jnp.dtype(dtype))
-            value = to_file(value, rule)
-            yield key, value
-            yield from ((copy, value) for copy, original in key_map.copies if original == key)
+            copies = (copy for copy, original in key_map.copies if original == key)
+            for name in (key, *copies):
+                yield name, shape, functools.partial(value, leaf, rule, layer)
+
+
+def exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the file's keys and tensors, one at a time; raises as `pending` does."""
+    for key, _, read in pending(params, key_map, dtype):
+        yield key, read()
 
 
 def to_file(value: np.ndarray, rule: Rule) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from unime_jax.models.hf import INDEX_FILE, SINGLE_FILE, KeyMap, exported
+from unime_jax.models.hf import INDEX_FILE, SINGLE_FILE, KeyMap, pending
 from unime_jax.types import Params, UserError
 
 SHARD_BYTES = 5 * 10**9
@@ -147,14 +147,14 @@ def save(
         fails.
     """
     directory = pathlib.Path(directory)
+    name = jnp.dtype(dtype).name
     tensors = [
-        Pending(key, value.shape, value.dtype.name, lambda value=value: value)
-        for key, value in exported(params, key_map, dtype)
+        Pending(key, shape, name, read) for key, shape, read in pending(params, key_map, dtype)
     ]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         write(directory, tensors, shard_bytes=shard_bytes)
-        text = json.dumps({**config, "dtype": jnp.dtype(dtype).name}, indent=2) + "\n"
+        text = json.dumps({**config, "dtype": name}, indent=2) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{directory} cannot be written: {error}") from None
