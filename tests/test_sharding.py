@@ -40,6 +40,14 @@ def test_indivisible_parameter_is_named():
         sharding.spec_of("x/q_proj/kernel", (12, 16), mesh)
 
 
+def test_moments_lie_where_their_parameters_do():
+    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+    kernel = {"layers/mlp/down_proj/kernel": np.ones((8, 8)), "projector/kernel": np.ones((8, 8))}
+    placed = sharding.state_shardings({"count": np.zeros(()), "mu": (kernel, {})}, mesh)
+    assert placed["count"].spec == P()
+    assert [x.spec for x in jax.tree.leaves(placed["mu"])] == [P("tensor", "fsdp"), P()]
+
+
 def test_batch_rows_are_spread_and_odd_arrays_replicated():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     put = sharding.shard_batch({"rows": np.ones((16, 3)), "odd": np.ones(5)}, mesh)

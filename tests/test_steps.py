@@ -24,7 +24,8 @@ def parts(chunk=0, *, mesh=None, dropout=False, stage="contrast", seed=0):
         graphdef, objective, optimizer, schedule=schedule, seed=seed, chunk=chunk,
         dropout=dropout, mesh=mesh,
     )  # fmt: skip
-    return graphdef, steps.create_state(trainable, optimizer), frozen, step
+    state = steps.create_state(trainable, optimizer, mesh=mesh)
+    return graphdef, state, frozen, step
 
 
 def test_loss_and_gradient_are_those_of_the_plain_formula():
@@ -70,6 +71,14 @@ def test_eight_devices_equal_one():
         results.append((metrics["loss"], state.trainable["kernel"]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
     np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-5)
+
+
+def test_a_step_compiles_once():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    _, state, frozen, step = parts(mesh=mesh)
+    for seed in range(3):
+        state, _ = step(state, frozen, sharding.shard_batch(toy.batch(16, seed=seed), mesh))
+    assert step._cache_size() == 1
 
 
 def test_dropout_is_a_function_of_seed_and_step():

@@ -69,6 +69,23 @@ def sharding_of(mesh: Mesh, rules=RULES):
     return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, mesh, rules))
 
 
+def state_shardings(tree, mesh: Mesh):
+    """Returns the sharding of every leaf of a training state.
+
+    The key of a leaf's innermost dict is its parameter's path, so that moments lie where their
+    parameters do; leaves outside any dict, such as counts, are replicated.
+    """
+
+    def one(path, leaf):
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        axes = list(spec_of(keys[-1], leaf.shape, mesh)) if keys else []
+        while axes and axes[-1] is None:  # as XLA writes the specs of a step's results
+            axes.pop()
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
 def shard_batch(tree, mesh: Mesh):
     """Puts host arrays on the mesh, first axis split over data x fsdp where it divides.
 

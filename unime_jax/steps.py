@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from unime_jax import losses, optim
-from unime_jax.sharding import BATCH
+from unime_jax.sharding import BATCH, state_shardings
 from unime_jax.types import Array, Batch, Inputs, unflatten
 
 # (encoded sides of the batch, each f32[B, E]: query, target, negative; batch, key)
@@ -44,8 +44,10 @@ class TrainState:
     opt_state: Any
 
 
-def create_state(trainable: dict[str, Array], optimizer) -> TrainState:
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+def create_state(trainable: dict[str, Array], optimizer, *, mesh=None) -> TrainState:
+    """Returns the state of step 0, where steps leave it: placed anew, they would compile twice."""
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    return state if mesh is None else jax.device_put(state, state_shardings(state, mesh))
 
 
 def encode_chunked(encode, inputs: Inputs, *, chunk: int, key=None, mesh=None) -> Array:
@@ -207,6 +209,9 @@ def make_train_step(
             "gradient_norm": optim.global_norm(grads),
             "learning_rate": schedule(state.step),
         }
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        state = TrainState(state.step + 1, trainable, opt_state)
+        if mesh is not None:
+            state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+        return state, metrics
 
     return train_step

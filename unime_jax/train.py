@@ -90,7 +90,7 @@ def run(config) -> dict[str, float]:
         every_seconds=config.checkpoint.every_seconds,
     )
     validate = _validation(config, graphdef, {**frozen, **trainable}, directory, mesh)
-    state = steps.create_state(trainable, optimizer)
+    state = steps.create_state(trainable, optimizer, mesh=mesh)
     return _loop(config, train_step, state, frozen, data, saves, validate, mesh)
 
 
