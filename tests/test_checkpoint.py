@@ -1,12 +1,13 @@
 """Checkpoints: bit-equal restore, refusal of another configuration, what a reader finds."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
 from test_steps import parts
 
-from unime_jax import checkpoint
+from unime_jax import checkpoint, sharding, steps
 from unime_jax.types import UserError
 
 
@@ -37,6 +38,21 @@ def test_reader_finds_the_newest_trainable_parameters(tmp_path):
         checkpoint.read_trainable(tmp_path)["kernel"], state.trainable["kernel"]
     )
     assert checkpoint.is_run(tmp_path) and checkpoint.read_run(tmp_path) == {"seed": 0}
+
+
+def test_what_was_sharded_is_read_on_the_host(tmp_path):
+    """Its reader may have fewer devices."""
+    mesh = sharding.make_mesh(fsdp=8)
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    value = np.arange(16, dtype=np.float32).reshape(8, 2)
+    state = steps.TrainState(jnp.int32(1), {"a/b": jax.device_put(value, placed)}, {})
+    checkpoint.open_run(tmp_path, {})
+    saves = checkpoint.Checkpoints(tmp_path, config={}, every_steps=1)
+    saves.save(state, force=True)
+    saves.close()
+    found = checkpoint.read_trainable(tmp_path)["a/b"]
+    assert isinstance(found, np.ndarray)
+    np.testing.assert_array_equal(found, value)
 
 
 def test_saves_by_steps_by_time_and_by_force(tmp_path):

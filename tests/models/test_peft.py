@@ -1,6 +1,7 @@
 """PEFT's adapters against peft itself: read, merged, joined, written; and what is refused."""
 
 import json
+import pathlib
 
 import numpy as np
 import peft as reference_peft
@@ -71,9 +72,9 @@ def case(request, base, tmp_path_factory):
     return Case(base, tmp_path_factory.mktemp(request.param), **KINDS[request.param])
 
 
-def changed(source, adapter):
+def changed(source, adapter, key_map=KEY_MAP):
     """All tensors with the adapter merged in."""
-    adapted = peft.Adapted(source, adapter, KEY_MAP)
+    adapted = peft.Adapted(source, adapter, key_map)
     return {key: adapted.slice(key)[...] for key in adapted.keys()}
 
 
@@ -152,6 +153,47 @@ def test_names_of_other_versions_of_transformers(lora, copy):
     with safetensors.safe_open(copy / "adapter_model.safetensors", "numpy") as file:
         assert f"base_model.model.{Q}.lora_A.default.weight" in file.keys()
     same(peft.read(copy, KEY_MAP), peft.read(lora.directory, KEY_MAP))
+
+
+def test_adapters_of_the_language_model_alone(lora, copy):
+    def inner(name):
+        return name.replace("model.model.language_model.", "model.model.")
+
+    rewrite(copy, lambda tensors: {inner(n): x for n, x in tensors.items() if "vision" not in n})
+    found, whole = peft.read(copy, KEY_MAP), peft.read(lora.directory, KEY_MAP)
+    assert set(found.low_rank) == {key for key in whole.low_rank if "vision" not in key}
+    assert f"{Q}.weight" in found.low_rank
+
+
+def test_phi_with_adapters_everywhere(tmp_path):
+    """VLM2Vec's targets: fused projections, the tower with its unused last layer, the projector."""
+    golden = pathlib.Path(__file__).parents[1] / "golden" / "phi3v_tiny"
+    config = models.read_config(golden)
+    key_map = models.rules(config)
+    source = hf_read.Reader(golden, key_map)
+    vision = "model.vision_embed_tokens."
+    modules = (
+        "model.layers.1.self_attn.qkv_proj",
+        "model.layers.0.mlp.gate_up_proj",
+        f"{vision}img_processor.vision_model.encoder.layers.2.self_attn.q_proj",
+        f"{vision}img_processor.vision_model.encoder.layers.0.mlp.fc1",
+        f"{vision}img_projection.0",
+    )
+    rng, content, expected = np.random.default_rng(0), {}, {}
+    for module in modules:
+        weight = source.slice(f"{module}.weight")[...]
+        a = rng.standard_normal((2, weight.shape[1])).astype(np.float32)
+        b = rng.standard_normal((weight.shape[0], 2)).astype(np.float32)
+        content[f"base_model.model.{module}.lora_A.weight"] = a
+        content[f"base_model.model.{module}.lora_B.weight"] = b
+        expected[f"{module}.weight"] = weight + 4 * b @ a
+    safetensors.numpy.save_file(content, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "base_model_name_or_path": "x"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    actual = changed(source, peft.read(tmp_path, key_map), key_map)
+    for key, value in actual.items():
+        wanted = expected.get(key, source.slice(key)[...])
+        np.testing.assert_allclose(value, wanted, rtol=0, atol=1e-5, err_msg=key)
 
 
 def test_both_spellings_of_doras_magnitude(base, tmp_path):

@@ -163,6 +163,8 @@ class Llava16(Multimodal):
         renamed = (
             (r"^model\.(vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
             (r"^model\.language_model\.", "language_model.model."),
+            # Adapters that were trained on the language model alone, as E5-V's.
+            (r"^model\.(embed_tokens|layers|norm)\b", r"language_model.model.\1"),
             (r"^lm_head\.", "language_model.lm_head."),
             (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
         )
