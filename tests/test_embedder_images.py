@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 import unime_jax
 from unime_jax import checkpoint, embedder
+from unime_jax.data import prompts
 from unime_jax.types import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "phi3v_tiny"
@@ -161,15 +162,20 @@ def test_a_damaged_image_is_named(model, tmp_path):
 def test_every_image_at_one_size(model):
     phi = "phi" in str(model.directory)
     fixed = embedder.Embedder(
-        unime_jax.embedder.load_model(model.directory, dtype="float32")[0],
+        embedder.load_model(model.directory, dtype="float32")[0],
         directory=model.directory,
+        prompt="mmeb",
         image_size=56,
         image_crops=int(phi),
     )
     images = [image for _, image in ROWS if image]
-    (group,) = fixed.preprocess(images=images)
+    texts = [prompts.slotted("<|image_1|>\nIs it?")] * len(images)
+    (group,) = fixed.preprocess(texts=texts, images=images)
     assert group.tiles.shape[1] == (1 if phi else 3)
     assert len(set(group.lengths.tolist())) == 1
+    assert (group.image_index[:, 0] >= 0).all()  # the text alone says where the image stands
+    with pytest.raises(UserError, match="row 0: prompt 'mmeb'"):
+        fixed.preprocess(texts=["Is it?"], images=images[:1])
 
 
 def test_a_run_keeps_the_way_its_rows_were_prepared(tmp_path):

@@ -96,7 +96,7 @@ class Embedder:
 
     def preprocess(
         self,
-        texts: Sequence[str | None] | None = None,
+        texts: Sequence[str | prompts.Slotted | None] | None = None,
         images: Sequence[Any] | None = None,
         instruction: str | None = None,
     ) -> list[Inputs]:
@@ -112,7 +112,7 @@ class Embedder:
 
     def embed(
         self,
-        texts: Sequence[str | None] | None = None,
+        texts: Sequence[str | prompts.Slotted | None] | None = None,
         images: Sequence[Any] | None = None,
         instruction: str | None = None,
         *,
@@ -121,7 +121,8 @@ class Embedder:
         """Embeds rows of any mixture of text, image and both.
 
         Args:
-          texts: a text or None per row.
+          texts: a text or None per row; with the prompt "mmeb", `prompts.Slotted` for rows with an
+            image.
           images: None, a PIL image, encoded bytes or a path per row.
           instruction: put before every text.
           progress: called with the number of rows just finished.

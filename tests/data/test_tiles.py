@@ -199,6 +199,20 @@ def test_llava_features_stand_as_transformers_packs_them(llava):
     assert {layout.grid for layout in layouts} == {(1, 2), (2, 1), (2, 2), (3, 1), (1, 3)}
 
 
+def test_llava_canvases_in_any_order():
+    """With the published order the least waste decides nothing; configs may have another."""
+    utils = pytest.importorskip("transformers.image_processing_utils")
+    rng = np.random.default_rng(0)
+    sizes = SIZES + [tuple(map(int, row)) for row in rng.integers(1, 1200, (200, 2))]
+    for _ in range(4):
+        grids = tuple(GRIDS[i] for i in rng.permutation(5))
+        transform = tiles.AnyResolution(ImageSpec("llava_anyres", 336, 576, grids=grids))
+        for width, height in sizes:
+            best = utils.select_best_resolution((height, width), grids)
+            grid = best[0] // 336, best[1] // 336
+            assert transform.layout(width, height).grid == grid, (width, height, grids)
+
+
 # ---- settings
 
 

@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -91,7 +90,7 @@ class Groups:
         return len(self._buckets)
 
     def __iter__(self) -> Iterator[tuple[Inputs, np.ndarray]]:
-        pool = ThreadPoolExecutor(os.cpu_count())
+        pool = ThreadPoolExecutor()
         try:
             started = map(lambda bucket: (bucket, self._start(pool, bucket)), self._buckets)
             ahead = collections.deque(itertools.islice(started, 1))

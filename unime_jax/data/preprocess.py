@@ -5,13 +5,14 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float16, Float32
 
 from unime_jax.data import buckets, pictures, processor_files, prompts, tokenizer
-from unime_jax.data.tiles import Layout, Tiles
+from unime_jax.data.tiles import Layout, Square, Tiles, Transform
 from unime_jax.types import ImageSpec, Inputs, UserError
 
 IMAGE_SLOT = -1
@@ -131,7 +132,12 @@ class Preprocessor:
     # ---- images
 
     @property
-    def _images(self):
+    def transform(self) -> Transform:
+        """Cuts images.
+
+        Raises:
+          UserError: the model takes none.
+        """
         if self._transform is None:
             raise UserError("this model takes no images: its image_spec is None")
         return self._transform
@@ -140,7 +146,7 @@ class Preprocessor:
         """Returns what an image of a size takes of its row."""
         if self.image_size:
             width = height = self.image_size
-        return self._images.layout(width, height)
+        return self.transform.layout(width, height)
 
     @property
     def fixed_layout(self) -> Layout:
@@ -149,12 +155,15 @@ class Preprocessor:
         Raises:
           UserError: it depends on the size.
         """
-        if not self.image_size and self._images is not None and self.image_spec.kind != "grid":
+        if not self._is_fixed():
             raise UserError(
                 "images of this model take more or less of a row according to their size; set "
                 "config.data.image_size (the paper's is 336)"
             )
         return self.layout(1, 1)
+
+    def _is_fixed(self) -> bool:
+        return self.image_size > 0 or isinstance(self.transform, Square)
 
     def image(self, source: Any, *, augment: np.random.Generator | None = None) -> Picture:
         """Prepares an image: a PIL image, encoded bytes or a path.
@@ -166,9 +175,9 @@ class Preprocessor:
         Raises:
           UserError: not readable, more than 100 MP, or of a shape the model cannot take.
         """
-        transform = self._images
+        transform = self.transform
         # A JPEG decoded at a smaller scale is another image: not where a published one is ported.
-        rough = self.image_spec.size if self.image_spec.kind == "grid" else None
+        rough = self.image_spec.size if isinstance(transform, Square) else None
         image = pictures.load_rgb(source, at_least=rough)
         if augment is not None:
             image = pictures.augment(image, augment)
@@ -195,12 +204,10 @@ class Preprocessor:
           layout: of the image; without it only rows whose image takes a fixed number of positions
             are cut to `max_tokens`.
         """
-        if has_image and self.image_spec is None:
-            raise UserError("this model takes no images: its image_spec is None")
+        if has_image and layout is None and self._is_fixed():
+            layout = self.fixed_layout
         segments = prompts.render(self.prompt, text, has_image, instruction)
         ids, start, stop = self._tokenizer.encode(segments, IMAGE_SLOT)
-        if layout is None and has_image and (self.image_size or self.image_spec.kind == "grid"):
-            layout = self.fixed_layout
         # Counted apart from the text, as the published code of NV-Embed counts it.
         skipped = prompts.skipped(self.prompt, instruction)
         skip = self._tokenizer.count(skipped) if skipped else 0
@@ -331,11 +338,15 @@ class Preprocessor:
         return tuple(IMAGE_SLOT if token == mark else token for token in ids)
 
     def _layouts(self, images: Sequence[Any]) -> list[Layout | None]:
-        layouts = []
-        for i, image in enumerate(images):
-            with _naming_row(i):
-                known = None if image is None else self.layout(*pictures.size_of(image))
-                layouts.append(known)
+        def read(row: int) -> Layout:
+            with _naming_row(row):
+                return self.layout(*pictures.size_of(images[row]))
+
+        layouts: list[Layout | None] = [None] * len(images)
+        rows = [row for row, image in enumerate(images) if image is not None]
+        with ThreadPoolExecutor() as pool:  # opening files is mostly waiting
+            for row, layout in zip(rows, pool.map(read, rows), strict=True):
+                layouts[row] = layout
         return layouts
 
     def _groups(
@@ -345,7 +356,7 @@ class Preprocessor:
             row.length(0 if layout is None else layout.positions)
             for row, layout in zip(rows, layouts, strict=True)
         ]
-        tiles = [0 if layout is None else self._images.bucket(layout.tiles) for layout in layouts]
+        tiles = [0 if layout is None else self.transform.bucket(layout.tiles) for layout in layouts]
         padded = [buckets.padded_length(length, self.max_tokens) for length in lengths]
 
         def prepare(row: int) -> Picture:
