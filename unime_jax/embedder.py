@@ -55,6 +55,8 @@ class Embedder:
         self.mesh = mesh
         self._preparation = {"image_size": image_size, "image_crops": image_crops}
         self._prompt = prompt
+        # That share the rows of a group.
+        self._devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self._apply = jax.jit(functools.partial(_apply, self.graphdef))
         self._featurise = jax.jit(functools.partial(_featurise, self.graphdef))
 
@@ -68,6 +70,7 @@ class Embedder:
             max_tokens=self._number("max_position_embeddings", MAX_TOKENS),
             image_token_id=self._image_token_id(),
             vocabulary=self._number("vocab_size", None),
+            devices=self._devices,
             **self._preparation,
         )
 
@@ -188,8 +191,8 @@ class Embedder:
     def _run(self, groups: buckets.Groups, progress) -> np.ndarray:
         out = None
         for inputs, rows in groups:
-            # Whole powers of two bound the number of compiled shapes.
-            padded = _pad_rows(inputs, 1 << (inputs.rows - 1).bit_length())
+            # Few numbers of rows bound the number of compiled shapes.
+            padded = _pad_rows(inputs, buckets.padded_rows(inputs.rows, self._devices))
             if self.mesh is not None:
                 padded = sharding.shard_batch(padded, self.mesh)
             vectors = np.asarray(self._apply(self.params, [padded]))[: len(rows)]

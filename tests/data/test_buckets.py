@@ -25,19 +25,29 @@ def test_padding_stays_below_a_third(length):
     assert length <= padded and (length < 22 or padded - length < padded / 3)
 
 
-@given(st.lists(st.tuples(st.sampled_from([16, 64, 768, 3072, 9984]), st.integers(0, 80))))
-def test_groups_are_bounded_and_hold_every_row_once(shapes):
-    found = buckets.sort(shapes)
+@given(
+    st.lists(st.tuples(st.sampled_from([16, 64, 768, 3072, 9984]), st.integers(0, 80))),
+    st.sampled_from([1, 4, 6]),
+)
+def test_groups_are_bounded_and_hold_every_row_once(shapes, devices):
+    found = buckets.sort(shapes, devices)
     assert sorted(row for bucket in found for row in bucket.members) == list(range(len(shapes)))
     for bucket in found:
         rows = len(bucket.members)
         assert all(shapes[row] == (bucket.tokens, bucket.tiles) for row in bucket.members)
-        # On the device it is padded to a power of two.
-        device = 1 << (rows - 1).bit_length()
+        device, rest = divmod(buckets.padded_rows(rows, devices), devices)
+        assert rest == 0 and device * devices >= rows and device & (device - 1) == 0
         assert device == 1 or device <= 64 and device * bucket.tokens <= 8192
         assert device == 1 or device * bucket.tiles <= 64
     lengths = [bucket.tokens for bucket in found]
     assert lengths == sorted(lengths)
+
+
+def test_full_groups_spread_over_devices_without_padding():
+    (bucket, last) = buckets.sort([(3072, 5)] * 20, 8)
+    assert len(bucket.members) == buckets.padded_rows(16, 8) == 16
+    assert len(last.members) == 4 and buckets.padded_rows(4, 8) == 8
+    assert [buckets.padded_rows(rows) for rows in (1, 2, 3, 5)] == [1, 2, 4, 8]
 
 
 class Recorder:

@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.numpy import load_file
 
 from unime_jax.data import preprocess, processor_files, tiles
@@ -117,6 +117,29 @@ def test_phi_grids_of_many_sizes(crops):
         assert layout.tiles == rows * columns <= crops
         seen.add(layout.grid)
     assert len(seen) >= min(crops, 9)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_phi_tiles_of_every_shape(size):
+    """The published code in Pillow's words: turn, resize, pad in white, turn back, cut."""
+    image = noise(*size)
+    turned = image.transpose(Image.Transpose.TRANSPOSE) if size[0] < size[1] else image
+    ratio = turned.width / turned.height
+    scale = max(s for s in range(1, 17) if s * math.ceil(s / ratio) <= 16)
+    small = turned.resize((336 * scale, int(336 * scale / ratio)), Image.Resampling.BILINEAR)
+    spare = math.ceil(small.height / 336) * 336 - small.height
+    padded = ImageOps.expand(small, (0, spare // 2, 0, spare - spare // 2), "white")
+    if size[0] < size[1]:
+        padded = padded.transpose(Image.Transpose.TRANSPOSE)
+    boxes = [
+        (left, top, left + 336, top + 336)
+        for top in range(0, padded.height, 336)
+        for left in range(0, padded.width, 336)
+    ]
+    found = phi(image_crops=16).image(image)
+    assert len(boxes) == len(found.tiles) == found.layout.tiles
+    for box, tile in zip(boxes, found.tiles, strict=True):
+        np.testing.assert_array_equal(tile, np.asarray(padded.crop(box)))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2), (3, 2), (4, 4)])

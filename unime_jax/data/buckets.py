@@ -14,7 +14,7 @@ from unime_jax.types import Inputs
 # Padded lengths: few, so that few shapes are compiled, and close enough that padding stays small.
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
 _STEP = 256  # of longer ones
-# At most so many rows, positions and tiles in one group.
+# At most so many rows, positions and tiles in one group, for each device that shares it.
 _ROWS, _TOKENS, _TILES = 64, 8192, 64
 
 
@@ -38,11 +38,17 @@ def padded_length(length: int, limit: int) -> int:
     return min(fitting, limit)
 
 
-def sort(shapes: Sequence[tuple[int, int]]) -> list[Bucket]:
+def padded_rows(rows: int, devices: int = 1) -> int:
+    """Returns how many rows a group is padded to: the same power of two on every device."""
+    return devices << (-(-rows // devices) - 1).bit_length()
+
+
+def sort(shapes: Sequence[tuple[int, int]], devices: int = 1) -> list[Bucket]:
     """Puts rows of equal shape together, short ones first.
 
     Args:
       shapes: (T, C) of each row.
+      devices: that a group's rows are spread over.
     """
     places = collections.defaultdict(list)
     for place, shape in enumerate(shapes):
@@ -50,7 +56,8 @@ def sort(shapes: Sequence[tuple[int, int]]) -> list[Bucket]:
     buckets = []
     for (tokens, tiles), members in sorted(places.items()):
         limit = max(1, min(_ROWS, _TOKENS // tokens, _TILES // max(tiles, 1)))
-        rows = 1 << (limit.bit_length() - 1)  # groups are padded to powers of two on the device
+        # Groups are padded to `padded_rows`, so a full one should need no padding.
+        rows = devices << (limit.bit_length() - 1)
         for start in range(0, len(members), rows):
             buckets.append(Bucket(tokens, tiles, tuple(members[start : start + rows])))
     return buckets

@@ -94,6 +94,7 @@ class Preprocessor:
       image_size: side of a square that every image is resized to first, aspect ignored, so that all
         take the same tiles and positions; 0: as they are.
       image_crops: most tiles of an image where the model has such a number; 0: the checkpoint's.
+      devices: that the rows of a group are spread over; groups grow with them.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Preprocessor:
         vocabulary: int | None = None,
         image_size: int = 0,
         image_crops: int = 0,
+        devices: int = 1,
     ):
         self.image_spec = image_spec
         self.prompt = prompt
@@ -114,6 +116,7 @@ class Preprocessor:
         self.image_token_id = image_token_id
         self._vocabulary = vocabulary
         self.image_size = image_size
+        self._devices = devices
         self._directory = directory
         self._transform = None
         if image_spec is not None:
@@ -370,7 +373,9 @@ class Preprocessor:
             )
 
         shapes = list(zip(padded, tiles, strict=True))
-        return buckets.Groups(buckets.sort(shapes), prepare, pack, tokens=sum(lengths))
+        return buckets.Groups(
+            buckets.sort(shapes, self._devices), prepare, pack, tokens=sum(lengths)
+        )
 
 
 @contextlib.contextmanager
