@@ -13,7 +13,7 @@ import tolerances
 import torch
 from flax import nnx
 
-from unime_jax import models
+from unime_jax import models, sharding
 from unime_jax.models import hf, phi35v
 from unime_jax.models.phi35v import Phi35VConfig
 from unime_jax.models.su_rope import SuRope
@@ -278,3 +278,21 @@ def test_bf16_is_near_f32(model, rows, groups):
         ours, expected = parity.embed(half, inputs), parity.embed(exact, inputs)
         assert ours.dtype == np.float32
         assert np.linalg.norm(ours - expected, axis=-1).max() < 1e-2
+
+
+def test_eight_devices_compute_what_one_does(golden, rows):
+    """Parameters sharded over fsdp, rows over the devices."""
+    mesh = sharding.make_mesh(fsdp=8)
+    inputs = pictures.pack([rows[3]] * 8, size=SIZE)
+    model = models.load(TINY, sharding_of=sharding.sharding_of(mesh))
+    flat = flatten(parity.split(model)[1])
+    for path in (
+        "vision_tower/encoder/layers/mlp/fc1/kernel",
+        "vision_tower/encoder/layers/self_attn/out_proj/kernel",
+        "multi_modal_projector/linear_1/kernel",
+        "language_model/model/layers/self_attn/qkv_proj/kernel",
+    ):
+        assert flat[path].addressable_shards[0].data.size == flat[path].size // 8, path
+    ours = parity.embed(model, sharding.shard_batch(inputs, mesh))
+    expected = np.tile(golden["row_3.embedding"], (8, 1))
+    tolerances.assert_near(ours, expected, tolerances.EMBEDDING)
