@@ -44,7 +44,8 @@ class Inputs:
       tiles: uint8[G, C, S, S, 3], RGB; C = 0 for text rows, which never run the vision tower. Rows
         with fewer tiles than C hold zeros behind them.
       features: f32 or f16[G, C, P, D_vision] or None: output of a frozen vision tower; where
-        given, the tower is not run and `tiles` has S = 0.
+        given, the tower is not run and `tiles` has S = 0. For "phi_hd" an entry per slot instead
+        of per tile.
       index: int32[G] or None: the place of each row among the rows of all groups; None means that
         groups stand in order.
       grid: int32[G, 2], rows and columns that the image's tiles are laid out in; only for backbones

@@ -76,7 +76,8 @@ def write(directory: pathlib.Path) -> None:
         size += part[name].nbytes
         if size > SHARD_BYTES:
             flush()
-    flush()
+    if part:
+        flush()
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(config()))

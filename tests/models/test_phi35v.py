@@ -60,32 +60,36 @@ def groups(rows):
     return [(pictures.pack([rows[i] for i in part], size=SIZE), part) for part in (images, texts)]
 
 
-def test_input_vectors_and_hidden_states_match(model, golden, groups):
-    for inputs, numbers in groups:
-        embeds, hidden = parity.inputs_embeds(model, inputs), parity.hidden(model, inputs)
-        for place, number in enumerate(numbers):
-            real = slice(0, inputs.lengths[place])
-            norms = np.linalg.norm(embeds[place, real], axis=-1)
-            tolerances.assert_near(
-                norms, golden[f"row_{number}.inputs_embeds_norms"], tolerances.MODULE
-            )
-            expected = golden[f"row_{number}.last_hidden_state"]
-            tolerances.assert_near(hidden[place, real], expected, tolerances.HIDDEN)
-
-
-def test_embeddings_and_gradients_match(model, golden, groups):
+@pytest.fixture(scope="module")
+def results(model, golden, groups):
+    """The loss, per group (input vectors, hidden states, embeddings), gradients: one program."""
     graphdef, params = parity.split(model)
-    direction = golden["grad.direction"]
 
     def loss(params):
         model = nnx.merge(graphdef, params)
-        out = [model.embed(inputs) for inputs, _ in groups]
-        return jnp.concatenate([x @ direction for x in out]).mean(), out
+        out = [(model.inputs_embeds(x), model.hidden(x), model.embed(x)) for x, _ in groups]
+        vectors = jnp.concatenate([embedding for _, _, embedding in out])
+        return (vectors @ golden["grad.direction"]).mean(), out
 
-    (value, ours), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    for (_, numbers), vectors in zip(groups, ours, strict=True):
-        for number, vector in zip(numbers, vectors, strict=True):
-            tolerances.assert_near(vector, golden[f"row_{number}.embedding"], tolerances.EMBEDDING)
+    (value, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return value, out, gradients
+
+
+def test_input_vectors_hidden_states_and_embeddings_match(results, golden, groups):
+    for (inputs, numbers), (embeds, hidden, embedding) in zip(groups, results[1], strict=True):
+        for place, number in enumerate(numbers):
+            real = slice(0, inputs.lengths[place])
+            norms = np.linalg.norm(embeds[place, real], axis=-1)
+            for name, ours, tolerance in (
+                ("inputs_embeds_norms", norms, tolerances.MODULE),
+                ("last_hidden_state", hidden[place, real], tolerances.HIDDEN),
+                ("embedding", embedding[place], tolerances.EMBEDDING),
+            ):
+                tolerances.assert_near(ours, golden[f"row_{number}.{name}"], tolerance)
+
+
+def test_loss_and_gradients_match(results, golden):
+    value, _, gradients = results
     tolerances.assert_near(value, golden["grad.loss"][0], tolerances.EMBEDDING)
     expected = {
         name.removeprefix("grad."): x for name, x in golden.items() if name.startswith("grad.model")
