@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from unime_jax.types import UserError
 
@@ -64,6 +64,8 @@ def base_config() -> ConfigDict:
     c.train.batch_size = 1024  # rows whose similarities meet in one loss; stage 1: sentences
     c.train.chunk = 0  # rows encoded at a time; 0: the whole group
     c.train.trainable = ()  # regexes on parameter paths, besides the adapters
+    # The frozen decoder in 4 or 8 bits (QLoRA): nf4 or int8; None: in model.dtype.
+    c.train.quantize = config_dict.placeholder(str)
     c.train.adapters = ConfigDict()
     c.train.adapters.rank = 16  # 0: no adapters
     c.train.adapters.alpha = 64.0  # the update is scaled by alpha / rank
@@ -182,6 +184,8 @@ def validate_train(config: ConfigDict) -> None:
     check_choice(config, "loss.kl_direction", ("teacher_to_student", "student_to_teacher"))
     check_choice(config, "loss.shortage", ("duplicate", "mask"))
     check_choice(config, "loss.negatives", ("hard", "random", "easy"))
+    if config.train.quantize is not None:
+        check_choice(config, "train.quantize", ("nf4", "int8"))
     check_choice(config, "optim.schedule", ("linear", "cosine", "constant"))
     for key in ("train.steps", "train.batch_size", "data.max_tokens", "data.length_bins",
                 "data.variants", "data.threads", "checkpoint.keep", "log.every_steps"):  # fmt: skip

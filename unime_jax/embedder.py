@@ -224,24 +224,44 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
 
 
 def load_model(
-    path, *, dtype: str, attention: str = "auto", remat: str = "none", mesh=None
+    path,
+    *,
+    dtype: str,
+    attention: str = "auto",
+    remat: str = "none",
+    mesh=None,
+    part: str = "all",
+    quantize: str | None = None,
 ) -> tuple[nnx.Module, pathlib.Path]:
-    """Returns the model, adapters merged, and the directory of its config.json and tokenizer."""
+    """Returns the model, adapters merged, and the directory of its config.json and tokenizer.
+
+    Args:
+      path, dtype, mesh: see `load`.
+      attention, remat, part, quantize: see `models.load`.
+    """
     found = weights.find(path)
-    model = _build(found, dtype=dtype, attention=attention, remat=remat, mesh=mesh)
+    model = _build(
+        found,
+        dtype=dtype,
+        attention=attention,
+        remat=remat,
+        mesh=mesh,
+        part=part,
+        quantize=quantize,
+    )
     return model, found.directory
 
 
 def _build(
-    found: weights.Weights, *, dtype: str, attention: str = "auto", remat: str = "none", mesh=None
+    found: weights.Weights, *, dtype: str, attention: str = "auto", mesh=None, **options
 ) -> nnx.Module:
     return models.load(
         found.directory,
         dtype=dtype,
         attention=resolve_attention(attention, dtype, mesh),
-        remat=remat,
         sharding_of=None if mesh is None else sharding.sharding_of(mesh),
         fill=found.fill,
+        **options,
     )
 
 

@@ -18,7 +18,7 @@ def split_trainable(
     """Splits parameters into (trainable, frozen): those that match any regex, and the rest.
 
     Raises:
-      UserError: a pattern matches nothing.
+      UserError: a pattern matches nothing, or a quantised weight.
     """
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in flat):
@@ -27,6 +27,12 @@ def split_trainable(
                 f"config.train.trainable: no parameter matches {pattern!r}; paths look like {some}"
             )
     trainable = {p: x for p, x in flat.items() if any(re.search(q, p) for q in patterns)}
+    codes = [path for path in trainable if path.endswith(("/kernel_codes", "/kernel_scales"))]
+    if codes:
+        raise UserError(
+            f"config.train.trainable: {codes[0]} is quantized and cannot be trained; leave it to "
+            "the adapters or set config.train.quantize=None"
+        )
     return trainable, {p: x for p, x in flat.items() if p not in trainable}
 
 

@@ -14,10 +14,11 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
 # (regex on the parameter's path, spec of its last axes). The first match counts; axes in front
-# (the layer axis of stacked layers) stay whole. Kernels are [inputs, outputs].
+# (the layer axis of stacked layers) stay whole. Kernels are [inputs, outputs]; scales of quantised
+# ones [inputs / 64, outputs].
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(q|k|v|qkv|gate|up|gate_up)_proj/kernel$", P("fsdp", "tensor")),
-    (r"(o_proj|down_proj)/kernel$", P("tensor", "fsdp")),
+    (r"(q|k|v|qkv|gate|up|gate_up)_proj/kernel(_codes|_scales)?$", P("fsdp", "tensor")),
+    (r"(o_proj|down_proj)/kernel(_codes|_scales)?$", P("tensor", "fsdp")),
     (r"embed_tokens/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"latent_attention_model/(to_q|to_kv|ff_in)/kernel$", P("fsdp", "tensor")),

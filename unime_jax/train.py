@@ -18,7 +18,7 @@ from flax import nnx
 
 from unime_jax import checkpoint, embedder, evaluation, optim, report, runtime, sharding, steps
 from unime_jax.config import describe, parse, validate_train
-from unime_jax.train_data import TrainData, open_data
+from unime_jax.train_data import TrainData, open_data, reads_images
 from unime_jax.types import UserError, flatten, unflatten
 
 
@@ -44,6 +44,8 @@ def run(config) -> dict[str, float]:
         attention=config.model.attention,
         remat=config.model.remat,
         mesh=mesh,
+        part="all" if reads_images(settings) else "language",
+        quantize=config.train.quantize,
     )
     preparation = {key: settings["data"][key] for key in embedder.PREPARATION}
     base = embedder.Embedder(model, directory=directory, mesh=mesh, **preparation)

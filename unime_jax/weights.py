@@ -54,11 +54,17 @@ class Weights:
             source = peft.Adapted(source, change, self.key_map)
         return source
 
-    def fill(self, abstract: Params) -> Params:
-        """Returns the parameters in the dtypes and on the shardings asked for."""
-        if isinstance(self.base, Stored) and not self.changes:
+    def fill(self, abstract: Params, key_map: hf.KeyMap | None = None, finish=None) -> Params:
+        """Returns the parameters in the dtypes and on the shardings asked for.
+
+        Args:
+          abstract: all of the model's parameters, or those of `key_map`.
+          key_map: the model's, or a part of it.
+          finish: see `hf.fill`.
+        """
+        if isinstance(self.base, Stored) and not self.changes and finish is None:
             return checkpoint.read_model(self.directory, abstract)
-        return hf.fill(self.source, self.key_map, abstract)
+        return hf.fill(self.source, key_map or self.key_map, abstract, finish=finish)
 
 
 def find(name: str | os.PathLike, adapter: str | os.PathLike | None = None) -> Weights:

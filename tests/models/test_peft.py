@@ -92,7 +92,9 @@ def test_merged_weights_are_pefts(source, case):
 def test_embeddings_are_pefts(base, case):
     adapter = peft.read(case.directory, KEY_MAP)
     reader = hf_read.Reader(base, KEY_MAP)
-    fill = lambda params: hf.fill(peft.Adapted(reader, adapter, KEY_MAP), KEY_MAP, params)  # noqa: E731
+    fill = lambda params, keys, finish: hf.fill(  # noqa: E731
+        peft.Adapted(reader, adapter, KEY_MAP), keys, params, finish=finish
+    )
     model = models.load(base, fill=fill)
     tolerances.assert_near(tiny_llava.ours(model, case.merged), case.embeddings, 1e-5)
     assert np.abs(tiny_llava.ours(models.load(base), case.merged) - case.embeddings).max() > 1e-2

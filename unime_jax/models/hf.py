@@ -11,7 +11,7 @@ import json
 import pathlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -77,6 +77,19 @@ class KeyMap:
             self.renamed + other.renamed,
             self.copies + other.copies,
             self.modules + other.modules,
+        )
+
+    def only(self, paths: Container[str]) -> "KeyMap":
+        """Returns the map of a model that has some of the parameters; other keys are ignored."""
+        kept = tuple(rule for rule in self.rules if rule.ours in paths)
+        others = tuple(
+            re.escape(rule.hf).replace(re.escape("{L}"), r"\d+")
+            for rule in self.rules
+            if rule.ours not in paths
+        )
+        copies = tuple(re.escape(copy) for copy, _ in self.copies)
+        return dataclasses.replace(
+            self, rules=kept, ignored=self.ignored + others + copies, copies=()
         )
 
 
@@ -149,6 +162,7 @@ def fill(
     key_map: KeyMap,
     abstract: Params,
     *,
+    finish: Callable[[str, Array], dict[str, Array]] | None = None,
     progress: Callable[[int, str], None] | None = None,
 ) -> Params:
     """Fills a model's parameters, one at a time, with tensors from anywhere.
@@ -161,6 +175,7 @@ def fill(
       key_map: the model's keys.
       abstract: nested dict of ShapeDtypeStruct; values are converted to its dtypes and placed on
         its shardings where it has any.
+      finish: (path, parameter) -> what is kept of it, by path, before the next one is read.
       progress: called with the bytes filled so far and the parameter that comes next.
 
     Raises:
@@ -174,8 +189,9 @@ def fill(
     for path, leaf in flat.items():
         if progress:
             progress(done, path)
-        filled[path] = _read(source, rules[path], leaf, broken)
-        done += filled[path].nbytes
+        value = _read(source, rules[path], leaf, broken)
+        done += value.nbytes
+        filled.update(finish(path, value) if finish else {path: value})
     if broken:
         named = listed("tensors", sorted(broken))
         warnings.warn(f"{source.name}: NaN or infinite values in {named}", stacklevel=2)

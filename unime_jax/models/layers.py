@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
+from unime_jax.models import quant
 from unime_jax.types import Array, UserError
 
 MATMULS = ("transposed", "plain")
@@ -59,7 +60,8 @@ class Linear(nnx.Module):
     """Is `x @ kernel + bias`, plus a low-rank adapter where one is attached.
 
     Attributes:
-      kernel: [I, O]; stacked layers have L in front of every array.
+      kernel: [I, O]; stacked layers have L in front of every array. None where it is quantised.
+      kernel_codes, kernel_scales: what stands for the kernel then (see `quant`), else None.
       bias: [O] or None.
       lora_A, lora_B: f32[I, R] and f32[R, O], or None (see `lora.attach`).
       lora_scale: factor on the adapter's output, alpha / R.
@@ -81,6 +83,8 @@ class Linear(nnx.Module):
             raise UserError(f"matmul {matmul!r} is unknown; use one of {', '.join(MATMULS)}")
         init = jax.nn.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (inputs, outputs), dtype))
+        self.kernel_codes = nnx.data(None)
+        self.kernel_scales = nnx.data(None)
         self.bias = nnx.data(nnx.Param(jnp.zeros((outputs,), dtype)) if bias else None)
         self.lora_A = nnx.data(None)
         self.lora_B = nnx.data(None)
@@ -88,9 +92,17 @@ class Linear(nnx.Module):
         self.lora_dropout = 0.0
         self.matmul = matmul
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Is [I, O], or [L, I, O] where layers are stacked."""
+        return (self.kernel_codes if self.kernel is None else self.kernel).shape
+
     def __call__(self, x: Float[Array, "... I"], key: Array | None = None) -> Float[Array, "... O"]:
         """Applies the layer; with a key, dropout acts on the adapter's input."""
-        y = matmul(x, self.kernel[...], self.matmul)
+        if self.kernel is None:
+            y = quant.matmul(x, self.kernel_codes[...], self.kernel_scales[...])
+        else:
+            y = matmul(x, self.kernel[...], self.matmul)
         if self.bias is not None:
             y = y + self.bias[...].astype(y.dtype)
         if self.lora_A is None:

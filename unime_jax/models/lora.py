@@ -15,7 +15,8 @@ from unime_jax.models.layers import Linear
 from unime_jax.types import Params, UserError, flatten
 
 
-def _linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """Yields every linear layer with its path."""
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             yield "/".join(map(str, path)), module
@@ -44,15 +45,15 @@ def attach(
     """
     if rank < 1:
         raise UserError(f"adapter rank is {rank}; it must be at least 1")
-    linears = dict(_linears(model))
-    chosen = {path: linear for path, linear in linears.items() if re.search(targets, path)}
+    known = dict(linears(model))
+    chosen = {path: linear for path, linear in known.items() if re.search(targets, path)}
     if not chosen:
-        some = ", ".join(sorted(linears)[:3])
+        some = ", ".join(sorted(known)[:3])
         raise UserError(f"adapter targets {targets!r} match no linear layer; paths are like {some}")
     for path, linear in chosen.items():
         if linear.lora_A is not None:
             raise UserError(f"{path} has an adapter already; merge it before attaching another")
-        *layers, inputs, outputs = linear.kernel.shape
+        *layers, inputs, outputs = linear.shape
         bound = inputs**-0.5
         init = jax.random.uniform(
             rngs.params(), (*layers, inputs, rank), jnp.float32, -bound, bound
@@ -65,10 +66,16 @@ def attach(
 
 
 def merge(model: nnx.Module) -> nnx.Module:
-    """Adds every adapter to its weight, in f32, and removes it; changes the model in place."""
-    for _, linear in _linears(model):
+    """Adds every adapter to its weight, in f32, and removes it; changes the model in place.
+
+    Raises:
+      UserError: a weight is quantised: adapters belong into the original ones.
+    """
+    for path, linear in linears(model):
         if linear.lora_A is None:
             continue
+        if linear.kernel is None:
+            raise UserError(f"{path} is quantized: load the run, which merges into its base")
         change = jnp.einsum(
             "...ir,...ro->...io",
             linear.lora_A[...].astype(jnp.float32),
