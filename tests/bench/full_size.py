@@ -19,8 +19,8 @@ import safetensors.numpy
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 SHARD_BYTES = 2 * 10**9
-IMAGE = (480, 640)
-SIZE = 336
+IMAGE = (336, 336)
+INDEX = "model.safetensors.index.json"
 
 
 def config() -> dict:
@@ -58,7 +58,7 @@ def draw(rng: np.random.Generator, name: str, shape: list[int]) -> np.ndarray:
 
 
 def write(directory: pathlib.Path) -> None:
-    """Writes config.json, the shards and their index, one shard at a time."""
+    """Writes the shards, one at a time, and their index."""
     directory.mkdir(parents=True, exist_ok=True)
     shapes = json.loads((GOLDEN / "phi35v_keys.json").read_text())
     shapes = {name: shape for name, shape in shapes.items() if not name.endswith("wte.weight")}
@@ -79,8 +79,14 @@ def write(directory: pathlib.Path) -> None:
     if part:
         flush()
     index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / INDEX).write_text(json.dumps(index))
+
+
+def write_configs(directory: pathlib.Path) -> None:
     (directory / "config.json").write_text(json.dumps(config()))
+    # num_crops 4: five passes through the tower and 757 positions for a square image.
+    preprocessor = (GOLDEN / "phi3v_tiny" / "preprocessor_config.json").read_text()
+    (directory / "preprocessor_config.json").write_text(preprocessor)
 
 
 def memory() -> dict[str, float]:
@@ -127,10 +133,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.embed:
         return embed(args.directory)
-    if not (args.directory / "config.json").exists():
+    if not (args.directory / INDEX).exists():
         start = time.perf_counter()
         write(args.directory)
         report("written", start)
+    write_configs(args.directory)
     source = args.directory
     if args.through == "convert":
         source = args.directory.with_name(args.directory.name + "-imported")

@@ -18,10 +18,10 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from unime_jax import models
-from unime_jax.models import hf
+from unime_jax.models import hf, lora
 from unime_jax.models.clip import MEAN, STD
 from unime_jax.models.llava16 import Llava16Config
-from unime_jax.types import ImageSpec, UserError, flatten
+from unime_jax.types import ImageSpec, UserError, flatten, unflatten
 
 SIZE = 28
 IMAGE_TOKEN = 90
@@ -69,7 +69,7 @@ def make_rows(reference):
     rows, images = [], []
     for shape in SHAPES:
         image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
-        out = processor(image, return_tensors="np")
+        out = processor(image, return_tensors="np", input_data_format="channels_last")
         tiles = out["pixel_values"][0].transpose(0, 2, 3, 1)
         # The reference itself lays out the numbers of the features: newline 0, then the tiles'.
         numbers = 1 + torch.arange(len(tiles) * features).reshape(len(tiles), features, 1)
@@ -196,6 +196,35 @@ def test_padding_and_batch_mates_change_nothing(case, model):
     noisy = pictures.pack(case.rows[:-1], size=SIZE, tiles=LONGEST)
     np.copyto(noisy.tiles, tiles)
     np.testing.assert_array_equal(parity.embed(model, noisy), together)
+
+
+def test_adapters_reach_tower_projector_and_decoder(case, model):
+    """Attached they change nothing; each gets a gradient; dropout follows the key."""
+    if case.kind != "mistral":
+        pytest.skip("the same code as with Mistral")
+    options = {"rank": 2, "alpha": 4, "dropout": 0.5, "rngs": nnx.Rngs(0)}
+    targets = r"(q_proj|fc2|linear_1)$"
+    adapted = lora.attach(models.load(case.directory), targets=targets, **options)
+    graphdef, params = parity.split(adapted)
+    paths = lora.adapter_paths(params)
+    assert len(paths) == 2 * (2 + 2 + 1 + 1)  # tower's layers, its unused one, projector, decoder
+    inputs = case.groups[0]
+
+    def loss(params, key):
+        out = nnx.merge(graphdef, params).embed(inputs, key=key)
+        return (out @ case.direction).mean(), out
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (_, ours), gradients = run(params, jax.random.key(0))
+    tolerances.assert_near(ours, parity.embed(model, inputs), tolerances.EMBEDDING)
+    flat, gradients = flatten(params), flatten(gradients)
+    for path in paths:
+        used = "last_layer" not in path and path.endswith("lora_B")  # B is 0: A has no gradient yet
+        assert used == bool(np.abs(gradients[path]).max() > 0), path
+        flat[path] = jnp.full_like(flat[path], 0.1)
+    values = [run(unflatten(flat), jax.random.key(seed))[0][1] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(values[0], values[1])
+    assert np.abs(values[0] - values[2]).max() > 1e-3
 
 
 def tensors(directory):
