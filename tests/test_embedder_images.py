@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import unime_jax
-from unime_jax import checkpoint, embedder
+from unime_jax import embedder
 from unime_jax.data import prompts
 from unime_jax.types import UserError
 
@@ -176,17 +176,6 @@ def test_every_image_at_one_size(model):
     assert (group.image_index[:, 0] >= 0).all()  # the text alone says where the image stands
     with pytest.raises(UserError, match="row 0: prompt 'mmeb'"):
         fixed.preprocess(texts=["Is it?"], images=images[:1])
-
-
-def test_a_run_keeps_the_way_its_rows_were_prepared(tmp_path):
-    data = {"prompt": "mmeb", "image_size": 336, "image_crops": 1, "max_tokens": 64}
-    checkpoint.open_run(tmp_path / "run", {"data": data})
-    assert embedder.preparation_of(tmp_path / "run") == {
-        "prompt": "mmeb",
-        "image_size": 336,
-        "image_crops": 1,
-    }
-    assert embedder.preparation_of(tmp_path) == {}
 
 
 def test_golden_rows_in_one_call(tmp_path):

@@ -198,7 +198,7 @@ def phi_ids(tokenizer, text, positions):
 STRIPS = {
     "plain": {},
     "rstrip": {"rstrip": PHI_TOKENS},
-    "lstrip": {"lstrip": ["<|end|>"], "single_word": ["<|assistant|>"]},
+    "lstrip": {"lstrip": ["<|end|>"]},
 }
 
 
@@ -268,6 +268,17 @@ def test_what_looks_like_a_special_token_stays_text(small, tmp_path, strips):
         list(row.ids[row.start : row.stop])
     )
     assert inside.strip() == text
+
+
+def test_a_token_that_must_be_a_word_of_its_own(small, tmp_path):
+    content = published(small, added=phi_tokens(small, single_word=["<|end|>"]))
+    library = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer = Tokenizer(write(tmp_path, content))
+    end = len(content["model"]["vocab"]) + PHI_TOKENS["<|end|>"]
+    for string, count in (("a<|end|> b", 0), ("a <|end|>b", 0), ("a <|end|> b", 1), ("<|end|>", 1)):
+        ids, _, _ = tokenizer.encode([prompts.Segment("prompt", string)], -1)
+        assert ids == library.encode(string).ids
+        assert ids.count(end) == count
 
 
 def test_an_image_token_swallows_the_blanks_its_file_says(base, tmp_path):
