@@ -166,6 +166,17 @@ def test_a_thin_picture_is_refused_by_name():
     assert phi().layout(1344, 1).grid == (1, 4)
 
 
+def test_few_numbers_of_tiles_make_groups():
+    found = phi().embed_rows([[5, -1, 6]] * 2, [noise(900, 300), noise(800, 400)])
+    wide = {grid: group for group, _ in found for grid in map(tuple, group.grid)}
+    assert set(wide) == {(1, 3), (1, 2)}
+    assert wide[1, 2].tiles.shape[:2] == (1, 2) and wide[1, 3].tiles.shape[:2] == (1, 4)
+    assert wide[1, 3].tiles[0, 2].any() and not wide[1, 3].tiles[0, 3].any()
+    kinds = {phi(image_crops=16).transform.bucket(count) for count in range(1, 17)}
+    assert kinds == {1, 2, 4, 6, 9, 12, 16}
+    assert phi(image_crops=30).transform.bucket(25) == 25
+
+
 # ---- LLaVA-1.6
 
 

@@ -137,7 +137,8 @@ def _png_exif(file) -> bytes | None:
 def _check_pil(image, name: str) -> int:
     """Decodes a PIL image that was only opened so far; returns its EXIF orientation."""
     _check_pixels(image, name)
-    with _LOCKS[id(image) % len(_LOCKS)]:  # rows may share an image, and it is decoded in place
+    # Rows may share an image, and it is decoded in place. Addresses are multiples of 16.
+    with _LOCKS[id(image) // 16 % len(_LOCKS)]:
         image.load()
         return image.getexif().get(_ORIENTATION, 1)
 
