@@ -270,6 +270,17 @@ def test_what_looks_like_a_special_token_stays_text(small, tmp_path, strips):
     assert inside.strip() == text
 
 
+@pytest.mark.parametrize("kind", ["published", "metaspace"])
+def test_a_text_that_begins_the_row_stays_text(small, tmp_path, kind):
+    content = published(small, added=phi_tokens(small))
+    if kind == "metaspace":
+        content |= {"normalizer": None, "pre_tokenizer": small["pre_tokenizer"]}
+    ours = preprocess.Preprocessor(write(tmp_path, content), None, prompt="none", max_tokens=99)
+    plain = tokenizers.Tokenizer.from_str(json.dumps({**content, "added_tokens": []}))
+    text = "<|end|> a <s>"
+    assert list(ours.tokenize(text, False).ids) == plain.encode(text).ids
+
+
 def test_a_token_that_must_be_a_word_of_its_own(small, tmp_path):
     content = published(small, added=phi_tokens(small, single_word=["<|end|>"]))
     library = tokenizers.Tokenizer.from_str(json.dumps(content))
