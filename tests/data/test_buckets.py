@@ -44,6 +44,7 @@ def test_groups_are_bounded_and_hold_every_row_once(shapes, devices):
 
 
 def test_full_groups_spread_over_devices_without_padding():
+    assert [len(bucket.members) for bucket in buckets.sort([(768, 0)] * 20)] == [8, 8, 4]
     (bucket, last) = buckets.sort([(3072, 5)] * 20, 8)
     assert len(bucket.members) == buckets.padded_rows(16, 8) == 16
     assert len(last.members) == 4 and buckets.padded_rows(4, 8) == 8

@@ -323,9 +323,10 @@ def test_start_and_end_tokens_follow_the_llama_class(base, tmp_path, config, end
     assert (start, stop) == (len(ends[0]), len(ends[0]) + 1)
 
 
-def test_cutting_takes_the_text_behind_the_image(small, tmp_path):
+@pytest.mark.parametrize("spec", [PHI, LLAVA], ids=["phi", "llava"])
+def test_cutting_takes_the_text_behind_the_image(small, tmp_path, spec):
     directory = write(tmp_path, published(small, added=phi_tokens(small)))
-    ours = preprocess.Preprocessor(directory, PHI, prompt="mmeb", max_tokens=4096)
+    ours = preprocess.Preprocessor(directory, spec, prompt="mmeb", max_tokens=4096)
     row = ours.tokenize(prompts.Slotted("Which one is it?", " one two three"), True)
     cut = row.cut(row.length(313) - 2, 313)
     assert cut.ids == row.ids[:-2] and cut.lost == 2
