@@ -4,6 +4,8 @@ import errno
 import os
 import signal
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from unime_jax import runtime
@@ -52,3 +54,16 @@ def test_first_signal_asks_second_interrupts():
             os.kill(os.getpid(), signal.SIGINT)
             signal.pause()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_cpu_programs_do_not_hold_all_layers_in_f32():
+    weights = jax.ShapeDtypeStruct((32, 256, 256), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((4, 256), jnp.bfloat16)
+
+    def run(x, weights):
+        return jax.lax.scan(lambda x, w: (jax.nn.silu(x @ w), None), x, weights)[0]
+
+    options = runtime.compiler_options("cpu")
+    compiled = jax.jit(run, compiler_options=options).lower(x, weights).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 256 * 256 * 4
+    assert runtime.compiler_options("gpu") is None

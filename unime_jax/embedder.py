@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unime_jax import models, sharding, weights
+from unime_jax import models, runtime, sharding, weights
 from unime_jax.data import buckets, preprocess, prompts
 from unime_jax.models import lora
 from unime_jax.types import Array, Inputs, Params, UserError
@@ -57,8 +57,10 @@ class Embedder:
         self._prompt = prompt
         # That share the rows of a group.
         self._devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self._apply = jax.jit(functools.partial(_apply, self.graphdef))
-        self._featurise = jax.jit(functools.partial(_featurise, self.graphdef))
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options(device.platform))
+        self._apply = jit(functools.partial(_apply, self.graphdef))
+        self._featurise = jit(functools.partial(_featurise, self.graphdef))
 
     @functools.cached_property
     def preprocessor(self) -> preprocess.Preprocessor:

@@ -82,3 +82,14 @@ def start() -> None:
     directory = cache_directory() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """Returns what `jax.jit(compiler_options=...)` needs for a model of stacked bf16 layers.
+
+    XLA:CPU multiplies in f32 and moves the conversion of the weights out of the loop over layers,
+    so that all of them exist twice more: 15 GB for Phi-3.5-vision's 8, 0.5 GB without that pass.
+    """
+    if platform != "cpu":
+        return None
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
