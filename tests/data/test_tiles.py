@@ -289,6 +289,7 @@ def test_the_number_of_crops_is_the_checkpoints(tmp_path):
         (LLAVA, {"rescale_factor": 1.0}, "rescale_factor"),
         (LLAVA, {"do_normalize": False}, "do_normalize"),
         (LLAVA, {"size": {"shortest_edge": 224}}, "size.shortest_edge"),
+        (LLAVA, {"crop_size": 224}, "crop_size=224"),
         (LLAVA, {"image_grid_pinpoints": [[336, 672]]}, "image_grid_pinpoints"),
     ],
 )

@@ -60,7 +60,11 @@ def make_transform(spec: ImageSpec, directory: str | pathlib.Path, *, crops: int
             raise UserError(f"{path}: num_crops={crops!r} must be an integer of at least 1")
         return PhiHD(spec, crops)
     for key in ("size", "crop_size"):
-        for side, pixels in (settings.get(key) or {}).items():
+        sides = settings.get(key)
+        if not isinstance(sides, dict):
+            _check(path, settings, key, spec.size)
+            continue
+        for side, pixels in sides.items():
             _check(path, {f"{key}.{side}": pixels}, f"{key}.{side}", spec.size)
     _check(path, settings, "image_grid_pinpoints", [list(grid) for grid in spec.grids])
     return AnyResolution(spec)
