@@ -116,30 +116,32 @@ def test_padding_and_batch_mates_change_nothing(model, rows, groups):
     np.testing.assert_array_equal(parity.embed(model, noisy), vectors)
 
 
-def test_a_single_tile_is_its_own_thumbnail(model, golden):
-    """A group with C = 1 runs the tower once a row; same rows in a wider group, same vectors."""
-    tile = golden["image_1"]
+@pytest.fixture(scope="module")
+def single(golden):
+    """A row with an image of one tile, in a group with C = 1 and no grid."""
     index = pictures.phi_index((1, 1))
     assert len(index) == 313
-    rows = [(np.ones(320, int), np.array([-1, *index, *[-1] * 6]), tile[None], (1, 1))]
-    narrow = pictures.pack(rows, size=SIZE)
-    narrow = Inputs(narrow.tokens, narrow.lengths, narrow.image_index, narrow.tiles)  # no grid
-    wide = pictures.pack(rows, size=SIZE, tiles=2)
-    expected = parity.embed(model, wide)
-    tolerances.assert_near(parity.embed(model, narrow), expected, tolerances.EMBEDDING)
+    places = np.array([-1, *index, *[-1] * 6])
+    row = (np.arange(len(places)) % 256, places, golden["image_1"][None], (1, 1))
+    group = pictures.pack([row], size=SIZE)
+    return Inputs(group.tokens, group.lengths, group.image_index, group.tiles)
+
+
+def test_a_single_tile_is_its_own_thumbnail(model, single):
+    """The tower runs once; the same row in a wider group, and from features, is the same vector."""
+    expected = parity.embed(model, single)
+    parts = single.tokens, single.lengths, single.image_index
+    wide = Inputs(*parts, np.pad(single.tiles, [(0, 0), (0, 1)] + [(0, 0)] * 3), grid=ONE)
+    tolerances.assert_near(parity.embed(model, wide), expected, tolerances.EMBEDDING)
     graphdef, params = parity.split(model)
-    features = jax.jit(lambda p, t: nnx.merge(graphdef, p).featurise(t))(params, tile[None])
+    run = jax.jit(lambda params, tiles: nnx.merge(graphdef, params).featurise(tiles))
+    features = np.asarray(run(params, single.tiles[0]))
     assert features.shape == (1, 144, 128)
-    given = Inputs(
-        narrow.tokens,
-        narrow.lengths,
-        narrow.image_index,
-        np.zeros((1, 1, 0, 0, 3), np.uint8),
-        features=np.asarray(features)[:, None],
-    )
+    given = Inputs(*parts, np.zeros((1, 1, 0, 0, 3), np.uint8), features=features[None])
     tolerances.assert_near(parity.embed(model, given), expected, tolerances.EMBEDDING)
 
 
+ONE = np.ones((1, 2), np.int32)
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (2, 3), (3, 2), (4, 4), (1, 16), (16, 1)]
 
 
@@ -273,12 +275,12 @@ def test_fewer_key_value_heads_and_any_sliding_window_are_followed():
     assert np.isfinite(parity.embed(model, parity.text_inputs((9,)))).all()
 
 
-def test_bf16_is_near_f32(model, rows, groups):
+def test_bf16_is_near_f32(model, single, groups):
     """Computed in bf16 and in f32 from the same bf16 weights."""
     half = models.load(TINY, dtype="bfloat16")
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), parity.split(half)[1])
     exact = nnx.merge(parity.split(model)[0], wide)
-    for inputs in (pictures.pack([rows[3]], size=SIZE), groups[1][0]):
+    for inputs in (single, groups[1][0]):
         ours, expected = parity.embed(half, inputs), parity.embed(exact, inputs)
         assert ours.dtype == np.float32
         assert np.linalg.norm(ours - expected, axis=-1).max() < 1e-2
