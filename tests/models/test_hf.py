@@ -183,13 +183,15 @@ def sharded(tmp_path):
 
 
 def test_all_damaged_and_incomplete_files_are_named_at_once(tmp_path):
-    first, second, *_ = sharded(tmp_path)
+    first, second, *_, last = sharded(tmp_path)
+    last.unlink()
     first.write_bytes(first.read_bytes()[:-1])
     safetensors.numpy.save_file({"other": np.zeros(1, np.float32)}, second)
     with pytest.raises(UserError) as error:
         hf_read.load(tmp_path, MAP, abstract(toy_params()))
     message = str(error.value)
     assert f"{first.name} is corrupt or cut short" in message
+    assert f"lacks {last.name}, which model.safetensors.index.json names" in message
     assert f"{second.name} lacks what model.safetensors.index.json names: 1 keys: " in message
 
 
@@ -221,7 +223,8 @@ def test_arrays_are_filled_in_place_and_files_are_closed(tmp_path, monkeypatch):
 
 def test_missing_files_are_named(directory, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
-    with pytest.raises(UserError, match="neither model.safetensors nor"):
+    (empty / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="neither model.safetensors nor.*; .bin files are not read"):
         hf_read.load(empty, MAP, abstract(toy_params()))
     with pytest.raises(UserError, match="config.json is missing"):
         hf.read_config(empty)

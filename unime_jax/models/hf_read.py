@@ -36,8 +36,12 @@ class Reader:
         self._tensors: dict[str, _Lazy] = {}
         self._open: dict[pathlib.Path, Any] = {}
         self._mapped = 0
-        problems = []
-        for path, promised in _weight_files(directory).items():
+        files = _weight_files(directory)
+        missing = [path.name for path in files if not path.exists()]
+        problems = [f"{directory} lacks {name}, which {INDEX_FILE} names" for name in missing]
+        for path, promised in files.items():
+            if path.name in missing:
+                continue
             try:
                 with safetensors.safe_open(path, framework="numpy") as file:
                     parts = {name: file.get_slice(name) for name in file.keys()}
@@ -112,16 +116,14 @@ def _weight_files(directory: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     if single.exists():
         return {single: set()}
     if not index.exists():
-        raise UserError(f"{directory} holds neither {single.name} nor {index.name}")
+        hint = "; .bin files are not read" if any(directory.glob("*.bin")) else ""
+        raise UserError(f"{directory} holds neither {single.name} nor {index.name}{hint}")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map")
     files: dict[pathlib.Path, set[str]] = {}
     for key, name in sorted(names.items(), key=lambda item: item[1]):
         files.setdefault(directory / name, set()).add(key)
-    missing = [path.name for path in files if not path.exists()]
-    if missing:
-        raise UserError(f"{directory} lacks {', '.join(missing)}, which {index.name} names")
     return files
 
 
