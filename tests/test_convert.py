@@ -114,7 +114,7 @@ def test_mixed_dtypes_and_unused_tensors_survive(root, tmp_path):
     norm = "language_model.model.norm.weight"
     content[norm] = content[norm].astype(jax.numpy.bfloat16)
     content["language_model.lm_head.weight"] = content["language_model.model.embed_tokens.weight"]
-    counter = "vision_tower.stem.1.num_batches_tracked"
+    counter = "vision_tower._bn0.num_batches_tracked"
     content[counter] = np.array(7, np.int64)
     safetensors.numpy.save_file(content, mixed / "model.safetensors", metadata={"format": "pt"})
     run("import", "--model", mixed, "--output", tmp_path / "ours")
@@ -277,6 +277,18 @@ def test_bad_files_are_named(root, tmp_path, command):
     refused("model.safetensors is corrupt or cut short")
     (bad / "model.safetensors").unlink()
     refused("holds neither")
+    header = {"vision_tower._bn0.num_batches_tracked": {
+        "dtype": "F8_E5M2", "shape": [1], "data_offsets": [0, 1]}}  # fmt: skip
+    text = json.dumps(header).encode()
+    odd = len(text).to_bytes(8, "little") + text + b"0"
+    (bad / "model-00001-of-00002.safetensors").write_bytes(odd)
+    (bad / "model-00002-of-00002.safetensors").write_bytes(content)
+    names = {**dict.fromkeys(header, "model-00001-of-00002.safetensors"),
+             "vision_tower._conv_stem.weight": "model-00002-of-00002.safetensors"}  # fmt: skip
+    (bad / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    refused("cannot hold 1 tensors: .*num_batches_tracked as F8_E5M2")
+    for path in bad.glob("model-*"):
+        path.unlink()
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
     (bad / "model.safetensors.index.json").write_text(json.dumps(index))
     refused("lacks model-00001-of-00002.safetensors")

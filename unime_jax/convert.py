@@ -95,7 +95,7 @@ def import_model(args: argparse.Namespace) -> None:
     found = weights.find(args.model, args.adapter)
     _, abstract = models.abstract(found.config)
     flat = flatten(abstract)
-    hf.check(found.source, found.key_map, flat)
+    _check(found, flat)
     stored = {key: found.source.slice(key).get_dtype() for key in found.source.keys()}
     dtypes, narrow = _leaf_dtypes(found, flat, stored, args.dtype)
     wanted = {
@@ -116,6 +116,15 @@ def import_model(args: argparse.Namespace) -> None:
         checkpoint.write_model(scratch, params, rest, notes)
         _write_files(found, scratch, args.dtype)
     _say_done(args.output, len(stored), total, started)
+
+
+def _check(found: weights.Weights, flat) -> None:
+    """Raises unless the tensors are those of the model, in dtypes that can be held."""
+    hf.check(found.source, found.key_map, flat)
+    kinds = {key: found.source.slice(key).get_dtype() for key in found.source.keys()}
+    strange = [f"{key} as {kind}" for key, kind in kinds.items() if kind not in hf_write.NAMES]
+    if strange:
+        raise UserError(f"{found.name}: cannot hold {hf.listed('tensors', sorted(strange))}")
 
 
 def _leaf_dtypes(found, flat, stored: dict[str, str], dtype: str | None):
@@ -139,7 +148,7 @@ def export_model(args: argparse.Namespace) -> None:
     found = weights.find(args.model, args.adapter)
     _, abstract = models.abstract(found.config)
     flat = flatten(abstract)
-    hf.check(found.source, found.key_map, flat)
+    _check(found, flat)
     tensors = list(_pending(found, flat, args.dtype))
     total = sum(tensor.nbytes for tensor in tensors)
     started = time.monotonic()

@@ -206,6 +206,9 @@ def test_both_spellings_of_doras_magnitude(base, tmp_path):
     assert any(name.endswith(ending) for name in names)
     rewrite(tmp_path, lambda x: {n + ".weight" * n.endswith(ending): v for n, v in x.items()})
     same(peft.read(tmp_path, KEY_MAP), now)
+    rewrite(tmp_path, lambda x: {n: v[1:] if "magnitude" in n else v for n, v in x.items()})
+    with pytest.raises(UserError, match="has 31 magnitudes for 32 outputs"):
+        peft.read(tmp_path, KEY_MAP)
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -289,6 +289,9 @@ def _misfit(config: Mapping[str, Any], module: str, arrays: Mapping[str, np.ndar
     rank = _pattern(config.get("rank_pattern"), module, config["r"])
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         return f"has arrays {a.shape} and {b.shape}, not a linear layer's of rank {rank}"
+    magnitude = arrays.get("lora_magnitude_vector")
+    if magnitude is not None and magnitude.size != b.shape[0]:
+        return f"has {magnitude.size} magnitudes for {b.shape[0]} outputs"
     return ""
 
 
