@@ -104,6 +104,14 @@ def test_a_golden_phi_is_bit_identical_with_and_without_its_copy(tmp_path):
     run("export", "--model", tmp_path / "ours2", "--output", tmp_path / "out2")
     assert_identical(tmp_path / "out2", other)
     assert (tmp_path / "out2" / "preprocessor_config.json").is_file()
+    # A copy follows its original.
+    base = other if copy in tensors(other) else GOLDEN / "phi3v_tiny"
+    config = json.loads((base / "config.json").read_text())
+    fabricated.write_run(tmp_path / "run", base, config, rank=0, trainable="embed_tokens/")
+    run("export", "--model", tmp_path / "run", "--output", tmp_path / "trained")
+    trained = tensors(tmp_path / "trained")
+    np.testing.assert_array_equal(trained[copy], trained["model.embed_tokens.weight"])
+    assert not np.array_equal(trained[copy], original)
 
 
 def test_mixed_dtypes_and_unused_tensors_survive(root, tmp_path):
@@ -301,9 +309,14 @@ def test_damaged_directories_of_ours_are_named(root, tmp_path):
     with pytest.raises(UserError, match="format 99 is not 1; import the model again"):
         unime_jax.load(bad)
     (bad / "model.json").write_text(json.dumps(notes))
-    for path in (bad / "params").rglob("*"):
-        if path.is_file() and "ocdbt" not in path.name and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[:10])
+    chunks = [path for path in (bad / "params").rglob("[0-9]*") if path.is_file()]
+    content = chunks[0].read_bytes()
+    chunks[0].unlink()
+    with pytest.raises(UserError, match="bad is incomplete: its files are not those"):
+        unime_jax.load(bad)
+    chunks[0].write_bytes(content)
+    for path in chunks:
+        path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UserError, match="params is damaged"):
         unime_jax.load(bad)
     config = json.loads((root / "ours" / "config.json").read_text())

@@ -239,11 +239,13 @@ def test_joined_adapters_do_what_they_do_one_after_the_other(source):
     other = Q.replace("q_proj", "o_proj")
     first = random_adapter(0, modules=(Q, linear), replaced=[f"{other}.weight"])
     second = random_adapter(1, modules=(Q, other), replaced=[f"{linear}.weight"])
-    joined = changed(source, peft.join(first, second))
+    both = peft.join(first, second)
+    assert not set(both.low_rank) & set(both.replaced)
+    joined = changed(source, both)
     then = peft.Adapted(peft.Adapted(source, first, KEY_MAP), second, KEY_MAP)
     for key, value in joined.items():
         np.testing.assert_allclose(then.slice(key)[...], value, rtol=0, atol=1e-5, err_msg=key)
-    assert peft.join(first, second).low_rank[f"{Q}.weight"].a.shape == (4, 32)
+    assert both.low_rank[f"{Q}.weight"].a.shape == (4, 32)
 
 
 def test_dora_is_not_joined():
@@ -266,6 +268,15 @@ def test_written_adapters_load_in_peft(base, source, case, tmp_path):
     peft.write(tmp_path, adapter, source, base_name=str(base), key_map=KEY_MAP)
     model = reference_peft.PeftModel.from_pretrained(tiny_llava.read(base), tmp_path).eval()
     tolerances.assert_near(tiny_llava.embed(model), case.embeddings, 1e-5)
+
+
+def test_modules_are_saved_whole(source, tmp_path):
+    linear = "multi_modal_projector.linear_2"
+    adapter = random_adapter(0, replaced=[f"{linear}.weight"])
+    peft.write(tmp_path, adapter, source, base_name="x", key_map=KEY_MAP)
+    found = peft.read(tmp_path, KEY_MAP).replaced
+    assert set(found) == {f"{linear}.weight", f"{linear}.bias"}
+    np.testing.assert_array_equal(found[f"{linear}.bias"], source.slice(f"{linear}.bias")[...])
 
 
 @pytest.mark.parametrize(
