@@ -178,6 +178,10 @@ def test_runs_on_top_of_ours(root, trained, tmp_path):
     assert_same(parameters(tmp_path / "first"), parameters(root / "first"))
     run("import", "--model", root / "second", "--output", tmp_path / "ours")
     assert_same(parameters(tmp_path / "ours"), trained)
+    # What a run of ours is based on, for peft: only what was imported as it was has another name.
+    fabricated.write_run(tmp_path / "third", tmp_path / "ours", miniature.STUDENT, seed=3)
+    assert weights.find(tmp_path / "first").base_name == str(root / "student")
+    assert weights.find(tmp_path / "third").base_name == str(tmp_path / "ours")
 
 
 def test_a_chain_of_runs_is_one_adapter(root, trained, tmp_path):

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     # Tensors pass through the host's memory; an accelerator would only be in the way.
     jax.config.update("jax_platforms", "cpu")
     runtime.start()
+    _check_output(args.output)
     args.run(args)
 
 
@@ -112,7 +113,8 @@ def import_model(args: argparse.Namespace) -> None:
             params = hf.fill(found.source, found.key_map, unflatten(wanted), progress=advance)
         rest = {key: found.source.slice(key)[...] for key in unused}
         print(f"writing {total / 1e9:.2f} GB ...", flush=True)
-        notes = {"base": found.base_name, "narrow": narrow, "copies": copies}
+        base = None if found.changes else found.base_name
+        notes = {"base": base, "narrow": narrow, "copies": copies}
         checkpoint.write_model(scratch, params, rest, notes)
         _write_files(found, scratch, args.dtype)
     _say_done(args.output, len(stored), total, started)
@@ -189,9 +191,18 @@ def export_adapters(args: argparse.Namespace) -> None:
         base_name = args.base or found.base_name
         peft.write(scratch, adapter, found.base, base_name=base_name, key_map=found.key_map)
         _write_preparation(found, scratch)
+    if checkpoint.is_model(base_name):
+        print(f"{base_name} is a directory of ours: peft needs an export of it; see --base")
     total = sum(change.a.nbytes + change.b.nbytes for change in adapter.low_rank.values())
     total += sum(value.nbytes for value in adapter.replaced.values())
     _say_done(args.output, 2 * len(adapter.low_rank) + len(adapter.replaced), total, started)
+
+
+def _check_output(output: str) -> None:
+    """Raises unless the output is new or empty."""
+    path = pathlib.Path(output).expanduser()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{output} is there already; name a new directory or remove it")
 
 
 @contextlib.contextmanager
@@ -199,11 +210,9 @@ def _new_directory(output: str) -> Iterator[pathlib.Path]:
     """Gives a scratch directory that becomes `output` when all went well.
 
     Raises:
-      UserError: there is something already, or it cannot be written there.
+      UserError: it cannot be written there.
     """
     path = pathlib.Path(output).expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{output} is there already; name a new directory or remove it")
     scratch = path.parent / f".{path.name}.part"
     try:
         shutil.rmtree(scratch, ignore_errors=True)

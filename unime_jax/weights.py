@@ -104,7 +104,7 @@ def _find(name: str | os.PathLike) -> Weights:
     config = models.read_config(path)
     key_map = models.rules(config)
     if checkpoint.is_model(path):
-        base_name = checkpoint.read_model_notes(path).get("base", str(path))
+        base_name = checkpoint.read_model_notes(path)["base"] or str(path.resolve())
         source = Stored(path, key_map)
     else:
         local = pathlib.Path(name).expanduser().is_dir()

@@ -316,13 +316,15 @@ def test_all_problems_of_the_weights_are_told_at_once(copy):
         tensors[f"{prefix}mlp.down_proj.lora_A.weight"] = np.zeros((9, 56), np.float32)
         tensors[f"{prefix}self_attn.v_proj.lora_B.bias"] = np.zeros(16, np.float32)
         tensors["elsewhere.weight"] = np.zeros(2, np.float32)
+        tensors[f"{prefix}mlp.up_proj.base_layer.weight"] = np.zeros((56, 32), np.float32)
         return tensors
 
     rewrite(copy, spoil)
     reconfigure(copy, modules_to_save=["lm_head"])
-    with pytest.raises(UserError, match=r"5 problem\(s\)") as caught:
+    with pytest.raises(UserError, match=r"6 problem\(s\)") as caught:
         peft.read(copy, KEY_MAP)
     for words in ("q_proj has lora_A instead", "(9, 56)", "v_proj.lora_B.bias is not", "elsewhere",
+                  "base_layer.weight is not",
                   "names lm_head"):  # fmt: skip
         assert words in str(caught.value)
 
