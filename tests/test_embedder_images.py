@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import unime_jax
-from unime_jax import embedder
+from unime_jax import config, embedder, train_data
 from unime_jax.data import prompts
 from unime_jax.types import UserError
 
@@ -59,11 +59,11 @@ ROWS = [
 @pytest.fixture(scope="module", params=["phi", "llava"])
 def model(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / request.param
-    config = LLAVA
+    described = LLAVA
     if request.param == "phi":
-        config = json.loads((GOLDEN / "config.json").read_text())
-        config |= {"vision_config": VISION, "vocab_size": 512}
-    miniature.write_model(directory, config, seed=3)
+        described = json.loads((GOLDEN / "config.json").read_text())
+        described |= {"vision_config": VISION, "vocab_size": 512}
+    miniature.write_model(directory, described, seed=3)
     if request.param == "phi":
         settings = json.loads((GOLDEN / "preprocessor_config.json").read_text())
         settings["num_img_tokens"] = 4
@@ -80,7 +80,7 @@ def together(model):
 
 def test_rows_alone_are_rows_among_others(model, together):
     assert together.shape == (6, model.params["language_model"]["model"]["norm"]["scale"].size)
-    for row in (2, 3):
+    for row in (1, 2):
         text, image = ROWS[row]
         alone = model.embed(texts=[text], images=[image])[0]
         tolerances.assert_near(together[row], alone, BATCH)
@@ -96,7 +96,9 @@ def test_the_function_takes_what_preprocess_makes(model, together):
     if "llava" in str(model.directory):
         return  # one compile is enough
     apply, params = model.function()
-    tolerances.assert_near(jax.jit(apply)(params, inputs), together, BATCH)
+    inputs = model.preprocess(images=[ROWS[1][1], ROWS[3][1]])
+    assert [group.index.tolist() for group in inputs] == [[1], [0]]
+    tolerances.assert_near(jax.jit(apply)(params, inputs), together[[1, 3]], BATCH)
 
 
 def test_token_rows_padded_on_either_side(model, together):
@@ -176,6 +178,14 @@ def test_every_image_at_one_size(model):
     assert (group.image_index[:, 0] >= 0).all()  # the text alone says where the image stands
     with pytest.raises(UserError, match="row 0: prompt 'mmeb'"):
         fixed.preprocess(texts=["Is it?"], images=images[:1])
+
+
+def test_features_of_tiles_are_not_cached(model, tmp_path):
+    settings = config.base_config().to_dict()
+    settings["data"] |= {"features": str(tmp_path / "features"), "image_size": 56}
+    settings["data"]["path"] = str(miniature.write_pairs(tmp_path / "pairs"))
+    with pytest.raises(UserError, match="config.data.features: .* leave it empty"):
+        train_data.open_data(settings, model)
 
 
 def test_golden_rows_in_one_call(tmp_path):
