@@ -32,6 +32,9 @@ def base_config() -> ConfigDict:
     c.data.path = ""  # directory written by `prepare`, a pairs.jsonl, or nli_for_simcse.csv
     c.data.max_tokens = 64  # longest row in tokens, prompt included, image features excluded
     c.data.prompt = ""  # key of data/prompts.py: TEMPLATES; "": the backbone's own
+    # Of a row's image and text: together (one prompt) or sum (of two vectors); "": sum for models
+    # that were trained on texts alone. For whoever uses the trained model.
+    c.data.fusion = ""
     c.data.image_size = 0  # images are resized to so many pixels square first; 0: as they are
     c.data.image_crops = 0  # most tiles of an image (Phi-3.5-V); 0: the checkpoint's number
     c.data.length_bins = 2  # quantile bins of text length, each with its own padded length
@@ -182,6 +185,7 @@ def validate_train(config: ConfigDict) -> None:
     check_choice(config, "model.attention", ("auto", "xla", "cudnn"))
     check_choice(config, "model.remat", ("none", "dots", "full"))
     check_choice(config, "loss.kl_direction", ("teacher_to_student", "student_to_teacher"))
+    check_choice(config, "data.fusion", ("", "together", "sum"))
     check_choice(config, "loss.shortage", ("duplicate", "mask"))
     check_choice(config, "loss.negatives", ("hard", "random", "easy"))
     if config.train.quantize is not None:

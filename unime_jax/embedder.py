@@ -19,6 +19,7 @@ from unime_jax.types import Array, Inputs, Params, UserError
 MAX_TOKENS = 4096
 LLAVA_IMAGE_TOKEN = 32000  # where config.json leaves it out, as transformers does
 PREPARATION = weights.PREPARATION
+FUSIONS = ("together", "sum")
 
 
 class Embedder:
@@ -35,6 +36,7 @@ class Embedder:
       mesh: see above.
       prompt: key of `prompts.TEMPLATES`; "": the backbone's.
       image_size, image_crops: as `preprocess.Preprocessor` has them.
+      fusion: what `embed` does with a row of image and text unless it is told; "": "together".
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Embedder:
         prompt: str = "",
         image_size: int = 0,
         image_crops: int = 0,
+        fusion: str = "",
     ):
         self.graphdef, state = nnx.split(model)
         self.params: Params = nnx.to_pure_dict(state)
@@ -55,6 +58,7 @@ class Embedder:
         self.mesh = mesh
         self._preparation = {"image_size": image_size, "image_crops": image_crops}
         self._prompt = prompt
+        self.fusion = fusion or FUSIONS[0]
         # That share the rows of a group.
         self._devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -121,6 +125,7 @@ class Embedder:
         images: Sequence[Any] | None = None,
         instruction: str | None = None,
         *,
+        fusion: str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Embeds rows of any mixture of text, image and both.
@@ -130,6 +135,9 @@ class Embedder:
             image.
           images: None, a PIL image, encoded bytes or a path per row.
           instruction: put before every text.
+          fusion: a row of image and text is read in one prompt ("together"), or is the sum of the
+            vectors of its text and of its image, scaled to length 1 ("sum"). None: as the model was
+            trained, "sum" after stage 1, else "together".
           progress: called with the number of rows just finished.
 
         Returns:
@@ -138,7 +146,25 @@ class Embedder:
         Raises:
           UserError: lists of different length, a row with neither, an image that cannot be read.
         """
-        return self._run(self._bucket(texts, images, instruction), progress)
+        fusion = self.fusion if fusion is None else fusion
+        if fusion not in FUSIONS:
+            raise UserError(f"embed: fusion {fusion!r}; choose one of {', '.join(FUSIONS)}")
+        if fusion == "together" or texts is None or images is None:
+            return self._run(self._bucket(texts, images, instruction), progress)
+        self._check(texts, images)
+        count = len(texts)
+        pairs = [i for i in range(count) if texts[i] is not None and images[i] is not None]
+        # The images of these rows become rows of their own behind all others.
+        both = set(pairs)
+        apart = [None if i in both else image for i, image in enumerate(images)]
+        groups = self._bucket(
+            [*texts, *[None] * len(pairs)], [*apart, *(images[i] for i in pairs)], instruction
+        )
+        vectors = self._run(groups, progress, rows=count)
+        found = vectors[:count]
+        found[pairs] += vectors[count:]
+        found[pairs] /= np.linalg.norm(found[pairs], axis=1, keepdims=True)
+        return found
 
     def embed_tokens(
         self,
@@ -183,26 +209,30 @@ class Embedder:
             raise UserError("embed: give texts, images or both")
         texts = [None] * len(images) if texts is None else list(texts)
         images = [None] * len(texts) if images is None else list(images)
-        if len(texts) != len(images):
-            raise UserError(f"embed: {len(texts)} texts but {len(images)} images; None marks a gap")
+        self._check(texts, images)
         for row, (text, image) in enumerate(zip(texts, images, strict=True)):
             if text is None and image is None:
                 raise UserError(f"embed: row {row} has neither text nor image")
         return self.preprocessor.bucket(texts, images, instruction)
 
-    def _run(self, groups: buckets.Groups, progress) -> np.ndarray:
+    def _check(self, texts, images) -> None:
+        if len(texts) != len(images):
+            raise UserError(f"embed: {len(texts)} texts but {len(images)} images; None marks a gap")
+
+    def _run(self, groups: buckets.Groups, progress, *, rows: int | None = None) -> np.ndarray:
+        """Embeds groups; `progress` counts the first `rows` rows alone, where that is given."""
         out = None
-        for inputs, rows in groups:
+        for inputs, places in groups:
             # Few numbers of rows bound the number of compiled shapes.
             padded = _pad_rows(inputs, buckets.padded_rows(inputs.rows, self._devices))
             if self.mesh is not None:
                 padded = sharding.shard_batch(padded, self.mesh)
-            vectors = np.asarray(self._apply(self.params, [padded]))[: len(rows)]
+            vectors = np.asarray(self._apply(self.params, [padded]))[: len(places)]
             if out is None:
                 out = np.empty((groups.rows, vectors.shape[1]), np.float32)
-            out[rows] = vectors
+            out[places] = vectors
             if progress:
-                progress(len(rows))
+                progress(len(places) if rows is None else int((places < rows).sum()))
         return np.zeros((0, 0), np.float32) if out is None else out
 
 

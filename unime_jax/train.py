@@ -35,6 +35,8 @@ def run(config) -> dict[str, float]:
     settings = config.to_dict()
     # The run finds its base again from wherever it is loaded.
     settings["model"]["path"] = str(pathlib.Path(config.model.path).expanduser().resolve())
+    if not config.data.fusion:
+        settings["data"]["fusion"] = "together" if reads_images(settings) else "sum"
     mesh = sharding.make_mesh(**settings["mesh"])
     checkpoint.open_run(config.output, settings)
 

@@ -85,7 +85,13 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         if stage == "distill":
             stored, _ = teacher_vectors.read(settings["teacher"]["vectors"], texts)
             vectors = _by_text(texts, stored)
-            batch_size //= _texts_of_row(found[0])
+            texts_of_row = _texts_of_row(found[0])
+            if batch_size % texts_of_row:
+                raise UserError(
+                    f"config.train.batch_size={batch_size}: stage 1 counts sentences, and a row "
+                    f"has {texts_of_row}; choose a multiple"
+                )
+            batch_size //= texts_of_row
     else:
         if embedder.image_spec is None:
             raise UserError(f"config.model.path: the model of {embedder.directory} takes no images")
@@ -147,6 +153,11 @@ def _open_texts(settings: dict[str, Any]) -> tuple[list[sources.Source], Sequenc
         return [sources.Texts(texts)], texts, ""
     if settings["stage"] == "align":
         raise UserError(f"config.data.path={path}: alignment needs pairs of image and text")
+    if settings["stage"] == "contrast" and settings["loss"]["k"]:
+        raise UserError(
+            f"config.loss.k={settings['loss']['k']}: rows of {path} bring their own negatives, "
+            "none are mined; set config.loss.k=0"
+        )
     found = nli.read(path)
     return [sources.Triples(found)], found.sentences, found.describe()
 

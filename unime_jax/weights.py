@@ -18,7 +18,7 @@ from unime_jax.models import hf, hf_read, hf_write, hub, peft
 from unime_jax.types import Params, UserError
 
 # Keys of `config.data` that hold for a trained model ever after.
-PREPARATION = ("prompt", "image_size", "image_crops")
+PREPARATION = ("prompt", "image_size", "image_crops", "fusion")
 PREPARATION_FILE = "preparation.json"
 
 

@@ -102,7 +102,7 @@ def test_a_data_sets_slot_is_read_on_request_alone():
         ("smol", "  \n", False, "empty text"),
         ("smol", None, False, "empty text"),
         ("none", "x", True, "takes no image"),
-        ("phi35v_stage1", "x", True, "takes no image"),
+        ("phi35v_stage1", "x", True, "no form for an image with a text: embed with fusion='sum'"),
         ("mmeb", "x", True, "prompts.Slotted"),
         ("mmeb", None, True, "prompts.Slotted"),
         ("mmeb", prompts.Slotted("a", "b"), False, "that of any other row a string"),

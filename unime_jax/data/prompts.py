@@ -91,9 +91,11 @@ TEMPLATES = {
         both="<|user|>\n{image}\n{text}\nSummary above image and sentence in one word:"
         "<|end|>\n<|assistant|>\n",
     ),
-    # Stage 1 as the paper words it (section 3.2): plural, newline behind the colon.
+    # Stage 1 as the paper words it (section 3.2): plural, newline behind the colon. An image with a
+    # text is the sum of both (`fusion="sum"`).
     "phi35v_stage1": Template(
         text="<|user|>\n{text}\nSummary above sentences in one word:\n<|end|>\n<|assistant|>\n",
+        image="<|user|>\n{image}\nSummary above image in one word:\n<|end|>\n<|assistant|>\n",
     ),
     "llava16": Template(
         text="[INST] {text}\nSummary above sentence in one word: [/INST]",
@@ -103,6 +105,7 @@ TEMPLATES = {
     ),
     "llava16_stage1": Template(
         text="[INST] {text}\nSummary above sentences in one word:\n [/INST]",
+        image="[INST] {image}\nSummary above image in one word:\n [/INST]",
     ),
     # MMEB's rows bring their wording, the image's place included; no chat format around it.
     "mmeb": Template(text="{text}", both="{text}", raw=True),
@@ -157,8 +160,8 @@ def render(
       instruction: a task description, put before the text on a line of its own; never cut.
 
     Raises:
-      UserError: an unknown name, an empty row, an image for a prompt that takes none, a raw prompt
-        whose text and image do not fit each other.
+      UserError: an unknown name, an empty row, an image (with a text) for a prompt that takes none,
+        a raw prompt whose text and image do not fit each other.
     """
     if name not in TEMPLATES:
         raise UserError(f"unknown prompt {name!r}; known: {', '.join(TEMPLATES)}")
@@ -171,6 +174,10 @@ def render(
         pattern = template.text
     else:
         pattern = template.both if words else template.image
+    if not pattern:
+        raise UserError(
+            f"prompt {name!r} has no form for an image with a text: embed with fusion='sum'"
+        )
     filling = {"{text}": words, "{image}": [Segment("image")]}
     segments = []
     while pattern:
