@@ -32,7 +32,7 @@ def get_config(arg: str = ""):
     c.train.trainable = (r"^multi_modal_projector/",)
     c.optim.learning_rate = 2e-3
     c.optim.warmup_steps = 1 if smoke else 5
-    c.eval.every_steps = 2 if smoke else 50
+    c.eval.every_steps = 4 if smoke else 50
     c.checkpoint.every_steps = 0
     c.checkpoint.every_seconds = 30.0
     return c

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs the package with its dev extra into .venv and runs the test suite.
+# Installs the package with its dev extra into .venv and runs the test suite, two files at a time.
 #   bash launch/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/venv.sh dev
-exec python -m pytest "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"

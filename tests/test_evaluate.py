@@ -328,3 +328,35 @@ def test_stages_stand_in_the_order_they_run():
 
     models = ConfigDict({"align": "c", "mine": "e", "raw": "a", "stage2": "", "stage1": "b"})
     assert list(evaluation.in_order(models)) == ["raw", "stage1", "align", "mine"]
+
+
+def test_heldout_sentences_measure_agreement_and_definitions(monkeypatch):
+    meanings = ["n1 gloss", "n2 gloss", "n1 example", "n3 gloss", " gloss", "n3 example"]
+    rows = [
+        {"text": f"word {i}", "synset": row.split(" ")[0], "kind": row.split(" ")[1]}
+        for i, row in enumerate(meanings)
+    ]
+    rng = np.random.default_rng(1)
+    teacher, other = (smol.unit(x) for x in rng.normal(size=(2, 6, 4)).astype(np.float32))
+    other[[0, 3]] = other[[2, 5]]  # definitions stand where their examples do
+    fake = types.SimpleNamespace(embed=lambda texts, instruction=None: teacher)
+    monkeypatch.setattr(evaluation.embedder, "load", lambda path, dtype: fake)
+    monkeypatch.setattr(sources, "split_sentences", lambda path, name: rows)
+    heldout = evaluation.read_heldout("data", teacher="teacher")
+    assert heldout.texts == [row["text"] for row in rows]
+    assert heldout.couples.tolist() == [[0, 2], [3, 5]]
+    monkeypatch.setattr(evaluation.metrics, "recall_at_k", _recall_at_1)
+    same = evaluation.validation_sentences(fake, heldout)
+    assert same["validation/spearman"] == pytest.approx(1)
+    model = types.SimpleNamespace(embed=lambda texts: other)
+    found = evaluation.validation_sentences(model, heldout)
+    assert found["validation/definition_to_example_recall_at_10"] == 1
+    assert abs(found["validation/spearman"]) < 0.9
+    swapped = types.SimpleNamespace(embed=lambda texts: other[[3, 1, 2, 0, 4, 5]])
+    found = evaluation.validation_sentences(swapped, heldout)
+    assert found["validation/definition_to_example_recall_at_10"] == 0
+
+
+def _recall_at_1(similarity, relevant, ks):
+    """Stands for recall at 10, which two candidates always reach."""
+    return {k: float(np.mean(similarity.argmax(1) == relevant)) for k in ks}

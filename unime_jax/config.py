@@ -96,7 +96,7 @@ def base_config() -> ConfigDict:
     c.log.tensorboard = True
 
     c.eval = ConfigDict()
-    c.eval.every_steps = 0  # recall on the validation pairs of prepared data; 0: never
+    c.eval.every_steps = 0  # measures on the held-out part of prepared data; 0: never
 
     c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
     c.mesh.data = 1
@@ -238,6 +238,8 @@ def validate_train(config: ConfigDict) -> None:
     check_path(config, "data.path")
     if config.stage == "distill":
         check_path(config, "teacher.vectors")
+        if config.eval.every_steps:
+            check_path(config, "teacher.path")  # for the held-out sentences
 
 
 def describe(config: ConfigDict) -> str:

@@ -115,6 +115,47 @@ def validation_recall(model, pairs: smol.Pairs) -> dict[str, float]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Sentences that no stage trains on and that are no queries of the report's retrieval.
+
+    Attributes:
+      texts: the sentences.
+      teacher: f32[N, E], the teacher's vectors of them.
+      couples: int[n, 2], places of a definition and of its example.
+    """
+
+    texts: list[str]
+    teacher: np.ndarray
+    couples: np.ndarray
+
+
+def read_heldout(path, *, teacher: str, instruction: str | None = None) -> HeldOut:
+    """Reads the held-out sentences of prepared data and embeds them with the teacher."""
+    rows = sources.split_sentences(path, "heldout")
+    by_meaning: dict[str, dict[str, int]] = {}
+    for place, row in enumerate(rows):
+        if row["synset"]:
+            by_meaning.setdefault(row["synset"], {})[row["kind"]] = place
+    whole = [found for found in by_meaning.values() if len(found) == 2]
+    couples = np.array([[w["gloss"], w["example"]] for w in whole], int).reshape(-1, 2)
+    texts = [row["text"] for row in rows]
+    vectors = embedder.load(teacher, dtype="float32").embed(texts=texts, instruction=instruction)
+    return HeldOut(texts, vectors, couples)
+
+
+def validation_sentences(model, heldout: HeldOut) -> dict[str, float]:
+    """Returns agreement with the teacher, and recall of a definition's own example."""
+    vectors = model.embed(texts=heldout.texts)
+    found = {"validation/spearman": metrics.similarity_spearman(vectors, heldout.teacher)}
+    if len(heldout.couples):
+        definitions, examples = vectors[heldout.couples[:, 0]], vectors[heldout.couples[:, 1]]
+        own = np.arange(len(examples))
+        recall = metrics.recall_at_k(definitions @ examples.T, own, (10,))[10]
+        found["validation/definition_to_example_recall_at_10"] = recall
+    return found
+
+
 def in_order(section) -> dict[str, str]:
     """Returns what a section names: stages in the order they run, for ConfigDict sorts its keys."""
     names = [name for name in TITLES if name in section]

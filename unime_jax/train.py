@@ -8,6 +8,7 @@ with their meaning: unime_jax/config.py). The run lives in config.output: starte
 from its newest checkpoint; Ctrl-C or SIGTERM saves first.
 """
 
+import functools
 import pathlib
 import time
 from typing import Any
@@ -99,22 +100,31 @@ def run(config) -> dict[str, float]:
 
 
 def _validation(config, graphdef, flat, directory, mesh):
-    """Returns `parameters -> recall on the validation pairs`, or None where it is not wanted."""
-    if not config.eval.every_steps or config.stage == "distill":
+    """Returns `parameters -> metrics on held-out data`, or None where they are not wanted."""
+    if not config.eval.every_steps:
         return None
-    pairs = evaluation.read_pairs(config.data.path, "validation")
     model = embedder.Embedder(
         nnx.merge(graphdef, unflatten(flat)),
         directory=directory,
         mesh=mesh,
         **{key: config.data[key] for key in embedder.PREPARATION},
     )
+    if config.stage == "distill":
+        heldout = evaluation.read_heldout(
+            config.data.path,
+            teacher=config.teacher.path,
+            instruction=config.teacher.instruction or None,
+        )
+        measure = functools.partial(evaluation.validation_sentences, heldout=heldout)
+    else:
+        pairs = evaluation.read_pairs(config.data.path, "validation")
+        measure = functools.partial(evaluation.validation_recall, pairs=pairs)
 
-    def recall(parameters: dict[str, Any]) -> dict[str, float]:
+    def validate(parameters: dict[str, Any]) -> dict[str, float]:
         model.params = unflatten(parameters)
-        return evaluation.validation_recall(model, pairs)
+        return measure(model)
 
-    return recall
+    return validate
 
 
 def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, mesh):

@@ -305,8 +305,8 @@ def _validation_label(name: str) -> str:
 
 def _legend(ax) -> None:
     if ax.get_legend_handles_labels()[0]:
-        ax.margins(y=0.12)
-        ax.legend(loc="best", borderaxespad=0.2)
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.02, 1.0), "ncols": 2}
+        ax.legend(**place, borderaxespad=0.1, columnspacing=1.0, labelspacing=0.3)
 
 
 def _square(image: np.ndarray) -> np.ndarray:
