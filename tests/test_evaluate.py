@@ -350,11 +350,11 @@ def test_heldout_sentences_measure_agreement_and_definitions(monkeypatch):
     assert same["validation/spearman"] == pytest.approx(1)
     model = types.SimpleNamespace(embed=lambda texts: other)
     found = evaluation.validation_sentences(model, heldout)
-    assert found["validation/definition_to_example_recall_at_10"] == 1
+    assert found["validation/definition_recall_at_10"] == 1
     assert abs(found["validation/spearman"]) < 0.9
     swapped = types.SimpleNamespace(embed=lambda texts: other[[3, 1, 2, 0, 4, 5]])
     found = evaluation.validation_sentences(swapped, heldout)
-    assert found["validation/definition_to_example_recall_at_10"] == 0
+    assert found["validation/definition_recall_at_10"] == 0
 
 
 def _recall_at_1(similarity, relevant, ks):

@@ -272,10 +272,14 @@ def test_loss_plot(tmp_path, drawn):
     )
     assert path.stat().st_size > 5000
     words = texts(drawn[0])
-    assert {"Stage 1", "Stage 2", "matching pairs", "image to text R@10"} <= set(words)
+    assert {"Stage 1", "Stage 2", "matching pairs", "i2t R@10"} <= set(words)
     assert "Nothing" not in words and "hard negatives" not in words
     raw = drawn[0].axes[1].lines[0]  # first row, second column
     np.testing.assert_allclose(raw.get_ydata(), [2.0 / s for s in range(1, 11)])
+    legends = [ax.get_legend() for ax in drawn[0].axes if ax.get_legend()]
+    assert len(legends) == 2
+    for legend in legends:  # above its axes: it covers no curve
+        assert legend.get_window_extent().y0 >= legend.axes.get_window_extent().y1 - 1
     with pytest.raises(ValueError, match="no run has any metrics"):
         report.plot_losses({"Nothing": []}, tmp_path / "y.png")
 

@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stages(root):
     """Runs all three stages; returns their directories."""
-    changes = {"data.features": root / "features", "data.length_bins": 1, "eval.every_steps": 0}
+    changes = {"data.features": root / "features", "data.length_bins": 1}
     own = {
         "stage1": {},
         "align": {},
@@ -109,7 +109,6 @@ def test_bad_images_are_skipped_counted_and_reported(root, tmp_path, capsys):
         "data.features": "",
         "data.length_bins": 1,
         "data.directions": ("text_to_image",),
-        "eval.every_steps": 0,
         "train.chunk": 0,
         "train.adapters.dropout": 0.0,
         "train.steps": 3,

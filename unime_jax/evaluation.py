@@ -152,7 +152,7 @@ def validation_sentences(model, heldout: HeldOut) -> dict[str, float]:
         definitions, examples = vectors[heldout.couples[:, 0]], vectors[heldout.couples[:, 1]]
         own = np.arange(len(examples))
         recall = metrics.recall_at_k(definitions @ examples.T, own, (10,))[10]
-        found["validation/definition_to_example_recall_at_10"] = recall
+        found["validation/definition_recall_at_10"] = recall
     return found
 
 

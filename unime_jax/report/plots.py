@@ -57,8 +57,8 @@ COSINES = {
     "positive_cosine": ("matching pairs", BLUE),
     "hard_negative_cosine": ("hard negatives", ORANGE),
     "negative_cosine": ("all negatives", ORANGE),
-    "student_cosine": ("student, all pairs", BLUE),
-    "teacher_cosine": ("teacher, all pairs", ORANGE),
+    "student_cosine": ("student", BLUE),
+    "teacher_cosine": ("teacher", ORANGE),
 }
 
 
@@ -298,8 +298,9 @@ def _robust_top(y: np.ndarray) -> float | None:
 
 
 def _validation_label(name: str) -> str:
-    """validation/image_to_text_recall_at_1 -> image to text R@1."""
+    """validation/image_to_text_recall_at_1 -> i2t R@1."""
     label = re.sub(r"_(?:r|recall|recall_at_|r_at_)_?(\d+)$", r" R@\1", name.split("/", 1)[1])
+    label = label.replace("image_to_text", "i2t").replace("text_to_image", "t2i")
     return label.replace("_", " ")
 
 
