@@ -79,8 +79,10 @@ def write_pairs(directory: pathlib.Path, *, broken: int = 0) -> pathlib.Path:
 
 
 def write_all(root: pathlib.Path) -> pathlib.Path:
-    write_model(root / "student", STUDENT, seed=0)
-    write_model(root / "teacher", {**STUDENT["text_config"], "hidden_size": 16}, seed=1)
+    """Writes a student of one layer, which compiles in half the time, its teacher and pairs."""
+    text = {**STUDENT["text_config"], "num_hidden_layers": 1}
+    write_model(root / "student", {**STUDENT, "text_config": text}, seed=0)
+    write_model(root / "teacher", {**text, "hidden_size": 16}, seed=1)
     write_pairs(root / "pairs")
     return root
 

@@ -277,7 +277,7 @@ def test_loss_plot(tmp_path, drawn):
     raw = drawn[0].axes[1].lines[0]  # first row, second column
     np.testing.assert_allclose(raw.get_ydata(), [2.0 / s for s in range(1, 11)])
     legends = [ax.get_legend() for ax in drawn[0].axes if ax.get_legend()]
-    assert len(legends) == 2
+    assert len(legends) == 3
     for legend in legends:  # above its axes: it covers no curve
         assert legend.get_window_extent().y0 >= legend.axes.get_window_extent().y1 - 1
     with pytest.raises(ValueError, match="no run has any metrics"):

@@ -36,6 +36,7 @@ def stages(root):
             "train.adapters.dropout": 0.0,
             "data.directions": ("image_to_text",),
             "eval.every_steps": 2,
+            "optim.learning_rate": 1e-4,
         },
     }
     runs, model = {}, root / "student"
