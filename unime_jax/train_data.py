@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from unime_jax import report
-from unime_jax.data import couples, nli, pipeline, sources, teacher_vectors
+from unime_jax.data import nli, pipeline, sources, teacher_vectors
 from unime_jax.data.texts import Places
 from unime_jax.embedder import Embedder
 from unime_jax.types import Batch, UserError, flatten
@@ -150,9 +150,7 @@ def _open_texts(settings: dict[str, Any]) -> tuple[list[sources.Source], Sequenc
     path = settings["data"]["path"]
     if not nli.is_nli(path):
         texts = sources.sentences(path)
-        if pathlib.Path(path).suffix == ".jsonl":
-            return [sources.Texts(texts)], texts, ""
-        return couples.read(path), texts, ""
+        return [sources.Texts(texts)], texts, ""
     if settings["stage"] == "align":
         raise UserError(f"config.data.path={path}: alignment needs pairs of image and text")
     if settings["stage"] == "contrast" and settings["loss"]["k"]:
