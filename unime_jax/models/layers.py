@@ -108,8 +108,7 @@ class Linear(nnx.Module):
         if self.lora_A is None:
             return y
         if key is not None and self.lora_dropout > 0:
-            keep = 1.0 - self.lora_dropout
-            x = jnp.where(jax.random.bernoulli(key, keep, x.shape), x / keep, 0).astype(x.dtype)
+            x = dropout(x, key, self.lora_dropout)
         low = matmul(x, self.lora_A[...], self.matmul)
         return y + matmul(low, self.lora_B[...], self.matmul) * self.lora_scale
 
@@ -216,9 +215,27 @@ def unit(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-24))
 
 
-def fold(key: Array | None, number: int) -> Array | None:
-    """Derives the key of the number-th consumer; None stays None."""
-    return None if key is None else jax.random.fold_in(key, number)
+def fold(key: Array | None, number: int | Int[Array, ""]) -> Array | None:
+    """Derives the key of the number-th consumer, of every row if there is one each; or None."""
+    if key is None or not key.ndim:
+        return None if key is None else jax.random.fold_in(key, number)
+    return jax.vmap(jax.random.fold_in, (0, None))(key, number)
+
+
+def dropout(x: Float[Array, "..."], key: Array, rate: float) -> Float[Array, "..."]:
+    """Sets a share of the values to 0 and scales up the rest.
+
+    Args:
+      x: rows first.
+      key: one, or one a row: what a row loses then depends on its own key, not on its batch-mates.
+      rate: the share.
+    """
+    keep = 1.0 - rate
+    if key.ndim:
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(key)
+    else:
+        kept = jax.random.bernoulli(key, keep, x.shape)
+    return jnp.where(kept, x / keep, 0).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -250,13 +267,13 @@ def scan_layers(
       layers: what `stack` built.
       x: what the first layer takes.
       apply: (layer, x, key) -> x.
-      key: split over the layers, or None.
+      key: one, one a row, or None; every layer gets its own.
       remat: what the backward pass computes again: "none", "dots" (all but the products with
         weights), "full" (everything inside a layer).
     """
     graphdef, state = nnx.split(layers)
     count = jax.tree.leaves(state)[0].shape[0]
-    keys = None if key is None else jax.random.split(key, count)
+    keys = None if key is None else jax.vmap(lambda n: fold(key, n))(jnp.arange(count))
 
     def body(x, layer):
         state, key = layer

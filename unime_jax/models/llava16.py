@@ -16,6 +16,7 @@ from unime_jax.models import clip, decoder
 from unime_jax.models.clip import ClipConfig, ClipVision
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.hf import KeyMap, Rule
+from unime_jax.models.layers import fold
 from unime_jax.models.multimodal import Multimodal, Projector
 from unime_jax.types import Array, ImageSpec, Inputs, UserError
 
@@ -140,13 +141,11 @@ class Llava16(Multimodal):
         return self.vision_tower(tiles, key=key)
 
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
-        keys = (None, None) if key is None else jax.random.split(key)
         features = inputs.features
         if features is None:
-            tiles = inputs.tiles.reshape(-1, *inputs.tiles.shape[2:])
-            features = self.featurise(tiles, key=keys[0])
+            features = self.features_of(inputs.tiles, fold(key, 0))
         features = features.reshape(inputs.rows, -1, features.shape[-1])
-        x = self.multi_modal_projector(features.astype(self.language_model.dtype), keys[1])
+        x = self.multi_modal_projector(features.astype(self.language_model.dtype), fold(key, 1))
         newline = self.image_newline[...].astype(x.dtype)
         newline = jnp.broadcast_to(newline, (inputs.rows, 1, x.shape[-1]))
         return jnp.concatenate([newline, x], axis=1)

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float, UInt8
 
 from unime_jax.models.layers import Linear, fold, unit
 from unime_jax.types import Array, Inputs
 
+FEATURES = "vision_features"  # what `features_of` returns, to `jax.checkpoint`'s policies
 _VISION = 2**31 - 1  # far from the numbers that the decoder folds into the same key
 
 
@@ -42,6 +44,19 @@ class Multimodal(nnx.Module):
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
         """Returns the visual sequence of every row, laid out as `ImageSpec.kind` says."""
         raise NotImplementedError
+
+    def features_of(
+        self, tiles: UInt8[Array, "G C S S 3"] | Float[Array, "G C S S 3"], key: Array | None
+    ) -> Float[Array, "GC P Dv"]:
+        """Runs the vision tower over the tiles of every row, each with the key of its row.
+
+        The result has a name: the step keeps it where the tower is frozen (`FEATURES`).
+        """
+        if key is not None and key.ndim:
+            numbers = jnp.arange(tiles.shape[1])
+            key = jax.vmap(lambda key: jax.vmap(lambda n: fold(key, n))(numbers))(key).reshape(-1)
+        features = self.featurise(tiles.reshape(-1, *tiles.shape[2:]), key=key)
+        return checkpoint_name(features, FEATURES)
 
     def inputs_embeds(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G T D"]:
         """Returns the decoder's input: token vectors, and visual ones where images stand."""

@@ -17,6 +17,7 @@ from unime_jax.models import clip, decoder
 from unime_jax.models.clip import ClipConfig, ClipVision
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.hf import KeyMap, Rule
+from unime_jax.models.layers import fold
 from unime_jax.models.multimodal import Multimodal, Projector
 from unime_jax.models.su_rope import SuRope
 from unime_jax.types import Array, ImageSpec, Inputs, UserError
@@ -138,19 +139,18 @@ class Phi35V(Multimodal):
 
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
         rows, tiles = inputs.tiles.shape[:2]
-        keys = (None, None) if key is None else jax.random.split(key)
         features = inputs.features
         if features is None:
             slots = inputs.tiles
             if tiles > 1:
                 small = thumbnail(inputs.tiles, inputs.grid)[:, None]
                 slots = jnp.concatenate([small, slots.astype(small.dtype)], axis=1)
-            features = self.featurise(slots.reshape(-1, *slots.shape[2:]), key=keys[0])
+            features = self.features_of(slots, fold(key, 0))
         dtype = self.language_model.dtype
         features = features.reshape(rows, -1, features.shape[-1]).astype(dtype)
         separators = jnp.concatenate([self.sub_GN[...][0, 0], self.glb_GN[...][0]])
         separators = jnp.broadcast_to(separators.astype(dtype), (rows, *separators.shape))
-        return self.multi_modal_projector(jnp.concatenate([separators, features], 1), keys[1])
+        return self.multi_modal_projector(jnp.concatenate([separators, features], 1), fold(key, 1))
 
     @staticmethod
     def key_map(config: Phi35VConfig) -> KeyMap:

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, UInt8
 
 from unime_jax.models import decoder, efficientnet
@@ -36,7 +37,7 @@ from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.models.layers import LayerNorm, Linear
-from unime_jax.models.multimodal import Multimodal
+from unime_jax.models.multimodal import FEATURES, Multimodal
 from unime_jax.types import Array, ImageSpec, Inputs, UserError
 
 _NORM_EPS = 1e-5
@@ -131,7 +132,8 @@ class Smol(Multimodal):
         del key  # nothing here takes adapters
         features = inputs.features
         if features is None:
-            features = self.featurise(inputs.tiles.reshape(-1, *inputs.tiles.shape[2:]))
+            tiles = inputs.tiles.reshape(-1, *inputs.tiles.shape[2:])
+            features = checkpoint_name(self.featurise(tiles), FEATURES)
         # [G, C, P, Dv] or [G * C, P, Dv] -> [G, C * P, Dv]; f16 features are converted here.
         features = features.reshape(inputs.rows, -1, features.shape[-1])
         return self.multi_modal_projector(features.astype(self.language_model.dtype))
