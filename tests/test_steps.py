@@ -66,7 +66,7 @@ def test_eight_devices_equal_one():
         _, state, frozen, step = parts(chunk=8, mesh=chosen)
         for seed in range(2):
             batch = toy.batch(32, seed=seed)
-            batch = batch if chosen is None else sharding.shard_batch(batch, chosen)
+            batch = batch if chosen is None else steps.place_batch(batch, chosen)
             state, metrics = step(state, frozen, batch)
         results.append((metrics["loss"], state.trainable["kernel"]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from unime_jax.models.layers import dropout
 from unime_jax.types import Batch, Inputs
 
 
@@ -23,7 +24,7 @@ class ToyModel(nnx.Module):
         vectors = self.embedding[...][inputs.tokens] * real[..., None]
         mean = vectors.sum(1) / inputs.lengths[:, None]
         if key is not None:
-            mean = mean * jax.random.bernoulli(key, 0.5, mean.shape) * 2
+            mean = dropout(mean, key, 0.5)
         out = mean @ self.kernel[...]
         return out * jax.lax.rsqrt(jnp.sum(out**2, -1, keepdims=True) + 1e-12)
 

@@ -12,10 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from unime_jax import losses, optim
+from unime_jax.models.layers import fold
+from unime_jax.models.multimodal import FEATURES
 from unime_jax.sharding import BATCH, state_shardings
 from unime_jax.types import Array, Batch, Inputs, unflatten
 
@@ -50,56 +53,125 @@ def create_state(trainable: dict[str, Array], optimizer, *, mesh=None) -> TrainS
     return state if mesh is None else jax.device_put(state, state_shardings(state, mesh))
 
 
-def encode_chunked(encode, inputs: Inputs, *, chunk: int, key=None, mesh=None) -> Array:
-    """Applies `encode` to a group, at most `chunk` rows at a time, recomputed on the way back.
+def place_batch(batch: Batch, mesh) -> Batch:
+    """Puts a batch on the mesh, the rows of every group split over data x fsdp.
 
-    The group is split by stride, so that rows stay on their devices. Rows are padded up to equal
-    chunks and dropped again: chunking never changes an embedding.
-
-    Args:
-      encode: (inputs, key) -> f32[rows, E].
-      inputs: a group of G rows.
-      chunk: rows per chunk; 0 or at least G encodes the group at once, without recomputation.
-      key: for dropout, or None.
-      mesh: with several devices, chunks hold a multiple of their number.
-
-    Returns:
-      f32[G, E].
+    A group whose rows do not divide gets copies of its last one, which nobody asks for: orders name
+    the same rows as before. Whatever is no group is small and goes to every device.
     """
-    rows = inputs.rows
-    if chunk == 0 or chunk >= rows:
-        return encode(inputs, key)
-    devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    count = -(-rows // chunk)
-    size = -(-rows // (count * devices)) * devices
+    devices = _batch_devices(mesh)
+    changes = {}
+    for side in ("query", "target", "negative"):
+        groups, order = getattr(batch, side), getattr(batch, f"{side}_order")
+        sizes = np.array([group.rows for group in groups], int)
+        padded = -(-sizes // devices) * devices
+        if order is not None and (sizes != padded).any():
+            shift = np.cumsum(padded) - padded - (np.cumsum(sizes) - sizes)
+            group_of = np.searchsorted(np.cumsum(sizes), order, side="right")
+            changes[f"{side}_order"] = (order + shift[group_of]).astype(np.int32)
+        changes[side] = tuple(map(_pad_rows, groups, (padded - sizes).tolist()))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, BATCH)
+    batch = dataclasses.replace(batch, **changes)
+    sides = {side: getattr(batch, side) for side in ("query", "target", "negative")}
+    rest = dataclasses.replace(batch, **dict.fromkeys(sides, ()))
+    return dataclasses.replace(jax.device_put(rest, everywhere), **jax.device_put(sides, split))
 
-    def split(x):
-        x = jnp.pad(x, [(0, count * size - rows)] + [(0, 0)] * (x.ndim - 1), mode="edge")
-        x = x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
-        if devices > 1:
-            spec = jax.sharding.PartitionSpec(None, *BATCH)
-            x = jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
-        return x
 
-    @jax.checkpoint
-    def one(part):
-        number, x = part
-        return encode(x, None if key is None else jax.random.fold_in(key, number))
+def _pad_rows(group: Inputs, extra: int) -> Inputs:
+    if not extra:
+        return group
+    return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]), group)
 
-    out = jax.lax.map(one, (jnp.arange(count), jax.tree.map(split, inputs)))
-    return out.swapaxes(0, 1).reshape(count * size, -1)[:rows]
+
+def _batch_devices(mesh) -> int:
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def encode_groups(
-    encode, groups: Sequence[Inputs], *, order=None, chunk: int = 0, key=None, mesh=None
+    encode,
+    groups: Sequence[Inputs],
+    *,
+    order=None,
+    chunk: int = 0,
+    key=None,
+    mesh=None,
+    keep: Sequence[str] = (),
 ) -> Array:
-    """Encodes groups and returns their rows as f32[B, E], permuted by `order` if given."""
-    parts = []
+    """Encodes groups chunk by chunk; on several devices every row stays on its own until the end.
+
+    Chunking, grouping and the number of devices change no embedding, dropout included: a row's key
+    comes from its group and its place there.
+
+    Args:
+      encode: (inputs, keys of the rows or None) -> f32[rows, E].
+      groups: each of a number of rows that divides over the devices (see `place_batch`).
+      order: int32[B], which of the groups' rows the result has where; None: all as they stand.
+      chunk: rows of the longest group encoded at a time, of shorter ones in proportion more; they
+        are encoded again on the way back. 0: all rows at once, kept.
+      key: for dropout, or None.
+      mesh: of the devices.
+      keep: names (`checkpoint_name`) of values that are kept rather than computed again.
+
+    Returns:
+      f32[B, E], the same on every device: the one all-gather is here.
+    """
+    devices = _batch_devices(mesh)
+    longest = max(group.tokens.shape[1] for group in groups)
+    parts, places, width = [], [], sum(group.rows for group in groups) // devices
+    start = 0
     for number, group in enumerate(groups):
-        group_key = None if key is None else jax.random.fold_in(key, number)
-        parts.append(encode_chunked(encode, group, chunk=chunk, key=group_key, mesh=mesh))
-    rows = jnp.concatenate(parts)
-    return rows if order is None else rows[order]
+        if group.rows % devices:
+            raise ValueError(f"{group.rows} rows do not divide over {devices} devices")
+        size = chunk * longest // group.tokens.shape[1]
+        parts.append(_encode_chunks(encode, group, size, fold(key, number), mesh, keep))
+        # Devices hold blocks of rows: block, then group, then place in the group's block.
+        share = group.rows // devices
+        block, place = np.divmod(np.arange(group.rows), share)
+        places.append(block * width + start + place)
+        start += share
+    rows = _constrain(jnp.concatenate(parts, axis=1), mesh, None).reshape(devices * width, -1)
+    places = np.concatenate(places)
+    return rows[places if order is None else jnp.asarray(places)[order]]
+
+
+def _encode_chunks(encode, group: Inputs, chunk: int, key, mesh, keep) -> Array:
+    """Encodes one group of G rows; returns f32[devices, G / devices, E]."""
+    devices = _batch_devices(mesh)
+    share = group.rows // devices
+    size = max(1, chunk // devices) if chunk else share
+    count = -(-share // size)
+    size = -(-share // count)  # chunks of a device, as equal as can be
+
+    def call(part):
+        inputs, numbers = part
+        keys = None if key is None else jax.vmap(lambda n: fold(key, n))(numbers)
+        return encode(inputs, keys)
+
+    if count == 1:
+        out = call((group, jnp.arange(group.rows)))
+        return _constrain(out.reshape(devices, share, -1), mesh, 0)
+
+    def split(x):  # by stride, within each device's block: rows never leave their device
+        x = _constrain(x.reshape(devices, share, *x.shape[1:]), mesh, 0)
+        x = jnp.pad(x, [(0, 0), (0, count * size - share)] + [(0, 0)] * (x.ndim - 2), mode="edge")
+        x = jnp.moveaxis(x.reshape(devices, size, count, *x.shape[2:]), 2, 0)
+        return _constrain(x.reshape(count, devices * size, *x.shape[3:]), mesh, 1)
+
+    policy = jax.checkpoint_policies.save_only_these_names(*keep)
+    chunks = jax.tree.map(split, (group, jnp.arange(group.rows)))
+    out = jax.lax.map(jax.checkpoint(call, policy=policy), chunks)
+    out = jnp.moveaxis(out.reshape(count, devices, size, -1), 0, 2)
+    return _constrain(out.reshape(devices, count * size, -1)[:, :share], mesh, 0)
+
+
+def _constrain(x: Array, mesh, axis: int | None) -> Array:
+    """Splits an axis over data x fsdp; None: the whole array goes to every device."""
+    if _batch_devices(mesh) == 1:
+        return x
+    spec = [] if axis is None else [None] * axis + list(BATCH)
+    spec = jax.sharding.PartitionSpec(*spec)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
 
 
 def make_objective(
@@ -178,6 +250,8 @@ def make_train_step(
         def encode(inputs, key):
             return nnx.merge(graphdef, params).embed(inputs, key=key)
 
+        # A frozen tower's features are kept: it runs once a step.
+        tower_trains = any(path.startswith("vision_tower/") for path in trainable)
         query_key, target_key, loss_key, negative_key = jax.random.split(key, 4)
         sides = [
             encode_groups(
@@ -187,6 +261,7 @@ def make_train_step(
                 chunk=chunk,
                 key=side_key if dropout else None,
                 mesh=mesh,
+                keep=() if tower_trains else (FEATURES,),
             )
             for groups, order, side_key in (
                 (batch.query, batch.query_order, query_key),

@@ -147,7 +147,7 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, m
         started = time.perf_counter()
         for step in range(first, data.steps):
             batch = next(batches)
-            state, values = train_step(state, frozen, sharding.shard_batch(batch, mesh))
+            state, values = train_step(state, frozen, steps.place_batch(batch, mesh))
             # Metrics of the step before are read while this one runs.
             if pending is not None:
                 metrics = _record(writer, progress, config, *pending)
