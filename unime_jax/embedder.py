@@ -308,12 +308,15 @@ def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
 def attach_adapters(model: nnx.Module, adapters: dict[str, Any], *, seed: int) -> None:
     """Adds the adapters that `config.train.adapters` describes; rank 0 adds none."""
     if adapters["rank"]:
+        targets = adapters["targets"]
+        if adapters.get("vision", False):  # runs of old lack the key
+            targets = f"{targets}|{VISION_TARGETS}"
         lora.attach(
             model,
             rank=adapters["rank"],
             alpha=adapters["alpha"],
             dropout=adapters["dropout"],
-            targets=adapters["targets"],
+            targets=targets,
             rngs=nnx.Rngs(seed),
         )
 

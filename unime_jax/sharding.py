@@ -19,7 +19,7 @@ BATCH = P(("data", "fsdp"))
 RULES: tuple[tuple[str, P], ...] = (
     (r"(q|k|v|qkv|gate|up|gate_up)_proj/kernel(_codes|_scales)?$", P("fsdp", "tensor")),
     (r"(o_proj|down_proj)/kernel(_codes|_scales)?$", P("tensor", "fsdp")),
-    (r"embed_tokens/embedding$", P("tensor", "fsdp")),
+    (r"embed_tokens/embedding$", P()),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
     (r"latent_attention_model/(to_q|to_kv|ff_in)/kernel$", P("fsdp", "tensor")),
     (r"latent_attention_model/(to_out|ff_out)/kernel$", P("tensor", "fsdp")),

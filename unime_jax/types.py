@@ -79,8 +79,11 @@ class Batch:
       vectors: f32[N, E] or None: embeddings of the teacher for the rows of query, target and
         negative, one side after the other (stage 1), or cached ones of the targets (alignment).
       target_ids: int32[B] or None; equal ids mean the same target.
-      negative: groups, a hard negative of each row; () without.
-      negative_order, negative_ids: as those of the target.
+      negative: groups, k hard negatives of each row, those of a row one after the other; () without.
+      negative_order, negative_ids: as those of the target, int32[B k].
+      scores: f32[B, 1 + k] or None: a judge's scores of the target and of the row's negatives; -inf
+        for a place that is left empty.
+      sets: int32[B] or None: the data set of each row, by number.
     """
 
     query: tuple[Inputs, ...]
@@ -92,6 +95,8 @@ class Batch:
     negative: tuple[Inputs, ...] = ()
     negative_order: Any = None
     negative_ids: Any = None
+    scores: Any = None
+    sets: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
