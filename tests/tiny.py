@@ -124,6 +124,8 @@ def parts(objective=None, *, mesh=None, vision=False, learning_rate=1e-2, **opti
         place = sharding.sharding_of(mesh)
         frozen = {path: jax.device_put(x, place(path, x.shape)) for path, x in frozen.items()}
     state = steps.create_state(jax.tree.map(jax.numpy.array, trainable), optimizer)
+    if mesh is not None:
+        state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
     step = steps.make_train_step(
         graphdef, objective, optimizer, schedule=schedule, seed=0, mesh=mesh, **options
     )

@@ -87,6 +87,13 @@ def state_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def gathered(path: str, x, mesh: Mesh, rules=RULES):
+    """Gathers a parameter over fsdp, as the layer that uses it needs it; tensor stays split."""
+    spec = spec_of(path, x.shape, mesh, rules)
+    spec = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def shard_batch(tree, mesh: Mesh):
     """Puts host arrays on the mesh, first axis split over data x fsdp where it divides.
 

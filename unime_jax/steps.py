@@ -16,7 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from unime_jax import losses, optim
+from unime_jax import losses, optim, sharding
+from unime_jax.models import layers
 from unime_jax.models.layers import fold
 from unime_jax.models.multimodal import FEATURES
 from unime_jax.sharding import BATCH, state_shardings
@@ -244,11 +245,21 @@ def make_train_step(
     Gradients exist for the trainable leaves alone. Randomness is a function of (seed, step).
     """
 
+    placement = None
+    if _batch_devices(mesh) > 1:
+        placement = layers.Placement(
+            lambda x: _constrain(x, mesh, 0), functools.partial(sharding.gathered, mesh=mesh)
+        )
+
     def loss_fn(trainable, frozen, batch, key):
-        params = unflatten({**frozen, **trainable})
+        flat = {**frozen, **trainable}
+        if placement is not None:  # stacked layers gather theirs one by one
+            flat = {p: x if "/layers/" in p else placement.weights(p, x) for p, x in flat.items()}
+        params = unflatten(flat)
 
         def encode(inputs, key):
-            return nnx.merge(graphdef, params).embed(inputs, key=key)
+            with layers.placed(placement):
+                return nnx.merge(graphdef, params).embed(inputs, key=key)
 
         # A frozen tower's features are kept: it runs once a step.
         tower_trains = any(path.startswith("vision_tower/") for path in trainable)

@@ -79,10 +79,10 @@ class Batch:
       vectors: f32[N, E] or None: embeddings of the teacher for the rows of query, target and
         negative, one side after the other (stage 1), or cached ones of the targets (alignment).
       target_ids: int32[B] or None; equal ids mean the same target.
-      negative: groups, k hard negatives of each row, those of a row one after the other; () without.
+      negative: groups, k hard negatives of each row, one row's after the other's; () without.
       negative_order, negative_ids: as those of the target, int32[B k].
-      scores: f32[B, 1 + k] or None: a judge's scores of the target and of the row's negatives; -inf
-        for a place that is left empty.
+      scores: f32[B, 1 + k] or None: a judge's scores of the target and of the row's negatives,
+        -inf for a place that is left empty.
       sets: int32[B] or None: the data set of each row, by number.
     """
 

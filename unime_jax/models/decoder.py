@@ -21,6 +21,8 @@ from unime_jax.models.layers import (
     attention,
     fold,
     last_token,
+    placed_rows,
+    placed_weights,
     rope,
     rope_tables,
     scan_layers,
@@ -301,10 +303,10 @@ class Decoder(nnx.Module):
             return last_token(self(embeds, lengths, key=key), lengths)
         graphdef, state = nnx.split(self.model.layers)
         most = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[:-1], state))
-        final = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], state))
+        final = placed_weights(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], state)))
         x = self._layers(most, embeds, lengths, fold(key, 0))
         x = final(x, self._tables(embeds, lengths), lengths, fold(key, 1), last=True)
-        return self.model.norm(x)[:, 0]
+        return self.model.norm(placed_rows(x))[:, 0]
 
     def _tables(self, embeds: Array, lengths: Array) -> tuple[Array, Array]:
         if self.config.su_rope is not None:

@@ -5,6 +5,9 @@ the Hugging Face checkpoints, except that `weight` is `kernel` ([inputs, outputs
 `scale`.
 """
 
+import contextlib
+import contextvars
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -13,7 +16,7 @@ from flax import nnx
 from jaxtyping import Float, Int
 
 from unime_jax.models import quant
-from unime_jax.types import Array, UserError
+from unime_jax.types import Array, UserError, flatten, unflatten
 
 MATMULS = ("transposed", "plain")
 ATTENTIONS = ("xla", "cudnn")
@@ -246,6 +249,54 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
     return nnx.merge(graphdef, state)
 
 
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a step wants what the compiler would place as it likes; models name no mesh.
+
+    Left alone, XLA rather moves activations than gathers a small weight, and then keeps them split
+    along their width.
+
+    Attributes:
+      rows: places an array of rows.
+      weights: (path, array) -> the array as a layer uses it.
+    """
+
+    rows: Callable[[Array], Array]
+    weights: Callable[[str, Array], Array]
+
+
+_PLACEMENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
+    "placement", default=None
+)
+
+
+@contextlib.contextmanager
+def placed(placement: Placement | None):
+    """Holds for every model that is traced inside."""
+    token = _PLACEMENT.set(placement)
+    try:
+        yield
+    finally:
+        _PLACEMENT.reset(token)
+
+
+def placed_rows(x: Array) -> Array:
+    """Places an array of rows where the step wants it."""
+    placement = _PLACEMENT.get()
+    return x if placement is None else placement.rows(x)
+
+
+def placed_weights(layer: nnx.Module) -> nnx.Module:
+    """Places the weights of a layer where the step wants them while it runs."""
+    placement = _PLACEMENT.get()
+    if placement is None:
+        return layer
+    flat = flatten(nnx.to_pure_dict(nnx.state(layer)))
+    flat = {path: placement.weights(path, leaf) for path, leaf in flat.items()}
+    nnx.update(layer, unflatten(flat))
+    return layer
+
+
 _REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -277,7 +328,8 @@ def scan_layers(
 
     def body(x, layer):
         state, key = layer
-        return apply(nnx.merge(graphdef, state), x, key), None
+        layer = placed_weights(nnx.merge(graphdef, state))
+        return placed_rows(apply(layer, placed_rows(x), key)), None
 
     if remat != "none":
         if remat not in REMATS:
