@@ -137,6 +137,8 @@ def hard_negative_info_nce(
     target_ids: Int[AnyArray, "B"] | None = None,
     negatives: str = "hard",
     key: Array | None = None,
+    sets: Int[AnyArray, "B"] | None = None,
+    set_names: tuple[str, ...] = (),
 ) -> LossAndMetrics:
     """Contrasts each query's positive with k negatives mined from the batch.
 
@@ -156,13 +158,17 @@ def hard_negative_info_nce(
       negatives: of the candidates take the k most similar ("hard"), the k least similar ("easy"),
         or any k, drawn anew at each call ("random"); the last two are the paper's Fig. 5.
       key: PRNG key, needed by "random" alone.
+      sets: the data set of each row, a place in `set_names`; metrics are then given by set as well.
+      set_names: the data sets.
 
     Returns:
       The mean over rows, and metrics: loss; positive_cosine; hard_negative_cosine, the mean over
       the picked negatives, each once (0 without any); filtered_share, the share of queries with at
       least one filtered false negative; short_rows and empty_rows, the number of rows with fewer
       than k candidates and with none; accuracy, the share of queries more similar to their positive
-      than to every other target of the batch (ties lose).
+      than to every other target of the batch (ties lose). By set: filtered_share, short_share (of
+      rows with fewer than k candidates), positive_cosine and hard_negative_cosine, as
+      "filtered_share/NAME" and so on; a set without rows in the batch has 0.
 
     Source: UniME, Eqs. 3 and 4. Unlike the released loss, filtered candidates and the positive
     never come back as negatives, and equal targets can be kept out.
@@ -192,14 +198,73 @@ def hard_negative_info_nce(
     loss = jnp.mean(jax.nn.logsumexp(jnp.column_stack([right, wrong]), axis=1) - right)
 
     others = _others(similarity, blocked)
+    filtered = jnp.any(others & out, axis=1)
+    by_set = {}
+    if sets is not None:
+        own = jnp.arange(len(set_names))[:, None] == jnp.asarray(sets)[None, :]
+        for name, values, weights in (
+            ("filtered_share", filtered, jnp.ones_like(positive)),
+            ("short_share", ~valid[:, -1], jnp.ones_like(positive)),
+            ("positive_cosine", positive, jnp.ones_like(positive)),
+            ("hard_negative_cosine", jnp.sum(picked * valid, axis=1), jnp.sum(valid, axis=1)),
+        ):
+            total = own @ jnp.asarray(values, jnp.float32)
+            mean = total / jnp.maximum(own @ jnp.asarray(weights, jnp.float32), 1)
+            by_set |= {f"{name}/{set_name}": mean[i] for i, set_name in enumerate(set_names)}
     return loss, _metrics(
         loss=loss,
         positive_cosine=jnp.mean(positive),
         hard_negative_cosine=_masked_mean(picked, valid),
-        filtered_share=jnp.mean(jnp.any(others & out, axis=1)),
+        filtered_share=jnp.mean(filtered),
         short_rows=jnp.sum(~valid[:, -1]),
         empty_rows=jnp.sum(~valid[:, 0]),
         accuracy=_accuracy(positive, similarity, others),
+        **by_set,
+    )
+
+
+def judged_kl(
+    query: Float[AnyArray, "B E"],
+    target: Float[AnyArray, "B E"],
+    negatives: Float[AnyArray, "B k E"],
+    scores: Float[AnyArray, "B k1"],
+    *,
+    temperature: Number,
+) -> LossAndMetrics:
+    """Matches each query's similarities to a judge's scores of its target and its own negatives.
+
+    Args:
+      query: unit rows.
+      target: unit rows; row i is the positive of query i.
+      negatives: unit rows, k of each query.
+      scores: of the target and of each negative; -inf for a place left empty.
+      temperature: of both softmaxes.
+
+    Returns:
+      Half of KL(judge || model) + KL(model || judge) over the 1 + k candidates, mean over rows, and
+      metrics: loss; positive_cosine; hard_negative_cosine, the mean over all negatives; accuracy,
+      the share of queries more similar to their target than to every negative (ties lose);
+      agreement, the share whose most similar candidate has the judge's highest score.
+
+    Source: UniME-V2 (arXiv 2510.13515), soft labels; no gradient reaches the scores.
+    """
+    query, target, negatives = (jnp.asarray(x, jnp.float32) for x in (query, target, negatives))
+    candidates = jnp.concatenate([target[:, None], negatives], axis=1)
+    similarity = jnp.einsum("ie,ike->ik", query, candidates, precision=jax.lax.Precision.HIGHEST)
+    scores = jax.lax.stop_gradient(jnp.asarray(scores, jnp.float32))
+    used = jnp.isfinite(scores)
+    # Far below any score, so that an empty place has probability 0 and a finite logarithm.
+    logits = [jnp.where(used, x / temperature, -1e9) for x in (similarity, scores)]
+    log_q, log_p = (jax.nn.log_softmax(x, axis=1) for x in logits)
+    difference = jnp.where(used, (jnp.exp(log_p) - jnp.exp(log_q)) * (log_p - log_q), 0.0)
+    loss = jnp.mean(jnp.sum(difference, axis=1)) / 2
+    best = jnp.argmax(logits[0], axis=1)
+    return loss, _metrics(
+        loss=loss,
+        positive_cosine=jnp.mean(similarity[:, 0]),
+        hard_negative_cosine=_masked_mean(similarity[:, 1:], used[:, 1:]),
+        accuracy=_accuracy(similarity[:, 0], similarity[:, 1:], used[:, 1:]),
+        agreement=jnp.mean(best == jnp.argmax(logits[1], axis=1)),
     )
 
 

@@ -185,8 +185,10 @@ def make_objective(
     margin: float = 0.1,
     shortage: str = "duplicate",
     negatives: str = "hard",
+    mask_equal_targets: bool = True,
+    set_names: Sequence[str] = (),
 ) -> Objective:
-    """Returns the loss of a stage on embeddings: distill, align or contrast."""
+    """Returns the loss of a stage on embeddings: distill, align, contrast or judge."""
 
     def distill(sides, batch, key):
         del key
@@ -205,7 +207,7 @@ def make_objective(
             query,
             others[0] if others else batch.vectors,
             temperature=temperature,
-            target_ids=batch.target_ids,
+            target_ids=batch.target_ids if mask_equal_targets else None,
             negatives=others[1] if len(others) > 1 else None,
             negative_ids=batch.negative_ids,
         )
@@ -220,12 +222,20 @@ def make_objective(
             margin=margin,
             shortage=shortage,
             negatives=negatives,
-            target_ids=batch.target_ids,
+            target_ids=batch.target_ids if mask_equal_targets else None,
             key=key,
+            sets=batch.sets if set_names else None,
+            set_names=tuple(set_names),
         )
 
-    if stage == "distill":
-        return distill
+    def judged(sides, batch, key):
+        del key
+        query, target, own = sides
+        own = own.reshape(query.shape[0], -1, query.shape[1])
+        return losses.judged_kl(query, target, own, batch.scores, temperature=temperature)
+
+    if stage in ("distill", "judge"):
+        return distill if stage == "distill" else judged
     return hard_negatives if stage == "contrast" and k else in_batch
 
 
