@@ -77,7 +77,7 @@ def test_a_step_compiles_once():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     _, state, frozen, step = parts(mesh=mesh)
     for seed in range(3):
-        state, _ = step(state, frozen, sharding.shard_batch(toy.batch(16, seed=seed), mesh))
+        state, _ = step(state, frozen, steps.place_batch(toy.batch(16, seed=seed), mesh))
     assert step._cache_size() == 1
 
 

@@ -36,7 +36,16 @@ MODEL_FORMAT = 1
 # everything compressed in memory before it writes: .6 GB for .5 GB of arrays.)
 CHUNK_BYTES = 64 * 2**20
 # Keys that may change between a run and its continuation without changing what is computed.
-FREE_KEYS = ("checkpoint.", "log.", "eval.", "mesh.", "output", "data.threads", "train.chunk")
+FREE_KEYS = (
+    "checkpoint.",
+    "log.",
+    "eval.",
+    "mesh.",
+    "output",
+    "data.threads",
+    "data.workers",
+    "train.chunk",
+)
 
 
 class Checkpoints:

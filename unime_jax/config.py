@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_dict, config_flags
 
 from unime_jax.types import UserError
 
-STAGES = ("distill", "align", "contrast")
+STAGES = ("distill", "align", "contrast", "judge")
 
 
 def base_config() -> ConfigDict:
@@ -20,7 +20,8 @@ def base_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # parameters' initial values, order of the data, dropout
     c.output = ""  # directory of the run: checkpoints, metrics, resolved config
-    c.stage = "contrast"  # distill (stage 1), align (the projector alone) or contrast (stage 2)
+    c.stage = "contrast"  # distill (stage 1), align (the projector alone), contrast (stage 2), or
+    # judge (stage 2 with a judge's scores of each row's own hard negatives)
 
     c.model = ConfigDict()
     c.model.path = ""  # HF directory or the output directory of an earlier run
@@ -37,12 +38,17 @@ def base_config() -> ConfigDict:
     c.data.fusion = ""
     c.data.image_size = 0  # images are resized to so many pixels square first; 0: as they are
     c.data.image_crops = 0  # most tiles of an image (Phi-3.5-V); 0: the checkpoint's number
+    c.data.sets = ()  # names of MMEB's sets to train on; empty: all that are prepared
+    c.data.set_rows = 0  # first rows of each set (the paper's 50000 are `prepare`'s); 0: all
+    c.data.images = ""  # directory that image paths of own pairs start from; "": beside the file
+    c.data.block = 0  # rows of a set come in multiples of it, one block or more; 0: any number
     c.data.length_bins = 2  # quantile bins of text length, each with its own padded length
     c.data.directions = ("image_to_text",)  # of image-text pairs: image_to_text, text_to_image
     c.data.weights = ()  # (("set", share), ...) of the batch; empty: proportional to size
     c.data.temperature = 1.0  # shares ~ size ** (1 / temperature); inf would be equal shares
     c.data.extra_texts = 0.0  # probability of a keyword text in place of a pair's caption
-    c.data.threads = 2  # readers decoding images ahead of the step
+    c.data.threads = 2  # readers decoding images ahead of the step, in each process that reads
+    c.data.workers = 0  # processes that read; 0: the threads run in the training process
     c.data.features = ""  # directory of cached vision features (frozen tower); "": run the tower
     c.data.variants = 1  # cached views of an image: 1 is the image itself, more are flips and crops
     c.data.max_bad_share = 0.01  # unreadable rows tolerated before the run stops, 0 to 1
@@ -59,13 +65,14 @@ def base_config() -> ConfigDict:
     c.loss.k = 8  # hard negatives per query; 0: every target of the batch (InfoNCE)
     c.loss.margin = 0.1  # above the positive's cosine a candidate is a false negative
     c.loss.shortage = "duplicate"  # fewer than k survivors: duplicate (the paper) or mask
+    c.loss.mask_equal_targets = True  # the same target again is no negative; False: as the paper
     c.loss.negatives = "hard"  # hard, random or easy (the paper's Fig. 5)
 
     c.train = ConfigDict()
     c.train.steps = 1000
     c.train.epochs = 0.0  # passes over the data, in place of steps; 0: steps
     c.train.batch_size = 1024  # rows whose similarities meet in one loss; stage 1: sentences
-    c.train.chunk = 0  # rows encoded at a time; 0: the whole group
+    c.train.chunk = 0  # longest rows encoded at a time, shorter ones in proportion more; 0: all
     c.train.trainable = ()  # regexes on parameter paths, besides the adapters
     # The frozen decoder in 4 or 8 bits (QLoRA): nf4 or int8; None: in model.dtype.
     c.train.quantize = config_dict.placeholder(str)
@@ -73,6 +80,7 @@ def base_config() -> ConfigDict:
     c.train.adapters.rank = 16  # 0: no adapters
     c.train.adapters.alpha = 64.0  # the update is scaled by alpha / rank
     c.train.adapters.dropout = 0.0  # on the adapters' input
+    c.train.adapters.vision = False  # adapters on the vision tower as well, as VLM2Vec has them
     c.train.adapters.targets = r"language_model/.*(q|k|v|o|qkv|gate|up|gate_up|down)_proj$"
 
     c.optim = ConfigDict()
@@ -199,7 +207,8 @@ def validate_train(config: ConfigDict) -> None:
     for key in ("loss.k", "train.chunk", "train.adapters.rank", "optim.warmup_steps",
                 "optim.clip_norm", "optim.weight_decay", "checkpoint.every_steps",
                 "checkpoint.every_seconds", "eval.every_steps", "data.image_size",
-                "data.image_crops", "train.epochs"):  # fmt: skip
+                "data.image_crops", "data.set_rows", "data.block", "data.workers",
+                "train.epochs"):  # fmt: skip
         value = lookup(config, key)
         check(value >= 0, f"config.{key}={value}: must not be negative")
     for key in (
@@ -215,6 +224,14 @@ def validate_train(config: ConfigDict) -> None:
             direction in ("image_to_text", "text_to_image"),
             f"config.data.directions: {direction!r} is neither image_to_text nor text_to_image",
         )
+    check(
+        not config.data.workers
+        or (config.stage in ("contrast", "judge") and not config.data.features),
+        f"config.data.workers={config.data.workers}: processes read the images of stage 2 alone; "
+        "with cached features or in other stages set it to 0",
+    )
+    if config.stage == "judge":
+        check(config.loss.k > 0, "config.loss.k=0: the number of judged negatives of each row")
     batch, chunk, k = config.train.batch_size, config.train.chunk, config.loss.k
     check(batch >= 2, f"config.train.batch_size={batch}: a contrastive batch needs 2 rows or more")
     if config.stage == "contrast":

@@ -239,22 +239,10 @@ def make_objective(
     return hard_negatives if stage == "contrast" and k else in_batch
 
 
-def make_train_step(
-    graphdef,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    *,
-    schedule: optax.Schedule,
-    seed: int,
-    chunk: int = 0,
-    dropout: bool = False,
-    mesh=None,
+def loss_and_gradients(
+    graphdef, objective: Objective, *, chunk: int = 0, dropout: bool = False, mesh=None
 ):
-    """Returns the jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
-
-    Gradients exist for the trainable leaves alone. Randomness is a function of (seed, step).
-    """
-
+    """Returns `(trainable, frozen, batch, key) -> ((loss, metrics), gradients)`, to be jitted."""
     placement = None
     if _batch_devices(mesh) > 1:
         placement = layers.Placement(
@@ -293,10 +281,30 @@ def make_train_step(
         ]
         return objective(sides, batch, loss_key)
 
+    return jax.value_and_grad(loss_fn, has_aux=True)
+
+
+def make_train_step(
+    graphdef,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    schedule: optax.Schedule,
+    seed: int,
+    chunk: int = 0,
+    dropout: bool = False,
+    mesh=None,
+):
+    """Returns the jitted `(state, frozen, batch) -> (state, metrics)`; the state is donated.
+
+    Gradients exist for the trainable leaves alone. Randomness is a function of (seed, step).
+    """
+
+    grad_fn = loss_and_gradients(graphdef, objective, chunk=chunk, dropout=dropout, mesh=mesh)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, frozen, batch: Batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
         (_, metrics), grads = grad_fn(state.trainable, frozen, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)

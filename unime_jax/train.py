@@ -79,7 +79,7 @@ def run(config) -> dict[str, float]:
     )
     train_step = steps.make_train_step(
         graphdef,
-        steps.make_objective(config.stage, **settings["loss"]),
+        steps.make_objective(config.stage, **settings["loss"], set_names=data.sets),
         optimizer,
         schedule=schedule,
         seed=config.seed,
@@ -146,7 +146,9 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, m
     with runtime.StopRequest() as stop:
         started = time.perf_counter()
         for step in range(first, data.steps):
+            asked = time.perf_counter()
             batch = next(batches)
+            waited = time.perf_counter() - asked
             state, values = train_step(state, frozen, steps.place_batch(batch, mesh))
             # Metrics of the step before are read while this one runs.
             if pending is not None:
@@ -156,7 +158,7 @@ def _loop(config, train_step, state, frozen, data: TrainData, saves, validate, m
                 print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
                 progress = report.Progress(data.steps, f"training ({config.stage})", start=step + 1)
             now = time.perf_counter()
-            pending = (step, values, data.counts, now - started)
+            pending = (step, values, data.counts | {"waited": waited}, now - started)
             if validate and (step + 1) % config.eval.every_steps == 0:
                 writer.write(step + 1, validate({**frozen, **state.trainable}))
             started = time.perf_counter()
@@ -187,6 +189,7 @@ def _record(writer, progress, config, step, values, counts: dict[str, float], se
         "pairs_per_second": counts["rows"] / seconds,
         "tokens_per_second": counts["tokens"] / seconds,
         "padded_share": counts["padded_share"],
+        "data_seconds": counts["waited"],
         "seconds": seconds,
     }
     if (step + 1) % config.log.every_steps == 0 or step + 1 == progress.total:

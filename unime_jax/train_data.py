@@ -4,6 +4,8 @@ Vision features of a frozen tower and embeddings of a frozen decoder are compute
 disk or in memory; the steps then read them by number.
 """
 
+import collections
+import contextlib
 import hashlib
 import json
 import os
@@ -13,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax import report
-from unime_jax.data import nli, pipeline, sources, teacher_vectors
+from unime_jax import report, runtime
+from unime_jax.data import mmeb, nli, pipeline, sources, task_pairs, teacher_vectors
 from unime_jax.data.texts import Places
 from unime_jax.embedder import Embedder
 from unime_jax.types import Batch, UserError, flatten
 
 _IMAGES_AT_ONCE = 32
+_LONG = 50_000  # rows whose measuring takes long enough to be shown
 
 
 class TrainData:
@@ -28,12 +31,22 @@ class TrainData:
     Attributes:
       steps: of the whole run.
       counts: rows and positions of a batch.
+      sets: names of the data sets.
     """
 
     def __init__(
-        self, batches: pipeline.Batches, *, steps: int, epochs: float, threads: int, note: str = ""
+        self,
+        batches: pipeline.Batches,
+        *,
+        steps: int,
+        epochs: float,
+        threads: int,
+        workers: int = 0,
+        note: str = "",
     ):
         self._batches, self._threads, self._note = batches, threads, note
+        self._workers = workers
+        self.sets = batches.info.sets
         rows = sum(rows for rows, _, _ in batches.info.query_shapes)
         self.steps = max(1, round(epochs * batches.info.rows / rows)) if epochs else steps
         self.counts = {
@@ -44,7 +57,9 @@ class TrainData:
 
     def batches(self, first: int) -> Iterator[Batch]:
         """Yields the batches of steps `first` to the last, made ahead of time."""
-        return self._batches.iterate(first, self.steps, threads=self._threads)
+        return self._batches.iterate(
+            first, self.steps, threads=self._threads, workers=self._workers
+        )
 
     def describe(self) -> str:
         """Returns what a batch is made of, a line each."""
@@ -53,10 +68,20 @@ class TrainData:
         lines.append(
             f"  {self.steps} steps, {self.steps * self.counts['rows'] / info.rows:.2f} epochs"
         )
+        for side in ("query", "target", "negative"):
+            shapes = getattr(info, f"{side}_shapes")
+            groups = ", ".join(
+                f"{rows} of {tokens} tokens" + (f" and {tiles} tile(s)" if tiles else "")
+                for rows, tokens, tiles in shapes
+            )
+            lines += [f"  {side}: {groups}"] if shapes else []
         lines.append(
-            f"  {info.tokens:.0f} tokens a batch, {info.padded_share:.0%} padding, "
-            f"{info.cut_texts} texts longer than config.data.max_tokens are cut"
+            f"  {info.tokens:.0f} tokens a batch, {info.padded_share:.0%} padding "
+            f"({info.one_shape_share:.0%} if all rows had one shape), {info.cut_texts} of "
+            f"{info.texts} texts longer than config.data.max_tokens are cut"
         )
+        if info.unused:
+            lines.append(f"  too small for a row of each batch, not used: {', '.join(info.unused)}")
         return "\n".join(lines)
 
     def summary(self) -> str:
@@ -78,6 +103,8 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
       UserError: data that is missing or does not fit.
     """
     data, stage = settings["data"], settings["stage"]
+    if reads_images(settings) and embedder.image_spec is None:
+        raise UserError(f"config.model.path: the model of {embedder.directory} takes no images")
     features = vectors = None
     note, batch_size = "", settings["train"]["batch_size"]
     if not reads_images(settings):
@@ -92,9 +119,14 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
                     f"has {texts_of_row}; choose a multiple"
                 )
             batch_size //= texts_of_row
+    elif _is_task_data(settings):
+        found = _open_tasks(settings)
     else:
-        if embedder.image_spec is None:
-            raise UserError(f"config.model.path: the model of {embedder.directory} takes no images")
+        if stage == "judge":
+            raise UserError(
+                f'config.data.path={data["path"]}: config.stage="judge" needs pairs with '
+                "hard_negatives and their scores (see unime_jax/data/task_pairs.py)"
+            )
         pairs = sources.pairs(data["path"], "train")
         directions = ["image_to_text"] if stage == "align" else data["directions"]
         found = [part for way in directions for part in pairs.directed(way).by_source()]
@@ -119,25 +151,78 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         raise UserError(
             f"config.data.weights: no set {', '.join(sorted(unknown))}; there are {names}"
         )
-    batches = pipeline.Batches(
-        found,
-        embedder.preprocessor,
-        batch_size=batch_size,
-        seed=settings["seed"],
-        max_tokens=data["max_tokens"],
-        bins=data["length_bins"],
-        weights=[weights.get(source.name, 0.0) for source in found] if weights else None,
-        temperature=data["temperature"],
-        other_texts=data["extra_texts"],
-        features=features,
-        augment=data["variants"] > 1,
-        vectors=vectors,
-        max_bad_share=data["max_bad_share"],
-    )
+    whole = collections.Counter()
+    for source in found:
+        whole[source.name] += len(source)
+    total = sum(map(len, found))
+    with _measuring(total) as progress:
+        batches = pipeline.Batches(
+            found,
+            embedder.preprocessor,
+            batch_size=batch_size,
+            seed=settings["seed"],
+            max_tokens=data["max_tokens"],
+            bins=data["length_bins"],
+            weights=[
+                weights.get(source.name, 0.0) * len(source) / whole[source.name] for source in found
+            ]
+            if weights
+            else None,
+            temperature=data["temperature"],
+            block=data["block"],
+            other_texts=data["extra_texts"],
+            features=features,
+            augment=data["variants"] > 1,
+            vectors=vectors,
+            max_bad_share=data["max_bad_share"],
+            cache=runtime.cache_directory() / "lengths",
+            progress=progress,
+        )
     train = settings["train"]
     return TrainData(
-        batches, steps=train["steps"], epochs=train["epochs"], threads=data["threads"], note=note
+        batches,
+        steps=train["steps"],
+        epochs=train["epochs"],
+        threads=data["threads"],
+        workers=data["workers"],
+        note=note,
     )
+
+
+@contextlib.contextmanager
+def _measuring(rows: int):
+    """Gives a progress callback; silent where there is little to do."""
+    if rows < _LONG:
+        yield lambda count: None
+        return
+    with report.Progress(rows, "measuring texts", unit="row") as progress:
+        yield progress.advance
+
+
+def _is_task_data(settings: dict[str, Any]) -> bool:
+    path = pathlib.Path(settings["data"]["path"]).expanduser()
+    return mmeb.is_prepared(path) or task_pairs.reads(path)
+
+
+def _open_tasks(settings: dict[str, Any]) -> list[sources.Source]:
+    """Opens pairs that bring their own wording: MMEB's sets, or a user's file."""
+    data, stage = settings["data"], settings["stage"]
+    path = pathlib.Path(data["path"]).expanduser()
+    if stage == "align" or data["features"]:
+        raise UserError(
+            f"config.data.path={path}: alignment and cached features need plain image-caption pairs"
+        )
+    if not mmeb.is_prepared(path):
+        judged = settings["loss"]["k"] if stage == "judge" else 0
+        return task_pairs.read(
+            path, images=data["images"], judged=judged, rows_per_set=data["set_rows"]
+        )
+    if stage == "judge":
+        raise UserError(
+            f'config.data.path={path}: MMEB\'s sets have no judged negatives; config.stage="judge" '
+            "needs a file with hard_negatives and their scores"
+        )
+    return mmeb.open_sets(path, data["sets"], data["set_rows"])
 
 
 def reads_images(settings: dict[str, Any]) -> bool:

@@ -36,6 +36,18 @@ class BadRows:
     def __len__(self) -> int:
         return len(self._seen)
 
+    def __getstate__(self):
+        """Leaves the lock behind: another process has its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def items(self) -> list[tuple[tuple, str]]:
+        """Lists the bad rows, each with its problem."""
+        with self._lock:
+            return list(self._seen.items())
+
     def problems(self) -> list[str]:
         """Lists one line for each bad row."""
         with self._lock:

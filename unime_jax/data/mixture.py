@@ -16,6 +16,7 @@ def shares(
     *,
     weights: Sequence[int | float] | None = None,
     temperature: int | float = 1.0,
+    block: int = 0,
 ) -> list[int]:
     """Divides a batch among strata by the largest remainder.
 
@@ -24,10 +25,13 @@ def shares(
       batch: rows to divide.
       weights: shares instead of sizes; they need not sum to 1.
       temperature: shares are proportional to size ** (1 / temperature).
+      block: every share is a multiple of it and at least one block; 0: any number.
 
     Raises:
-      UserError: negative or only zero weights, or all strata empty.
+      UserError: negative or only zero weights, all strata empty, or too few blocks.
     """
+    if block:
+        return _blocks(sizes, batch, block, weights=weights, temperature=temperature)
     wanted = np.asarray(sizes if weights is None else weights, np.float64)
     if len(wanted) != len(sizes) or np.any(wanted < 0) or not np.isfinite(wanted).all():
         raise UserError(f"weights {list(wanted)}: one finite share of at least 0 for each set")
@@ -41,6 +45,21 @@ def shares(
     order = np.argsort(-(exact - counts), kind="stable")
     counts[order[: batch - counts.sum()]] += 1
     return counts.tolist()
+
+
+def _blocks(sizes, batch: int, block: int, *, weights, temperature) -> list[int]:
+    wanted = np.asarray(sizes if weights is None else weights, np.float64)
+    used = (wanted > 0) & (np.asarray(sizes) > 0)
+    if batch % block or batch // block < used.sum():
+        raise UserError(
+            f"config.data.block={block}: {batch} rows do not divide into blocks of it, one or more "
+            f"for each of the {used.sum()} sets; choose a smaller divisor"
+        )
+    counts = shares(sizes, batch // block, weights=weights, temperature=temperature)
+    while missing := [i for i, count in enumerate(counts) if used[i] and not count]:
+        counts[int(np.argmax(counts))] -= 1
+        counts[missing[0]] = 1
+    return [block * count for count in counts]
 
 
 class Mixture:

@@ -1,6 +1,7 @@
 """Opens the sets that `prepare mmeb` wrote, with random access."""
 
 import functools
+import hashlib
 import pathlib
 from collections.abc import Sequence
 
@@ -30,6 +31,12 @@ class MmebSet:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @property
+    def fingerprint(self) -> str:
+        """Is equal for equal rows: what was prepared, from which files, and which rows of it."""
+        content = (self.directory / mmeb_prepare.SUMMARY).read_bytes() + self.members.tobytes()
+        return hashlib.sha256(self.name.encode() + content).hexdigest()
 
     def __getitem__(self, index: int) -> Example:
         return self.__getitems__([index])[0]

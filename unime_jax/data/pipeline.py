@@ -8,33 +8,23 @@ resuming needs nothing but the step.
 import collections
 import dataclasses
 import functools
+import hashlib
+import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from unime_jax.data import bad_rows, mixture, text_keys
+from unime_jax.data import bad_rows, batch_info, mixture, prompts, strata, text_keys
 from unime_jax.data.preprocess import Picture, Preprocessor, Row
-from unime_jax.data.sources import Example, Source
+from unime_jax.data.sources import Example, ImageRef, Source, sides_of
 from unime_jax.types import Batch, Inputs, UserError
 
-SIDES = 3  # query, target, negative
+SIDES = 3  # query, target, negatives
 _TRIES = 100  # rows to try in place of unreadable ones
 
-
-@dataclasses.dataclass(frozen=True)
-class Stratum:
-    """Rows of one source whose texts have about the same length.
-
-    Attributes:
-      source: its number.
-      members: rows of the source.
-      tokens: padded length of query, target and negative; 0: a side that is not encoded.
-    """
-
-    source: int
-    members: np.ndarray
-    tokens: tuple[int, int, int]
+Text = str | prompts.Slotted | None
+Encoded = tuple[Row, Picture | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,39 +32,21 @@ class Drawn:
     """One row of a batch.
 
     Attributes:
-      sides: of query, target and negative: its shape (T, C) and what `Preprocessor.group` takes;
-        None where a side is not encoded.
+      sides: of query, target and negatives: what `Preprocessor.group` takes, each with its shape
+        (T, C); a query and a target, or none where a side is not encoded.
       texts: of the sides that are texts.
-      target_id, negative_id: as in `Example`.
+      target_id: as in `Example`, found if it is not given.
+      negative_id: as in `Example`.
+      scores: as in `Example`.
+      set: number of the row's data set.
     """
 
-    sides: list[tuple | None]
+    sides: tuple[list[tuple], ...]
     texts: list[str]
     target_id: str
     negative_id: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What a run should know of its batches.
-
-    Attributes:
-      strata: one line each: set, direction, rows, rows a batch, lengths.
-      query_shapes, target_shapes, negative_shapes: (rows, T, C) of each group.
-      rows: of all strata.
-      padded_share: expected share of positions that are padding, 0 to 1.
-      cut_texts: texts that are longer than max_tokens and lose their end.
-      tokens: positions of a batch, padding excluded, on average.
-    """
-
-    strata: list[str]
-    query_shapes: list[tuple[int, int, int]]
-    target_shapes: list[tuple[int, int, int]]
-    negative_shapes: list[tuple[int, int, int]]
-    rows: int
-    padded_share: float
-    cut_texts: int
-    tokens: float
+    scores: tuple[float, ...]
+    set: int
 
 
 class Batches:
@@ -86,9 +58,10 @@ class Batches:
       batch_size: rows of a batch.
       seed: of the order of rows, augmentation and drawn texts.
       max_tokens: longest row, image features excluded; longer texts lose their end.
-      bins: quantile bins of text length in each source, 1 to 4.
+      bins: most length bins of a side, for texts and for images each, 1 to 4.
       weights: share of each source instead of its size.
       temperature: shares are proportional to size ** (1 / temperature).
+      block: rows of a set come in multiples of it, at least one block of each set; 0: any number.
       other_texts: probability of one of a row's other texts in place of its own.
       features: f16[images, variants, P, D] in place of decoding images and running the tower.
       augment: decode images with a random flip and crop (without `features`).
@@ -96,6 +69,8 @@ class Batches:
         their texts (stage 1); of rows with images the query is encoded, and the vectors stand for
         the target's text (alignment).
       max_bad_share: share of unreadable rows at which `__getitem__` raises UserError.
+      cache: directory where the lengths of large sources are kept.
+      progress: called with the number of rows just measured.
 
     Attributes:
       info: see `Info`.
@@ -113,11 +88,14 @@ class Batches:
         bins: int = 1,
         weights: Sequence[int | float] | None = None,
         temperature: int | float = 1.0,
+        block: int = 0,
         other_texts: int | float = 0.0,
         features: np.ndarray | None = None,
         augment: bool = False,
         vectors: Callable[[list[str]], np.ndarray] | None = None,
         max_bad_share: int | float = 0.01,
+        cache: pathlib.Path | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
     ):
         if not 1 <= bins <= 4:
             raise UserError(f"config.data.length_bins={bins}: 1 to 4")
@@ -129,24 +107,65 @@ class Batches:
         self._features = features
         self._augment = augment
         self._vectors = vectors
+        self._raw = prompts.TEMPLATES[preprocessor.prompt].raw
         self.bad = bad_rows.BadRows(sum(map(len, data)), max_bad_share)
-        # Texts recur from epoch to epoch and in both directions.
-        self._row = functools.lru_cache(maxsize=1 << 18)(self._tokenize)
+        self._remember()
+        names = [source.name for source in data]
+        self._sets = {name: number for number, name in enumerate(dict.fromkeys(names))}
         per_source = mixture.shares(
-            [len(source) for source in data], batch_size, weights=weights, temperature=temperature
+            [len(source) for source in data],
+            batch_size,
+            weights=weights,
+            temperature=temperature,
+            block=block,
         )
-        self._strata, counts = self._stratify(per_source, bins)
+        measured = {
+            number: strata.measure(
+                data[number],
+                self._measure,
+                cache=cache,
+                key=f"{preprocessor.fingerprint} {max_tokens}",
+                progress=progress,
+            )
+            for number, count in enumerate(per_source)
+            if count
+        }
+        lengths = {number: found[:, :SIDES] for number, found in measured.items()}
+        self._strata, counts = strata.divide(
+            lengths, {number: self._has_image(number) for number in measured}, per_source, bins
+        )
         sizes = [len(stratum.members) for stratum in self._strata]
         self._mixture = mixture.Mixture(sizes, batch_size, weights=counts, seed=seed)
-        self.info = self._describe()
+        lost = sum(int(found[:, SIDES].sum()) for found in measured.values())
+        self.info = batch_info.describe(
+            self._data,
+            self._strata,
+            self._mixture.counts,
+            tiles=self._tiles,
+            lost=lost,
+            unused=[n for n, count in zip(names, per_source, strict=True) if not count],
+        )
+
+    def _remember(self) -> None:
+        # Texts recur from epoch to epoch and in both directions.
+        self._row = functools.lru_cache(maxsize=1 << 16)(self._tokenize)
+
+    def __getstate__(self):
+        state = dict(self.__dict__)
+        del state["_row"]
+        return state
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._remember()
 
     def __getitem__(self, step: int) -> Batch:
         """Makes the batch of a step."""
         rows = [self._example(step, i, *row) for i, row in enumerate(self._mixture.rows(step))]
         groups = []
         for side in range(SIDES):
-            found = [row.sides[side] for row in rows]
-            groups.append(self._groups(found) if found[0] else ((), None))
+            found = [item for row in rows for item in row.sides[side]]
+            groups.append(self._groups(found) if found else ((), None))
         (query, query_order), (target, target_order), (negative, negative_order) = groups
         vectors = None
         if self._vectors is not None:
@@ -161,28 +180,71 @@ class Batches:
             _ids([row.target_id for row in rows]),
             negative,
             negative_order,
-            _ids([row.negative_id for row in rows]) if negative else None,
+            _ids([row.negative_id for row in rows]) if negative and rows[0].negative_id else None,
+            np.array([row.scores for row in rows], np.float32) if rows[0].scores else None,
+            np.array([row.set for row in rows], np.int32),
         )
 
     def dataset(self, steps: int):
         """Returns the first `steps` batches as a grain.MapDataset."""
         import grain
 
-        return grain.MapDataset.range(steps).map(self.__getitem__)
+        return grain.MapDataset.range(steps).map(self._with_problems)
 
-    def iterate(self, first: int, steps: int, *, threads: int = 2, ahead: int = 4) -> Iterator:
-        """Yields batches first..steps-1, made ahead of time by some threads."""
+    def _with_problems(self, step: int) -> tuple[Batch, list]:
+        batch = self[step]
+        return batch, self.bad.items()
+
+    def iterate(
+        self, first: int, steps: int, *, threads: int = 2, workers: int = 0, ahead: int = 4
+    ) -> Iterator[Batch]:
+        """Yields batches first..steps-1, made ahead of time.
+
+        Args:
+          first: step of the first batch.
+          steps: behind the last one.
+          threads: that make batches, in each worker.
+          workers: processes; 0: the threads run in this one. They change no batch.
+          ahead: batches that each worker, or this process, makes ahead of the reader.
+        """
         import grain
 
+        if first >= steps:
+            return
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        return iter(self.dataset(steps)[first:].to_iter_dataset(options))
+        dataset = self.dataset(steps)[first:].to_iter_dataset(options)
+        if workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # grain asks a flag of its own
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+            )
+        found = iter(dataset)
+        try:
+            for batch, problems in found:
+                for row, problem in problems:
+                    self.bad.add(tuple(row), problem)
+                yield batch
+        finally:
+            if hasattr(found, "close"):
+                found.close()
 
     # ---- one row
 
-    def _tokenize(self, text: str | None, has_image: bool) -> Row:
-        row = self._preprocessor.tokenize(text, has_image)
+    def _tokenize(self, text: Text, has_image: bool) -> Row:
+        row = self._preprocessor.tokenize(self._worded(text, has_image), has_image)
         positions = self._positions(has_image)
         return row.cut(self._max_tokens + positions, positions)
+
+    def _worded(self, text: Text, has_image: bool) -> Text:
+        """Puts the image's place into a text, or takes it out, as the prompt needs it."""
+        if self._raw and has_image and not isinstance(text, prompts.Slotted):
+            return prompts.Slotted("", f"\n{text}" if text else "")
+        if not self._raw and isinstance(text, prompts.Slotted):
+            return f"{text.before}{text.after}".strip() or None
+        return text
 
     def _positions(self, has_image: bool) -> int:
         return self._preprocessor.fixed_layout.positions if has_image else 0
@@ -203,17 +265,28 @@ class Batches:
                 self.bad.add((found.source, number), str(error))
         raise UserError(f"{_TRIES} rows in a row are unreadable: {self.bad.problems()[-1]}")
 
-    def _draw(self, example: Example, found: Stratum, rng: np.random.Generator) -> Drawn:
+    def _draw(self, example: Example, found: strata.Stratum, rng: np.random.Generator) -> Drawn:
         example = self._with_other_text(example, found, rng)
-        sides, texts = [], []
-        for tokens, (text, image) in zip(found.tokens, _sides(example), strict=True):
-            shape = tokens, self._tiles(image is not None)
-            sides.append((shape, self._side(text, image, rng)) if tokens else None)
-            if text is not None and image is None:
-                texts.append(text)
-        return Drawn(sides, texts, example.target_id, example.negative_id)
+        sides, texts, target_id = [], [], example.target_id
+        for side, (tokens, items) in enumerate(zip(found.tokens, sides_of(example), strict=True)):
+            made = []
+            for item in items if tokens else ():
+                encoded, content = self._side(item.text, item.image, rng)
+                made.append(((tokens, self._tiles(item.image is not None)), encoded))
+                if side == 1 and not target_id:
+                    target_id = _content_id(item.text, content)
+            sides.append(made)
+            texts += [item.text for item in items if item.image is None and item.text is not None]
+        return Drawn(
+            tuple(sides),
+            texts,
+            target_id,
+            example.negative_id,
+            example.scores,
+            self._sets[self._data[found.source].name],
+        )
 
-    def _with_other_text(self, example: Example, found: Stratum, rng) -> Example:
+    def _with_other_text(self, example: Example, found: strata.Stratum, rng) -> Example:
         """Draws another text of the row in place of its own, if one fits the stratum."""
         if not example.other_texts or rng.random() >= self._other_texts:
             return example
@@ -229,18 +302,19 @@ class Batches:
             return dataclasses.replace(example, query_text=text)
         return dataclasses.replace(example, target_text=text, target_id=text_keys.compact_key(text))
 
-    def _side(self, text, image, rng) -> tuple[Row, Picture | None]:
+    def _side(self, text: Text, image: ImageRef | None, rng) -> tuple[Encoded, bytes]:
+        """Returns what `Preprocessor.group` takes, and the encoded image."""
         row = self._row(text, image is not None)
         if image is None:
-            return row, None
+            return (row, None), b""
         if self._features is not None:
             variant = rng.integers(self._features.shape[1])
             features = np.asarray(self._features[image.number, variant])[None]
-            return row, Picture(features, self._preprocessor.fixed_layout)
+            return (row, Picture(features, self._preprocessor.fixed_layout)), b""
         try:
-            return row, self._preprocessor.image(
-                image.load(), augment=rng if self._augment else None
-            )
+            content = image.load()
+            augment = rng if self._augment else None
+            return (row, self._preprocessor.image(content, augment=augment)), content
         except UserError as error:
             raise UserError(f"{image.name}: {error}") from None
 
@@ -256,101 +330,32 @@ class Batches:
             placed += places
         return tuple(groups), np.argsort(np.array(placed)).astype(np.int32)
 
-    # ---- strata
-
-    def _stratify(self, per_source: list[int], bins: int) -> tuple[list[Stratum], list[int]]:
-        """Cuts the sources into strata; returns them and the rows a batch takes of each.
-
-        All sources share the same bins, so that a batch has few shapes.
-        """
-        used = [number for number, count in enumerate(per_source) if count]
-        self._lost = 0
-        lengths = {
-            number: np.array([self._measure(self._data[number][i]) for i in range(size)])
-            for number in used
-            if (size := len(self._data[number]))
-        }
-        edges = mixture.bin_edges(
-            np.concatenate([lengths[number].sum(1) for number in used]),
-            np.concatenate(
-                [np.full(len(lengths[n]), per_source[n] / len(lengths[n])) for n in used]
-            ),
-            bins,
-        )
-        parts = []  # (source, bin, members, rows a batch)
-        for number in used:
-            total = lengths[number].sum(1)
-            rows = np.argsort(total, kind="stable")
-            where = np.searchsorted(edges, total[rows])
-            members = mixture.fill_up(rows, where, len(edges), per_source[number])
-            shares = mixture.shares(list(map(len, members)), per_source[number])
-            parts += [(number, i, *row) for i, row in enumerate(zip(members, shares, strict=True))]
-        parts = [part for part in parts if len(part[2])]
-        longest = collections.defaultdict(int)  # (bin, side, has image) -> tokens
-        for number, i, members, _ in parts:
-            for side, image in enumerate(self._has_image(number)):
-                key = (i, side, image)
-                longest[key] = max(longest[key], int(lengths[number][members, side].max()))
-        strata = []
-        for number, i, members, _ in parts:
-            sides = enumerate(self._has_image(number))
-            padded = [
-                -(-longest[i, side, image] // mixture.ROUND) * mixture.ROUND
-                for side, image in sides
-            ]
-            strata.append(Stratum(number, members, tuple(padded)))
-        self._lengths = [lengths[number][members] for number, _, members, _ in parts]
-        return strata, [part[3] for part in parts]
+    # ---- lengths
 
     def _has_image(self, number: int) -> list[bool]:
-        return [image is not None for _, image in _sides(self._data[number][0])]
+        return [
+            bool(side) and side[0].image is not None for side in sides_of(self._data[number][0])
+        ]
 
     def _measure(self, example: Example) -> list[int]:
-        """Returns the lengths of all sides in positions, after cutting; 0: not encoded."""
-        lengths = []
-        for side, (text, image) in enumerate(_sides(example)):
+        """Returns the lengths of all sides in positions, after cutting, and how many were cut.
+
+        A side that is not encoded has 0, several negatives the length of the longest.
+        """
+        lengths, lost = [], 0
+        for side, items in enumerate(sides_of(example)):
             replaced = side > 0 and self._vectors is not None and example.query_image is not None
-            if replaced or (text is None and image is None):
-                lengths.append(0)
-                continue
-            row = self._row(text, image is not None)
-            self._lost += row.lost > 0
-            lengths.append(row.length(self._positions(image is not None)))
-        return lengths
-
-    def _describe(self) -> Info:
-        lines, shapes, real, padded = [], [collections.Counter() for _ in range(SIDES)], 0.0, 0
-        for stratum, lengths, count in zip(
-            self._strata, self._lengths, self._mixture.counts, strict=True
-        ):
-            source = self._data[stratum.source]
-            images = self._has_image(stratum.source)
-            for counter, tokens, image in zip(shapes, stratum.tokens, images, strict=True):
-                if tokens:
-                    counter[tokens, self._tiles(image)] += count
-            real += count * lengths.mean(0).sum()
-            padded += count * sum(stratum.tokens)
-            direction = getattr(source, "direction", "text")
-            known = " and ".join(str(tokens) for tokens in stratum.tokens if tokens)
-            lines.append(
-                f"{source.name} ({direction}): {len(stratum.members)} rows, {count} a batch, "
-                f"length {known}"
-            )
-        found = [
-            [(rows, tokens, tiles) for (tokens, tiles), rows in sorted(counter.items())]
-            for counter in shapes
-        ]
-        rows = sum(len(stratum.members) for stratum in self._strata)
-        return Info(lines, *found, rows, float(1 - real / padded), self._lost, float(real))
+            longest = 0
+            for item in () if replaced else items:
+                row = self._row(item.text, item.image is not None)
+                lost += row.lost > 0
+                longest = max(longest, row.length(self._positions(item.image is not None)))
+            lengths.append(longest)
+        return [*lengths, lost]
 
 
-def _sides(example: Example) -> tuple[tuple, tuple, tuple]:
-    """Returns text and image of query, target and negative."""
-    return (
-        (example.query_text, example.query_image),
-        (example.target_text, example.target_image),
-        (example.negative_text, None),
-    )
+def _content_id(text: Text, image: bytes) -> str:
+    return hashlib.blake2b(f"{text}\0".encode() + image, digest_size=8).hexdigest()
 
 
 def _ids(names: list[str]) -> np.ndarray:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,7 @@ class Preprocessor:
         self.image_token_id = image_token_id
         self._vocabulary = vocabulary
         self.image_size = image_size
+        self._image_crops = image_crops
         self._devices = devices
         self._directory = directory
         self._transform = None
@@ -131,6 +133,17 @@ class Preprocessor:
             image_token=self.image_token_id if self.image_token_id >= 0 else None,
             apart=self.image_spec is not None and self.image_spec.kind == "phi_hd",
         )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Is equal where rows of text take equal numbers of tokens and images equal positions."""
+        settings = self.prompt, self.max_tokens, self.image_spec, self.image_size, self._image_crops
+        digest = hashlib.sha256(repr(settings).encode())
+        directory = pathlib.Path(self._directory).expanduser()
+        for name in ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"):
+            path = directory / name
+            digest.update(path.read_bytes() if path.is_file() else b"")
+        return digest.hexdigest()
 
     # ---- images
 

@@ -67,6 +67,16 @@ class Example:
     other_texts: tuple[str, ...] = ()
 
 
+def sides_of(example: Example) -> tuple[tuple[Item, ...], ...]:
+    """Returns what the query, the target and the negatives are; () where there is no such side."""
+    negatives = example.negatives
+    if example.negative_text is not None:
+        negatives = (Item(example.negative_text),)
+    query = Item(example.query_text, example.query_image)
+    target = Item(example.target_text, example.target_image)
+    return tuple((item,) if item != Item() else () for item in (query, target)) + (negatives,)
+
+
 @runtime_checkable
 class Source(Protocol):
     """Rows by number. `name` stands in reports; reading a row reads no image."""

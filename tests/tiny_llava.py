@@ -93,6 +93,13 @@ def batch(rows: int = 24, *, seed: int = 0, negatives: int = 0) -> Batch:
     )
 
 
+def small_batch(rows: int = 16) -> Batch:
+    """A group of images on one side, of texts on the other: little to compile."""
+    order = np.random.default_rng(0).permutation(rows).astype(np.int32)
+    query, target = group(rows, 12, image=True, seed=1), group(rows, 5, image=False, seed=2)
+    return Batch((query,), (target,), order, order[::-1].copy())
+
+
 @functools.cache
 def _model(vision: bool):
     model = parity.build(CONFIG)
@@ -125,7 +132,7 @@ def parts(objective=None, *, mesh=None, vision=False, learning_rate=1e-2, **opti
         frozen = {path: jax.device_put(x, place(path, x.shape)) for path, x in frozen.items()}
     state = steps.create_state(jax.tree.map(jax.numpy.array, trainable), optimizer)
     if mesh is not None:
-        state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
+        state = steps.create_state(state.trainable, optimizer, mesh=mesh)
     step = steps.make_train_step(
         graphdef, objective, optimizer, schedule=schedule, seed=0, mesh=mesh, **options
     )
