@@ -512,3 +512,65 @@ def test_gradients_reach_the_given_negatives():
     step = 1e-2
     numeric = (loss(negative + step * np.eye(4, 5)) - loss(negative - step * np.eye(4, 5))) / 2
     np.testing.assert_allclose((grad * np.eye(4, 5)).sum(), numeric / step, rtol=2e-3)
+
+
+# ---- statistics by set, judged negatives
+
+
+def test_statistics_by_set_are_those_of_its_rows():
+    query, target = (unit_rows(seed, 12, 6) for seed in (5, 6))
+    sets = np.array([0, 1, 1, 0, 2, 0, 1, 2, 2, 2, 0, 0])
+    options = {"temperature": 0.1, "k": 5, "margin": 0.2}
+    _, metrics = losses.hard_negative_info_nce(
+        query, target, sets=sets, set_names=("a", "b", "c", "none"), **options
+    )
+    similarity = query @ target.T
+    positive = np.diag(similarity)
+    indices, valid = losses.mine_hard_negatives(similarity, k=5, margin=0.2)
+    picked = np.take_along_axis(similarity, np.asarray(indices), 1)
+    filtered = (similarity > positive[:, None] + 0.2).any(1)
+    for number, name in enumerate("abc"):
+        own = sets == number
+        ok = np.asarray(valid)[own]
+        expected = {
+            "filtered_share": filtered[own].mean(),
+            "short_share": (ok.sum(1) < 5).mean(),
+            "positive_cosine": positive[own].mean(),
+            "hard_negative_cosine": picked[own][ok].mean(),
+        }
+        for key, value in expected.items():
+            np.testing.assert_allclose(metrics[f"{key}/{name}"], value, atol=1e-6, err_msg=key)
+    assert metrics["filtered_share/none"] == 0
+    plain = losses.hard_negative_info_nce(query, target, **options)[1]
+    assert {k: float(v) for k, v in metrics.items() if "/" not in k} == {
+        k: float(v) for k, v in plain.items()
+    }
+
+
+def test_judged_kl_is_the_symmetric_divergence():
+    rng = np.random.default_rng(6)
+    query, target = (unit_rows(seed, 5, 4) for seed in (7, 8))
+    own = unit_rows(9, 15, 4).reshape(5, 3, 4)
+    scores = rng.uniform(size=(5, 4)).astype(np.float32)
+    scores[2, 3] = scores[4, 2:] = -np.inf
+    candidates = np.concatenate([target[:, None], own], 1).astype(np.float64)
+    total, agree = [], []
+    for i in range(5):
+        kept = np.isfinite(scores[i])
+        similarity = candidates[i, kept] @ query[i]
+        p, q = (np.exp(x / 0.5) / np.exp(x / 0.5).sum() for x in (scores[i, kept], similarity))
+        total.append(0.5 * (p * np.log(p / q)).sum() + 0.5 * (q * np.log(q / p)).sum())
+        agree.append(p.argmax() == q.argmax())
+    loss, metrics = losses.judged_kl(query, target, own, scores, temperature=0.5)
+    np.testing.assert_allclose(loss, np.mean(total), rtol=1e-5)
+    np.testing.assert_allclose(metrics["agreement"], np.mean(agree))
+    grads = jax.grad(
+        lambda *x: losses.judged_kl(*x, scores, temperature=0.5)[0], argnums=(0, 1, 2)
+    )(query, target, own)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)
+    assert np.abs(grads[2][2, 2]).max() == np.abs(grads[2][4, 1:]).max() == 0  # empty places
+    best = np.concatenate([np.ones((5, 1)), np.zeros((5, 3))], 1).astype(np.float32)
+    perfect, _ = losses.judged_kl(
+        query, query, np.stack([-query] * 3, 1), 2 * best - 1, temperature=0.5
+    )
+    np.testing.assert_allclose(perfect, 0, atol=1e-6)

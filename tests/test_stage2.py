@@ -1,4 +1,4 @@
-"""The step of stage 2 on a tiny LLaVA: chunks, devices, dropout, an explicit gradient cache."""
+"""Exact large batches: chunks, devices, dropout, an explicit gradient cache, collectives."""
 
 import dataclasses
 import re
@@ -9,115 +9,144 @@ import numpy as np
 import pytest
 import tiny_llava
 import tolerances
+import toy
 from flax import nnx
 
-from unime_jax import losses, sharding, steps
-from unime_jax.types import unflatten
+from unime_jax import losses, optim, sharding, steps
+from unime_jax.types import flatten, unflatten
 
-ATOL = 1e-5
-
-
-def one_step(batch, *, mesh=None, objective=None, **options):
-    """Returns loss and changed adapters after a step."""
-    state, frozen, step = tiny_llava.parts(objective, mesh=mesh, **options)
-    placed = batch if mesh is None else steps.place_batch(batch, mesh)
-    state, metrics = step(state, frozen, placed)
-    return {k: float(v) for k, v in metrics.items()}, jax.device_get(state.trainable)
+CONTRAST = steps.make_objective("contrast", temperature=0.1, k=4, set_names=("a", "b", "c"))
 
 
-@pytest.fixture(scope="module")
-def whole():
-    """A step without chunks, with dropout."""
-    return one_step(tiny_llava.batch(), dropout=True)
+def toy_batch(rows=24):
+    """Groups of 11 and 13 rows, which divide over nothing."""
+    return dataclasses.replace(toy.batch(rows), sets=(np.arange(rows) % 3).astype(np.int32))
+
+
+def toy_parts():
+    graphdef, state = nnx.split(toy.ToyModel(rngs=nnx.Rngs(0)))
+    return graphdef, *optim.split_trainable(flatten(nnx.to_pure_dict(state)), ["kernel"])
+
+
+def gradients(batch, *, objective=CONTRAST, mesh=None, **options):
+    """Returns loss, metrics and gradients of the toy's kernel."""
+    graphdef, trainable, frozen = toy_parts()
+    batch = batch if mesh is None else steps.place_batch(batch, mesh)
+    run = jax.jit(steps.loss_and_gradients(graphdef, objective, mesh=mesh, **options))
+    (loss, metrics), grads = run(trainable, frozen, batch, jax.random.key(3))
+    return float(loss), jax.device_get(metrics), jax.device_get(grads)
 
 
 def assert_same(found, expected):
-    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], abs=ATOL)
-    norm = expected[0]["gradient_norm"]
-    assert found[0]["gradient_norm"] == pytest.approx(norm, rel=tolerances.GRADIENT)
-    assert any(np.abs(value).max() > 0 for value in expected[1].values())
-    for path, value in expected[1].items():
-        np.testing.assert_allclose(found[1][path], value, atol=ATOL, err_msg=path)
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    for name, value in expected[1].items():
+        assert found[1][name] == pytest.approx(value, abs=1e-5), name
+    tolerances.assert_gradients_near(found[2], expected[2])
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_chunks_change_nothing(whole, chunk):
-    """Neither loss nor adapters; a row loses the same inputs to dropout in any chunk."""
-    assert_same(one_step(tiny_llava.batch(), dropout=True, chunk=chunk), whole)
-
-
-def test_eight_devices_equal_one(whole):
+@pytest.mark.parametrize("dropout", [False, True])
+def test_chunks_and_devices_change_nothing(dropout):
+    """A row loses the same inputs to dropout in any chunk and on any device."""
+    batch = toy_batch()
+    whole = gradients(batch, dropout=dropout)
+    assert (whole[0] != gradients(batch, dropout=not dropout)[0]) and whole[2]["kernel"].any()
+    for chunk in (1, 4, 24):
+        assert_same(gradients(batch, dropout=dropout, chunk=chunk), whole)
     mesh = sharding.make_mesh(data=2, fsdp=4)
-    assert_same(one_step(tiny_llava.batch(), dropout=True, chunk=8, mesh=mesh), whole)
+    for chunk in (0, 8, 9):
+        assert_same(gradients(batch, dropout=dropout, chunk=chunk, mesh=mesh), whole)
 
 
 def test_gradients_are_those_of_an_explicit_gradient_cache():
-    """Pass one: embeddings. Pass two: their gradients, pulled back row by row."""
-    graphdef, trainable, frozen = tiny_llava._model(False)
-    batch = dataclasses.replace(tiny_llava.batch(), sets=None)
-    trainable = jax.tree.map(jnp.asarray, trainable)
+    """Pass one: embeddings, and the loss's gradients of them. Pass two: pulled back by group."""
+    batch = toy_batch()
+    graphdef, trainable, frozen = toy_parts()
 
-    def embed(trainable, group):
-        return nnx.merge(graphdef, unflatten({**frozen, **trainable})).embed(group)
+    def embed(trainable, group, key):
+        keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(group.rows))
+        return nnx.merge(graphdef, unflatten({**frozen, **trainable})).embed(group, key=keys)
 
     def objective(query, target):
         return losses.hard_negative_info_nce(
             query, target, temperature=0.1, k=4, margin=0.1, target_ids=batch.target_ids
         )[0]
 
-    run = jax.jit(embed)
+    side_keys = jax.random.split(jax.random.key(3), 4)
+    parts = [
+        (group, jax.random.fold_in(key, number), side)
+        for side, (groups, key) in enumerate(((batch.query, side_keys[0]),
+                                              (batch.target, side_keys[1])))
+        for number, group in enumerate(groups)
+    ]  # fmt: skip
+    orders = batch.query_order, batch.target_order
+    rows = [embed(trainable, group, key) for group, key, _ in parts]
     sides = [
-        jnp.concatenate([run(trainable, group) for group in groups])[order]
-        for groups, order in (
-            (batch.query, batch.query_order),
-            (batch.target, batch.target_order),
-        )
+        jnp.concatenate([row for row, part in zip(rows, parts, strict=True) if part[2] == side])
+        for side in (0, 1)
     ]
-    cached = jax.grad(objective, (0, 1))(*sides)
-
-    @jax.jit
-    def pull(trainable, group, grads):
-        return jax.vjp(lambda t: embed(t, group), trainable)[1](grads)[0]
-
-    total = jax.tree.map(jnp.zeros_like, trainable)
-    for groups, order, grads in (
-        (batch.query, batch.query_order, cached[0]),
-        (batch.target, batch.target_order, cached[1]),
-    ):
-        own = jnp.zeros_like(grads).at[order].set(grads)
-        start = 0
-        for group in groups:
-            part = own[start : start + group.rows]
-            start += group.rows
-            total = jax.tree.map(jnp.add, total, pull(trainable, group, part))
-    step = steps.loss_and_gradients(graphdef, _as_objective(objective), chunk=4)
-    _, grads = jax.jit(step)(trainable, frozen, batch, jax.random.key(0))
-    tolerances.assert_gradients_near(grads, total)
+    cached = jax.grad(objective, (0, 1))(*[x[o] for x, o in zip(sides, orders, strict=True)])
+    cached = [jnp.zeros_like(g).at[o].set(g) for g, o in zip(cached, orders, strict=True)]
+    total, start = jax.tree.map(jnp.zeros_like, trainable), [0, 0]
+    for group, key, side in parts:
+        grads = cached[side][start[side] : start[side] + group.rows]
+        start[side] += group.rows
+        _, pull = jax.vjp(lambda t, group=group, key=key: embed(t, group, key), trainable)
+        total = jax.tree.map(jnp.add, total, pull(grads)[0])
+    found = gradients(batch, dropout=True, chunk=4)
+    tolerances.assert_gradients_near(found[2], jax.device_get(total))
 
 
-def _as_objective(objective):
-    return lambda sides, batch, key: (objective(*sides), {})
+def test_judged_negatives_reach_their_own_query():
+    batch = toy_batch()
+    rng = np.random.default_rng(0)
+    more = (toy.inputs(30, 5, seed=7), toy.inputs(42, 3, seed=8))
+    batch = dataclasses.replace(
+        batch,
+        negative=more,
+        negative_order=rng.permutation(72).astype(np.int32),
+        scores=rng.uniform(0, 1, (24, 4)).astype(np.float32),
+    )
+    graphdef, trainable, frozen = toy_parts()
+    model = nnx.merge(graphdef, unflatten({**frozen, **trainable}))
+
+    def side(groups, order):
+        return jnp.concatenate([model.embed(group) for group in groups])[order]
+
+    own = side(batch.negative, batch.negative_order).reshape(24, 3, -1)
+    expected, _ = losses.judged_kl(
+        side(batch.query, batch.query_order), side(batch.target, batch.target_order), own,
+        batch.scores, temperature=0.1,
+    )  # fmt: skip
+    objective = steps.make_objective("judge", temperature=0.1)
+    whole = gradients(batch, objective=objective)
+    assert whole[0] == pytest.approx(float(expected), abs=1e-6)
+    assert_same(gradients(batch, objective=objective, chunk=4), whole)
+
+
+def test_equal_targets_may_be_negatives_as_in_the_paper():
+    batch = dataclasses.replace(toy_batch(), target_ids=np.zeros(24, np.int32))
+    assert gradients(batch)[0] == 0  # all targets are the same one: no negative is left
+    paper = steps.make_objective("contrast", temperature=0.1, k=4, mask_equal_targets=False)
+    plain = dataclasses.replace(batch, target_ids=np.arange(24, dtype=np.int32))
+    assert gradients(batch, objective=paper)[0] == gradients(plain)[0] > 0
 
 
 def collectives(text: str) -> list[tuple[str, str]]:
-    """Lists (kind, result type) of every collective in a compiled program."""
+    """Lists (kind, result type) of the collectives that move data in a compiled program."""
     pattern = r"= (\S+) (all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
     return [(kind, shape) for shape, kind in re.findall(pattern, text)]
 
 
 def test_embeddings_are_gathered_once_a_side_and_activations_stay():
     mesh = sharding.make_mesh(fsdp=8)
-    batch = tiny_llava.small_batch()
     state, frozen, step = tiny_llava.parts(mesh=mesh, chunk=8)
-    text = step.lower(state, frozen, steps.place_batch(batch, mesh)).compile().as_text()
-    found = collectives(text)
-    embeddings = [
-        shape for _, shape in found if re.match(rf"f32\[8,\d+,{tiny_llava.WIDTH}\]", shape)
-    ]
+    batch = steps.place_batch(tiny_llava.small_batch(), mesh)
+    found = collectives(step.lower(state, frozen, batch).compile().as_text())
+    width = tiny_llava.WIDTH
+    embeddings = [shape for _, shape in found if re.match(rf"f32\[8,\d+,{width}\]", shape)]
     assert len(embeddings) == 2, found
-    kinds = {kind for kind, _ in found}
-    assert kinds == {"all-gather"}, found  # no reshuffling, no weights' gradients but sums
-    weights = {tuple(x.shape[-2:]) for path, x in frozen.items() if x.ndim > 1}
+    assert {kind for kind, _ in found} == {"all-gather"}, found
+    weights = {tuple(x.shape[-2:]) for x in frozen.values() if x.ndim > 1}
     for _, shape in found:
         sizes = tuple(map(int, re.match(r"\w+\[([\d,]*)\]", shape).group(1).split(",")))
         assert shape in embeddings or sizes[-2:] in weights, f"{shape} is no weight"

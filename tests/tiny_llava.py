@@ -101,10 +101,11 @@ def small_batch(rows: int = 16) -> Batch:
 
 
 @functools.cache
-def _model(vision: bool):
-    model = parity.build(CONFIG)
-    embedder.attach_adapters(model, {**ADAPTERS, "vision": vision}, seed=0)
-    graphdef, state = nnx.split(model)
+def model(vision: bool = False):
+    """Returns graphdef, adapters and frozen parameters."""
+    built = parity.build(CONFIG)
+    embedder.attach_adapters(built, {**ADAPTERS, "vision": vision}, seed=0)
+    graphdef, state = nnx.split(built)
     trainable, frozen = optim.split_trainable(
         flatten(nnx.to_pure_dict(state)), [optim.ADAPTER_PATTERN]
     )
@@ -122,7 +123,7 @@ def parts(objective=None, *, mesh=None, vision=False, learning_rate=1e-2, **opti
     """Returns what a run has before its first step: state, frozen parameters and the step."""
     import optax
 
-    graphdef, trainable, frozen = _model(vision)
+    graphdef, trainable, frozen = model(vision)
     if objective is None:
         objective = steps.make_objective("contrast", temperature=0.1, k=4)
     schedule = optax.constant_schedule(learning_rate)

@@ -73,3 +73,14 @@ def test_each_step_has_the_same_composition():
     for step in range(5):
         counts = collections.Counter(stratum for stratum, _ in mix.rows(step))
         assert [counts[i] for i in range(3)] == mix.counts == [4, 4, 8]
+
+
+def test_blocks_come_from_one_set():
+    counts = mixture.shares([1000, 500, 90, 3], 64, block=8)
+    assert sum(counts) == 64 and all(count % 8 == 0 and count for count in counts)
+    assert counts == [32, 16, 8, 8]  # a block for the smallest, the others in proportion
+    assert mixture.shares([1000, 500, 0], 64, block=8) == [40, 24, 0]
+    assert mixture.shares([10, 10], 16, weights=[3, 1], block=4) == [12, 4]
+    for batch, block in ((64, 7), (64, 32)):
+        with pytest.raises(UserError, match=f"config.data.block={block}"):
+            mixture.shares([1000, 500, 90], batch, block=block)

@@ -55,11 +55,18 @@ def _blocks(sizes, batch: int, block: int, *, weights, temperature) -> list[int]
             f"config.data.block={block}: {batch} rows do not divide into blocks of it, one or more "
             f"for each of the {used.sum()} sets; choose a smaller divisor"
         )
-    counts = shares(sizes, batch // block, weights=weights, temperature=temperature)
-    while missing := [i for i, count in enumerate(counts) if used[i] and not count]:
-        counts[int(np.argmax(counts))] -= 1
-        counts[missing[0]] = 1
-    return [block * count for count in counts]
+    small = np.zeros(len(wanted), bool)  # sets that get one block, though their share is less
+    while True:
+        rest = np.where(small, 0, sizes)
+        left = batch // block - int(small.sum())
+        counts = np.array(small, int)
+        if left:
+            counts += shares(
+                rest.astype(int).tolist(), left, weights=weights, temperature=temperature
+            )
+        if (counts[used] > 0).all():
+            return (block * counts).tolist()
+        small |= used & (counts == 0)
 
 
 class Mixture:
