@@ -44,17 +44,16 @@ def assert_same(found, expected):
     tolerances.assert_gradients_near(found[2], expected[2])
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_chunks_and_devices_change_nothing(dropout):
+def test_chunks_and_devices_change_nothing():
     """A row loses the same inputs to dropout in any chunk and on any device."""
     batch = toy_batch()
-    whole = gradients(batch, dropout=dropout)
-    assert (whole[0] != gradients(batch, dropout=not dropout)[0]) and whole[2]["kernel"].any()
-    for chunk in (1, 4, 24):
-        assert_same(gradients(batch, dropout=dropout, chunk=chunk), whole)
+    whole = gradients(batch, dropout=True)
+    assert whole[0] != gradients(batch)[0] and whole[2]["kernel"].any()
+    for chunk in (1, 4):
+        assert_same(gradients(batch, dropout=True, chunk=chunk), whole)
     mesh = sharding.make_mesh(data=2, fsdp=4)
-    for chunk in (0, 8, 9):
-        assert_same(gradients(batch, dropout=dropout, chunk=chunk, mesh=mesh), whole)
+    for chunk in (0, 9):
+        assert_same(gradients(batch, dropout=True, chunk=chunk, mesh=mesh), whole)
 
 
 def test_gradients_are_those_of_an_explicit_gradient_cache():
@@ -125,10 +124,11 @@ def test_judged_negatives_reach_their_own_query():
 
 def test_equal_targets_may_be_negatives_as_in_the_paper():
     batch = dataclasses.replace(toy_batch(), target_ids=np.zeros(24, np.int32))
-    assert gradients(batch)[0] == 0  # all targets are the same one: no negative is left
+    masked = gradients(batch)[0]
+    assert masked == pytest.approx(0, abs=1e-6)  # one target for all: no negative is left
     paper = steps.make_objective("contrast", temperature=0.1, k=4, mask_equal_targets=False)
     plain = dataclasses.replace(batch, target_ids=np.arange(24, dtype=np.int32))
-    assert gradients(batch, objective=paper)[0] == gradients(plain)[0] > 0
+    assert gradients(batch, objective=paper)[0] == gradients(plain)[0] > 0.1
 
 
 def collectives(text: str) -> list[tuple[str, str]]:

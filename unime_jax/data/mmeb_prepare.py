@@ -20,7 +20,7 @@ from unime_jax.data import mmeb_builder, mmeb_sets, pictures
 from unime_jax.types import UserError
 
 SKIPPED, SUMMARY, SIDES = "skipped.jsonl", "prepared.json", "has_image.npy"
-_FORMAT = 1  # raise it when what is written changes: sets are then written anew
+FORMAT = 1  # raise it when what is written changes: sets are then written anew
 _ROWS_AT_ONCE = 256
 _SLOT = "<|image_1|>"
 
@@ -121,7 +121,7 @@ def prepare(
     """
     files = parquet_files(source, name, settings.split)
     wanted = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "files": [[path.name, path.stat().st_size] for path in files],
         **{k: v for k, v in dataclasses.asdict(settings).items() if k != "max_bad_share"},
     }
