@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_llava
+import llava_step
 import tolerances
 import toy
 from flax import nnx
@@ -139,10 +139,10 @@ def collectives(text: str) -> list[tuple[str, str]]:
 
 def test_embeddings_are_gathered_once_a_side_and_activations_stay():
     mesh = sharding.make_mesh(fsdp=8)
-    state, frozen, step = tiny_llava.parts(mesh=mesh, chunk=8)
-    batch = steps.place_batch(tiny_llava.small_batch(), mesh)
+    state, frozen, step = llava_step.parts(mesh=mesh, chunk=8)
+    batch = steps.place_batch(llava_step.small_batch(), mesh)
     found = collectives(step.lower(state, frozen, batch).compile().as_text())
-    width = tiny_llava.WIDTH
+    width = llava_step.WIDTH
     embeddings = [shape for _, shape in found if re.match(rf"f32\[8,\d+,{width}\]", shape)]
     assert len(embeddings) == 2, found
     assert {kind for kind, _ in found} == {"all-gather"}, found
