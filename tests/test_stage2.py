@@ -5,9 +5,9 @@ import re
 
 import jax
 import jax.numpy as jnp
+import llava_step
 import numpy as np
 import pytest
-import llava_step
 import tolerances
 import toy
 from flax import nnx
