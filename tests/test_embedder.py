@@ -83,6 +83,8 @@ def test_bfloat16_is_close(root, embedder):
         ({"texts": ["a"], "images": [None, None]}, "1 texts but 2 images"),
         ({"texts": ["a", None], "images": [None, None]}, "row 1"),
         ({"texts": ["a", " "]}, "row 1"),
+        ({"texts": "a cat"}, "texts is one str; give a list"),
+        ({"images": b"x"}, "images is one bytes; give a list"),
         ({"images": ["/no/such.png"]}, "/no/such.png"),
         ({"images": [b"not an image"]}, "row 0"),
     ],
@@ -92,11 +94,26 @@ def test_bad_rows_are_named(embedder, arguments, named):
         embedder.embed(**arguments)
 
 
+def test_texts_that_are_no_strings_are_named(embedder):
+    # Below `embed`, whose annotations are checked here and not where it is used.
+    with pytest.raises(UserError, match="row 1: a text is a string, not int"):
+        embedder._bucket(["a", 5], None, None)
+
+
+def test_no_rows_are_an_array_of_no_rows(embedder):
+    assert embedder.embed(texts=[]).shape == (0, embedder.embed(texts=["a"]).shape[1])
+
+
+def test_bad_dtypes_are_named(root):
+    with pytest.raises(UserError, match="dtype bf16 is not built; give one of bfloat16, float32"):
+        unime_jax.load(root / "student", dtype="bf16")
+
+
 def test_bad_directories_are_named(tmp_path):
     with pytest.raises(UserError, match="absent"):
         unime_jax.load(tmp_path / "absent")
     with pytest.raises(UserError, match="config.json"):
         unime_jax.load(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    with pytest.raises(UserError, match="gpt2"):
+    with pytest.raises(UserError, match=f"{tmp_path}: config.json: .*gpt2"):
         unime_jax.load(tmp_path)

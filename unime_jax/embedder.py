@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from unime_jax.models import lora
 from unime_jax.types import Array, Inputs, Params, UserError
 
 MAX_TOKENS = 4096
+DTYPES = ("bfloat16", "float32")
 LLAVA_IMAGE_TOKEN = 32000  # where config.json leaves it out, as transformers does
 PREPARATION = weights.PREPARATION
 FUSIONS = ("together", "sum")
@@ -55,6 +57,9 @@ class Embedder:
         self.directory = directory
         self.model_config: dict[str, Any] = models.read_config(directory)
         self.image_spec = model.image_spec
+        self.embedding_width: int = model.embedding_width
+        decoder = getattr(model, "language_model", None)
+        self._window = None if decoder is None else decoder.config.sliding_window
         self.mesh = mesh
         self._preparation = {"image_size": image_size, "image_crops": image_crops}
         self._prompt = prompt
@@ -76,6 +81,7 @@ class Embedder:
             max_tokens=self._number("max_position_embeddings", MAX_TOKENS),
             image_token_id=self._image_token_id(),
             vocabulary=self._number("vocab_size", None),
+            window=self._window,
             devices=self._devices,
             **self._preparation,
         )
@@ -207,12 +213,17 @@ class Embedder:
     def _bucket(self, texts, images, instruction):
         if texts is None and images is None:
             raise UserError("embed: give texts, images or both")
+        for name, rows in (("texts", texts), ("images", images)):
+            if isinstance(rows, str | bytes | os.PathLike) or hasattr(rows, "getexif"):
+                raise UserError(f"embed: {name} is one {type(rows).__name__}; give a list")
         texts = [None] * len(images) if texts is None else list(texts)
         images = [None] * len(texts) if images is None else list(images)
         self._check(texts, images)
         for row, (text, image) in enumerate(zip(texts, images, strict=True)):
             if text is None and image is None:
                 raise UserError(f"embed: row {row} has neither text nor image")
+            if not isinstance(text, str | prompts.Slotted | None):
+                raise UserError(f"embed: row {row}: a text is a string, not {type(text).__name__}")
         return self.preprocessor.bucket(texts, images, instruction)
 
     def _check(self, texts, images) -> None:
@@ -233,7 +244,7 @@ class Embedder:
             out[places] = vectors
             if progress:
                 progress(len(places) if rows is None else int((places < rows).sum()))
-        return np.zeros((0, 0), np.float32) if out is None else out
+        return np.zeros((0, self.embedding_width), np.float32) if out is None else out
 
 
 def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
@@ -250,6 +261,9 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
     Raises:
       UserError: a missing or inconsistent file, an unknown model type.
     """
+    dtype = str(getattr(dtype, "__name__", dtype))  # jnp.bfloat16 as well
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype} is not built; give one of {', '.join(DTYPES)}")
     found = weights.find(path, adapter)
     model = _build(found, dtype=dtype, mesh=mesh)
     return Embedder(model, directory=found.directory, mesh=mesh, **found.preparation)

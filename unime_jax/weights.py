@@ -102,7 +102,10 @@ def _find(name: str | os.PathLike) -> Weights:
     if peft.is_adapter(path) and not hf_read.has_weights(path):
         return dataclasses.replace(_changed(_find(_base_of_adapter(path)), path), name=str(name))
     config = models.read_config(path)
-    key_map = models.rules(config)
+    try:
+        key_map = models.rules(config)
+    except UserError as error:  # speaks of config.json
+        raise UserError(f"{path}: {error}") from None
     if checkpoint.is_model(path):
         base_name = checkpoint.read_model_notes(path)["base"] or str(path.resolve())
         source = Stored(path, key_map)

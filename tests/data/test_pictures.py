@@ -143,6 +143,9 @@ def test_sixteen_bits_a_channel_keep_their_brightness():
     grey = Image.fromarray(np.full((4, 6), 32768, np.uint16))
     found = pictures.open_rgb(encoded(grey), "x")
     np.testing.assert_allclose(np.asarray(found), 127, atol=1)
+    swapped = encoded(Image.frombytes("I;16B", (6, 4), b"\x80\0" * 24), "TIFF")
+    assert Image.open(io.BytesIO(swapped)).mode == "I;16B"
+    np.testing.assert_allclose(np.asarray(pictures.load_rgb(swapped)), 127, atol=1)
 
 
 def test_a_cut_jpeg_is_no_image():

@@ -202,6 +202,13 @@ def test_a_bad_row_is_named(smol, bert):
         bert.bucket(["a"], [packages.png()])
 
 
+def test_rows_up_to_the_sliding_window_are_padded_to_it_and_longer_ones_refused(byte_level):
+    model = preprocess.Preprocessor(byte_level, None, prompt="none", max_tokens=99, window=20)
+    assert [group.tokens.shape for group, _ in model.embed_rows([[1] * 18])] == [(1, 20)]
+    with pytest.raises(UserError, match="row 1: 21 positions exceed .* sliding_window of 20"):
+        model.embed_rows([[1], [1] * 21])
+
+
 def test_tokenised_rows(smol):
     ids = list(smol.tokenize("abc", False).ids)
     image = Image.new("RGB", (4, 4))

@@ -221,7 +221,13 @@ def test_rope_settings_of_either_transformers_version_are_read():
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling = 'llama3'"),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor = 0.75"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": None}, "lacks vocab_size"),
+        ({"hidden_size": "64"}, "hidden_size = '64' must be a positive whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True must be"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps = nan must be a positive number"),
+        ({"rope_theta": "x"}, "rope_theta = 'x' must be"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads = 3"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "and hidden_size = .* one of it"),
     ],
 )
 def test_configs_that_would_compute_something_else_are_refused(changes, words):

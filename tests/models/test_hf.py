@@ -233,6 +233,10 @@ def test_missing_files_are_named(directory, tmp_path_factory):
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match="lacks model-1.safetensors, which"):
         hf_read.load(directory, MAP, abstract(toy_params()))
+    index["weight_map"]["bias"] = 1
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="weight_map names no files for 1 keys: bias"):
+        hf_read.load(directory, MAP, abstract(toy_params()))
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,11 @@ def test_silent_keys_take_the_defaults_of_transformers(kind):
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config.model_type"),
         ({"vision_config": {**VISION, "patch_size": 6}}, "must be a multiple of patch_size"),
         ({"image_grid_pinpoints": [[30, 28]]}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": 336}, "image_grid_pinpoints = 336 must be a list"),
+        ({"image_grid_pinpoints": ["28"]}, "image_grid_pinpoints: 28 is no"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
+        ({"text_config": "mistral"}, "text_config = 'mistral' must be an object"),
+        ({"vision_config": []}, r"vision_config = \[\] must be an object"),
     ],
 )
 def test_configs_that_would_compute_something_else_are_refused(changes, words):

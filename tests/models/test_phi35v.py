@@ -200,6 +200,11 @@ def test_old_buffers_and_a_missing_copy_of_the_embedding_are_fine(model, tmp_pat
     loaded = flatten(parity.split(models.load(tmp_path))[1])
     for path, value in flatten(parity.split(model)[1]).items():
         np.testing.assert_array_equal(loaded[path], value, err_msg=path)
+    content["model.embed_tokens.weight"][0, 0] = np.nan
+    content[WTE] = content["model.embed_tokens.weight"]
+    safetensors.numpy.save_file(content, tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match="NaN or infinite values in 1 tensors: model.embed"):
+        models.load(tmp_path)
     content[WTE] = content["model.embed_tokens.weight"] + 1
     safetensors.numpy.save_file(content, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="wte.weight differs from model.embed_tokens.weight"):
@@ -258,7 +263,16 @@ def nested(name: str, **changes) -> dict:
         (nested("rope_scaling", factor=2.0), "unknown keys factor"),
         (nested("rope_scaling", long_factor=[1.0] * 7), "long_factor must hold 8 numbers"),
         ({"original_max_position_embeddings": None}, "original_max_position_embeddings = None"),
-        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
+        ({"rope_scaling": "su"}, "rope_scaling = 'su' must be an object"),
+        ({"rope_theta": "10000"}, "rope_theta = '10000' must be a positive number"),
+        ({"rope_parameters": {"rope_theta": 500.0}}, "rope_parameters"),
+        ({"vision_config": "clip"}, "vision_config = 'clip' must be an object"),
+        (nested("vision_config", patch_size=0), "vision_config.patch_size = 0 must be a positive"),
+        (
+            nested("vision_config", num_attention_heads=5),
+            "hidden_size 32 one of num_attention_heads 5",
+        ),
     ],
 )
 def test_configs_that_would_compute_something_else_are_refused(changes, words):
@@ -267,12 +281,14 @@ def test_configs_that_would_compute_something_else_are_refused(changes, words):
         Phi35VConfig.from_hf(config)
 
 
-def test_fewer_key_value_heads_and_any_sliding_window_are_followed():
-    config = {**CONFIG, "num_key_value_heads": 2, "sliding_window": 4}
+def test_fewer_key_value_heads_are_followed_and_a_sliding_window_in_use_is_refused():
+    config = {**CONFIG, "num_key_value_heads": 2, "sliding_window": 9}
     model = parity.build(config)
     qkv = parity.split(model)[1]["language_model"]["model"]["layers"]["self_attn"]["qkv_proj"]
     assert qkv["kernel"].shape == (2, 64, 64 + 2 * 32)
     assert np.isfinite(parity.embed(model, parity.text_inputs((9,)))).all()
+    with pytest.raises(UserError, match="10 tokens exceed the model's sliding_window of 9"):
+        model.embed(parity.text_inputs((10,)))
 
 
 def test_bf16_is_near_f32(model, single, groups):

@@ -170,6 +170,8 @@ def _flatten(image, trim: bool):
     """Puts an image of any mode on white."""
     from PIL import Image
 
+    if image.mode.startswith("I;16") and image.mode != "I;16":
+        image = image.convert("I")  # another order of bytes
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 257).convert("L")  # 16 bits a channel
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

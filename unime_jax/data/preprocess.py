@@ -96,6 +96,7 @@ class Preprocessor:
         take the same tiles and positions; 0: as they are.
       image_crops: most tiles of an image where the model has such a number; 0: the checkpoint's.
       devices: that the rows of a group are spread over; groups grow with them.
+      window: most positions that the model attends to; longer rows are refused. None: all.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Preprocessor:
         image_size: int = 0,
         image_crops: int = 0,
         devices: int = 1,
+        window: int | None = None,
     ):
         self.image_spec = image_spec
         self.prompt = prompt
@@ -119,6 +121,7 @@ class Preprocessor:
         self.image_size = image_size
         self._image_crops = image_crops
         self._devices = devices
+        self._window = window
         self._directory = directory
         self._transform = None
         if image_spec is not None:
@@ -332,7 +335,8 @@ class Preprocessor:
                 row = Row(self._check_ids(ids, layout is not None), 0, 0)
                 length = row.length(0 if layout is None else layout.positions)
                 if length > self.max_tokens:
-                    raise UserError(f"{length} positions, the model reads {self.max_tokens}")
+                    limit = self.max_tokens
+                    raise UserError(f"{length} positions, the model reads {limit}: shorten the row")
                 rows.append(row)
         return self._groups(rows, images, layouts)
 
@@ -373,7 +377,14 @@ class Preprocessor:
             for row, layout in zip(rows, layouts, strict=True)
         ]
         tiles = [0 if layout is None else self.transform.bucket(layout.tiles) for layout in layouts]
-        padded = [buckets.padded_length(length, self.max_tokens) for length in lengths]
+        limit = self.max_tokens if self._window is None else min(self._window, self.max_tokens)
+        for row, length in enumerate(lengths):
+            if length > limit:  # rows are cut to max_tokens before
+                raise UserError(
+                    f"row {row}: {length} positions exceed the model's sliding_window of {limit}, "
+                    "which is not supported; use shorter rows"
+                )
+        padded = [buckets.padded_length(length, limit) for length in lengths]
 
         def prepare(row: int) -> Picture:
             with _naming_row(row):

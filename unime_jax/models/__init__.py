@@ -37,7 +37,7 @@ CLASSES: dict[str, type[nnx.Module]] = {
 
 def _class(config: dict[str, Any]) -> type[nnx.Module]:
     name = config.get("model_type")
-    if name not in CLASSES:
+    if name not in tuple(CLASSES):
         known = ", ".join(sorted(CLASSES))
         raise UserError(f"config.json: model_type {name!r} is unknown; known: {known}")
     return CLASSES[name]

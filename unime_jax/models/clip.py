@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
+from unime_jax.models.config_json import check_numbers
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.models.layers import (
     Embedding,
@@ -48,6 +49,15 @@ LARGE_336 = {
     "image_size": 336,
     "patch_size": 14,
 }
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +98,19 @@ class ClipConfig:
                 raise UserError(
                     f"config.json: vision_config.{name} = {value!r} is not supported, only {only!r}"
                 )
-        sizes = {
-            field.name: config[field.name]
-            for field in dataclasses.fields(cls)
-            if field.name in config
-        }
+        check_numbers(config, whole=_SIZES, real=("layer_norm_eps",), where="vision_config.")
+        sizes = {name: config[name] for name in (*_SIZES, "layer_norm_eps")}
         parsed = cls(**sizes, **options)
-        if parsed.image_size % parsed.patch_size or parsed.num_hidden_layers < 2:
+        heads = parsed.num_attention_heads
+        if (
+            parsed.image_size % parsed.patch_size
+            or parsed.hidden_size % heads
+            or parsed.num_hidden_layers < 2
+        ):
             raise UserError(
                 f"config.json: vision_config: image_size {parsed.image_size} must be a multiple of "
-                f"patch_size {parsed.patch_size}, and num_hidden_layers at least 2"
+                f"patch_size {parsed.patch_size}, hidden_size {parsed.hidden_size} one of "
+                f"num_attention_heads {heads}, and num_hidden_layers at least 2"
             )
         return parsed
 

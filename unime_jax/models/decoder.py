@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
+from unime_jax.models.config_json import check_numbers, refuse_unknown_mathematics, rope_settings
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.models.layers import (
     Embedding,
@@ -33,6 +34,14 @@ from unime_jax.models.su_rope import SuRope
 from unime_jax.types import Array, Inputs, UserError
 
 MODEL_TYPES = ("llama", "mistral", "phi3")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
 # Up to this depth the last layer is computed for the last token alone. It saves nearly a layer
 # (15 % of a training step at 6 layers) and costs a copy of the other layers' weights.
 NARROW_LAYERS = 12
@@ -84,52 +93,33 @@ class DecoderConfig:
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
             raise UserError(f"config.json: model_type {model_type!r} is no decoder known here")
-        _refuse_unknown_mathematics(config)
-        try:
-            heads = config["num_attention_heads"]
-            return cls(
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=config["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-                rms_norm_eps=config["rms_norm_eps"],
-                rope_theta=_rope(config).get("rope_theta", 10000.0),
-                attention_bias=model_type == "llama" and config.get("attention_bias", False),
-                mlp_bias=model_type == "llama" and config.get("mlp_bias", False),
-                tie_word_embeddings=config.get("tie_word_embeddings", False),
-                sliding_window=None if model_type == "llama" else config.get("sliding_window"),
-                fused=model_type == "phi3",
-                **options,
+        refuse_unknown_mathematics(config)
+        check_numbers(config, whole=_SIZES, real=("rms_norm_eps",))
+        check_numbers(config, whole=_OPTIONAL_SIZES, optional=True)
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        shared = config.get("num_key_value_heads") or heads
+        if heads % shared or not (config.get("head_dim") or width % heads == 0):
+            raise UserError(
+                f"config.json: num_attention_heads = {heads} must be a multiple of "
+                f"num_key_value_heads = {shared}, and hidden_size = {width} one of it"
             )
-        except KeyError as error:
-            raise UserError(f"config.json of a {model_type} model lacks {error}") from None
+        return cls(
+            **{name: config[name] for name in _SIZES},
+            num_key_value_heads=shared,
+            head_dim=config.get("head_dim") or width // heads,
+            rms_norm_eps=config["rms_norm_eps"],
+            rope_theta=rope_settings(config).get("rope_theta") or 10000.0,
+            attention_bias=model_type == "llama" and config.get("attention_bias", False),
+            mlp_bias=model_type == "llama" and config.get("mlp_bias", False),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            sliding_window=None if model_type == "llama" else config.get("sliding_window"),
+            fused=model_type == "phi3",
+            **options,
+        )
 
     @property
     def narrow_last_layer(self) -> bool:
         return 1 < self.num_hidden_layers <= NARROW_LAYERS and self.attention == "xla"
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns the RoPE settings, wherever this version of transformers wrote them."""
-    scaling = config.get("rope_scaling") or {}
-    return {**config, **scaling, **(config.get("rope_parameters") or {})}
-
-
-def _refuse_unknown_mathematics(config: dict[str, Any]) -> None:
-    settings = _rope(config)
-    rope_type = settings.get("rope_type", settings.get("type", "default"))
-    expected = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "rope_scaling": (rope_type, "default"),
-        "partial_rotary_factor": (settings.get("partial_rotary_factor", 1.0), 1.0),
-        "quantization_config": (config.get("quantization_config"), None),
-    }
-    for name, (value, known) in expected.items():
-        if value != known:
-            raise UserError(f"config.json: {name} = {value!r} is not supported, only {known!r}")
 
 
 def _linear(config: DecoderConfig, bias: bool, rngs: nnx.Rngs, dtype) -> Callable[..., Linear]:

@@ -235,7 +235,7 @@ def check(source: Source, key_map: KeyMap, flat: Mapping[str, Any]) -> None:
     for copy, original in key_map.copies:
         if copy in have and original in have:
             used.add(copy)
-            if not np.array_equal(source.slice(copy)[...], source.slice(original)[...]):
+            if not _same(source.slice(copy)[...], source.slice(original)[...]):
                 wrong.append(f"{copy} differs from {original}, whose copy it should be")
     unknown = sorted(
         key
@@ -250,6 +250,13 @@ def check(source: Source, key_map: KeyMap, flat: Mapping[str, Any]) -> None:
     if any(problems):
         text = "; ".join(problem for problem in problems if problem)
         raise UserError(f"{source.name}: the weights do not fit config.json: {text}")
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    """Compares values; NaN, which is warned of elsewhere, is the same as NaN."""
+    if first.shape != second.shape:
+        return False
+    return bool(np.all((first == second) | ((first != first) & (second != second))))
 
 
 def listed(kind: str, items: list[str]) -> str:

@@ -121,6 +121,8 @@ def _weight_files(directory: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map")
+    if strange := [key for key, name in names.items() if not isinstance(name, str)]:
+        raise UserError(f"{index}: weight_map names no files for {listed('keys', strange)}")
     files: dict[pathlib.Path, set[str]] = {}
     for key, name in sorted(names.items(), key=lambda item: item[1]):
         files.setdefault(directory / name, set()).add(key)

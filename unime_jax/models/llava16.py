@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
-from unime_jax.models import clip, decoder
+from unime_jax.models import clip, config_json, decoder
 from unime_jax.models.clip import ClipConfig, ClipVision
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.hf import KeyMap, Rule
@@ -44,6 +44,7 @@ _KNOWN = {
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
     "use_image_newline_parameter": True,
+    "quantization_config": None,
 }
 
 
@@ -72,30 +73,43 @@ class Llava16Config:
             value = config.get(name, only)
             if value != only:
                 raise UserError(f"config.json: {name} = {value!r} is not supported, only {only!r}")
-        text = config.get("text_config") or {}
+        text = config_json.part(config, "text_config")
         kind = text.get("model_type", "llama")
-        if kind not in TEXT_DEFAULTS:
+        if kind not in tuple(TEXT_DEFAULTS):
             known = ", ".join(TEXT_DEFAULTS)
             raise UserError(
                 f"config.json: text_config.model_type = {kind!r} is not supported; known: {known}"
             )
         tied = config.get("tie_word_embeddings", False)
         text = {**TEXT_DEFAULTS[kind], **text, "model_type": kind, "tie_word_embeddings": tied}
-        tower = config.get("vision_config")
-        vision = ClipConfig.from_hf(clip.LARGE_336 if tower is None else tower, **options)
-        grids = config.get("image_grid_pinpoints") or GRIDS
-        for grid in grids:
-            if len(grid) != 2 or any(side < 1 or side % vision.image_size for side in grid):
-                raise UserError(
-                    f"config.json: image_grid_pinpoints: {grid} is no (height, width) in multiples "
-                    f"of {vision.image_size}"
-                )
+        silent = config.get("vision_config") is None
+        tower = clip.LARGE_336 if silent else config_json.part(config, "vision_config")
+        vision = ClipConfig.from_hf(tower, **options)
         return cls(
             text=DecoderConfig.from_hf(text, **options),
             vision=vision,
             projector_bias=config.get("multimodal_projector_bias", True),
-            grids=tuple(map(tuple, grids)),
+            grids=_grids(config, vision.image_size),
         )
+
+
+def _grids(config: dict[str, Any], size: int) -> tuple[tuple[int, int], ...]:
+    """Returns the canvases, (height, width) in pixels.
+
+    Raises:
+      UserError: one of them is not made of whole tiles.
+    """
+    grids = config.get("image_grid_pinpoints") or GRIDS
+    if not isinstance(grids, list | tuple):
+        raise UserError(f"config.json: image_grid_pinpoints = {grids!r} must be a list")
+    for grid in grids:
+        whole = isinstance(grid, list | tuple) and all(type(side) is int for side in grid)
+        if not whole or len(grid) != 2 or any(side < 1 or side % size for side in grid):
+            raise UserError(
+                f"config.json: image_grid_pinpoints: {grid} is no (height, width) in multiples "
+                f"of {size}"
+            )
+    return tuple(map(tuple, grids))
 
 
 class Llava16(Multimodal):

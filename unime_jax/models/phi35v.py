@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int, UInt8
 
-from unime_jax.models import clip, decoder
+from unime_jax.models import clip, config_json, decoder
 from unime_jax.models.clip import ClipConfig, ClipVision
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.hf import KeyMap, Rule
@@ -67,14 +67,16 @@ class Phi35VConfig:
         """
         _part(config, "embd_layer", _EMBEDDING)
         processor = _part(config, "img_processor", _PROCESSOR, _PROCESSOR_DEFAULTS)
-        tower = config.get("vision_config") or TOWERS.get(processor.get("model_name"))
+        tower = config_json.part(config, "vision_config") or TOWERS.get(processor.get("model_name"))
         if tower is None:
             raise UserError(
                 f"config.json: img_processor.model_name = {processor.get('model_name')!r} is "
                 f"unknown; known: {', '.join(TOWERS)}; or describe the tower in vision_config"
             )
-        # Nothing in the model reads sliding_window; RoPE is read below.
-        text = {**config, "model_type": "phi3", "sliding_window": None, "rope_scaling": None}
+        if config.get("rope_parameters"):
+            raise UserError("config.json: rope_parameters: a phi3_v model has rope_scaling instead")
+        # RoPE is read below.
+        text = {**config, "model_type": "phi3", "rope_scaling": None}
         text = DecoderConfig.from_hf(text, **options)
         rope = SuRope.from_hf(config, text.head_dim)
         vision = ClipConfig.from_hf(tower, **options)

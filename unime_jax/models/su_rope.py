@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from unime_jax.models.config_json import check_numbers, part
 from unime_jax.types import Array, UserError
 
 NAMES = ("su", "longrope")
@@ -39,9 +40,10 @@ class SuRope:
         Raises:
           UserError: another kind of scaling, or a key that is missing or does not fit.
         """
-        scaling = config.get("rope_scaling")
+        scaling = part(config, "rope_scaling")
         if not scaling:
             return None
+        check_numbers(config, real=("rope_theta",), optional=True)
         kind = scaling.get("type", scaling.get("rope_type"))
         if kind not in NAMES:
             raise UserError(
@@ -67,7 +69,7 @@ class SuRope:
         longest, original = lengths
         magnitude = math.sqrt(1 + math.log(longest / original) / math.log(original))
         return cls(
-            theta=float(config.get("rope_theta", 10000.0)),
+            theta=float(config.get("rope_theta") or 10000.0),
             short_factor=factors[0],
             long_factor=factors[1],
             original_length=original,
