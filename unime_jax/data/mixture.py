@@ -88,8 +88,19 @@ class Mixture:
         self.counts = shares(sizes, batch, weights=weights, temperature=temperature)
         self._sizes = list(sizes)
         self._seed = seed
+        self._remember()
+
+    def _remember(self) -> None:
         # A step touches one or two epochs of a stratum; neighbouring steps the same ones.
         self._epoch = functools.lru_cache(maxsize=4 * len(self._sizes))(self._permutation)
+
+    def __getstate__(self):
+        """Leaves what is remembered behind: another process remembers its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_epoch"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._remember()
 
     def _permutation(self, stratum: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((self._seed, stratum, epoch)).permutation(self._sizes[stratum])
