@@ -49,5 +49,6 @@ def _shrink(c) -> None:
     c.train.steps = 3
     c.train.batch_size = 24
     c.train.chunk = 4
+    c.model.remat = "none"  # compiles faster
     c.mesh.data = -1
     c.mesh.fsdp = 1
