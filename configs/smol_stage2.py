@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
     c.model.path = f"{runs}/align"
     c.data.path = str(assets / "data")
     c.data.max_tokens = 32
+    c.data.length_bins = 1 if smoke else 2  # one bin compiles faster
     c.data.features = str(assets / "features")
     c.data.variants = 1 if smoke else 3
     c.data.directions = ("image_to_text", "text_to_image")

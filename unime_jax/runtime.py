@@ -81,7 +81,7 @@ def start() -> None:
     # Compiled programs survive restarts: a resumed run starts stepping at once.
     directory = cache_directory() / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def compiler_options(platform: str) -> dict[str, str] | None:
