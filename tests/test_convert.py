@@ -239,6 +239,23 @@ def test_big_models_are_spread_over_files(root, tmp_path):
     assert_same(parameters(tmp_path / "out"), parameters(root / "student"))
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "big"])
+def test_sizes_of_files_are_positive(root, tmp_path, size, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run("export", "--model", root / "student", "--output", tmp_path / "out", "--shard-gb", size)
+    assert caught.value.code == 2 and "argument --shard-gb" in capsys.readouterr().err
+
+
+def test_a_base_is_not_taken_for_itself(root, tmp_path):
+    # Beside a run named as its base, which is gone, stands the run.
+    text = json.loads((root / "first" / "run.json").read_text())
+    text["model"]["path"] = str(tmp_path / "gone" / "student")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "run.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match="trained from student, which is neither where it was nor"):
+        weights.find(tmp_path / "student")
+
+
 def test_an_output_that_is_there_is_kept(root, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")

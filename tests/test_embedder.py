@@ -69,6 +69,12 @@ def test_parameters_and_rows_spread_over_a_mesh(root, embedder):
     np.testing.assert_allclose(spread.embed(texts=TEXTS), embedder.embed(texts=TEXTS), atol=1e-5)
 
 
+def test_a_mesh_of_other_axes_is_refused(root):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    with pytest.raises(UserError, match=r"mesh has axes \('x',\); make it with sharding.make_mesh"):
+        embedder_lib.load(root / "student", mesh=mesh)
+
+
 def test_bfloat16_is_close(root, embedder):
     half = unime_jax.load(root / "student")
     cosine = (half.embed(texts=TEXTS) * embedder.embed(texts=TEXTS)).sum(1)

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import re
@@ -86,9 +87,17 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name != "import":
             command.add_argument(
-                "--shard-gb", type=float, default=5.0, help="largest file of weights (%(default)s)"
+                "--shard-gb", type=_size, default=5.0, help="largest file of weights (%(default)s)"
             )
     return parser
+
+
+def _size(text: str) -> float:
+    """Reads a number of GB; argparse names the flag where this fails."""
+    size = float(text)
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no positive number")
+    return size
 
 
 def import_model(args: argparse.Namespace) -> None:

@@ -264,6 +264,8 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
     dtype = str(getattr(dtype, "__name__", dtype))  # jnp.bfloat16 as well
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype} is not built; give one of {', '.join(DTYPES)}")
+    if mesh is not None and set(mesh.axis_names) != set(sharding.AXES):
+        raise UserError(f"mesh has axes {mesh.axis_names}; make it with sharding.make_mesh")
     found = weights.find(path, adapter)
     model = _build(found, dtype=dtype, mesh=mesh)
     return Embedder(model, directory=found.directory, mesh=mesh, **found.preparation)

@@ -152,7 +152,7 @@ def _changed(weights: Weights, path: pathlib.Path) -> Weights:
 def _base_of_run(path: pathlib.Path) -> str | pathlib.Path:
     base = pathlib.Path(checkpoint.read_run(path)["model"]["path"])
     for place in (base, path.parent / base.name):  # the second: runs that were moved together
-        if place.is_dir():
+        if _is_other(place, path):
             return place
     raise UserError(
         f"{path} was trained from {base.name}, which is neither where it was nor beside it"
@@ -162,7 +162,7 @@ def _base_of_run(path: pathlib.Path) -> str | pathlib.Path:
 def _base_of_adapter(path: pathlib.Path) -> str | pathlib.Path:
     base = peft.base_of(path)
     for place in (pathlib.Path(base).expanduser(), path.parent / base):
-        if place.is_dir():
+        if _is_other(place, path):
             return place
     if hub.is_name(base):
         return base
@@ -170,6 +170,11 @@ def _base_of_adapter(path: pathlib.Path) -> str | pathlib.Path:
         f"{path}/{peft.CONFIG_FILE} names the base {base}, which is not there; give the base as "
         "the model and this directory as the adapter"
     )
+
+
+def _is_other(place: pathlib.Path, path: pathlib.Path) -> bool:
+    """Tells whether a directory is there that is not what asks for its base."""
+    return place.is_dir() and not place.samefile(path)
 
 
 def _read_run(run: pathlib.Path, weights: Weights) -> peft.Adapter:

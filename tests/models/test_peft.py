@@ -299,6 +299,8 @@ def test_what_pefts_format_cannot_hold(source, tmp_path, keys, words):
         ({"use_new_trick": {"x": 1}}, "use_new_trick"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa', which changes the base"),
         ({"r": None}, "r = None"),
+        ({"rank_pattern": [8]}, "rank_pattern = [8]"),
+        ({"alpha_pattern": {"q_proj": "16"}}, "alpha_pattern = {'q_proj': '16'}"),
     ],
 )
 def test_settings_that_are_not_built_are_named(copy, changes, words):
@@ -345,6 +347,9 @@ def test_missing_and_damaged_files(copy):
     content = weights.read_bytes()
     weights.write_bytes(content[:-10])
     with pytest.raises(UserError, match="adapter_model.safetensors is corrupt or cut short"):
+        peft.read(copy, KEY_MAP)
+    safetensors.numpy.save_file({}, weights)
+    with pytest.raises(UserError, match="adapter_model.safetensors holds no tensors"):
         peft.read(copy, KEY_MAP)
     weights.rename(copy / "adapter_model.bin")
     with pytest.raises(UserError, match="missing; adapter_model.bin may run code"):

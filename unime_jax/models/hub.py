@@ -30,7 +30,7 @@ def fetch(name: str) -> pathlib.Path:
     except Exception as error:  # of the network, of the hub, of the cache: each its own kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
-            f"{name}: no such directory, and nothing of that name came from the Hugging Face hub: "
-            f"{reason}"
+            f"{name}: no such directory, and nothing of that name came from the Hugging Face hub "
+            f"({reason}); check the name or give the directory of a copy"
         ) from None
     return pathlib.Path(path)

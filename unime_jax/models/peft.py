@@ -264,6 +264,12 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float):
             found.append(f"{key} = {config.get(key)!r}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        values = config.get(key) or {}
+        if not isinstance(values, dict) or not all(
+            isinstance(value, int | float) for value in values.values()
+        ):
+            found.append(f"{key} = {values!r}")
     return found
 
 
@@ -277,6 +283,8 @@ def _tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
         found = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is corrupt or cut short ({error}); fetch it again") from None
+    if not found:  # a common fault of saving what is spread over devices
+        raise UserError(f"{path} holds no tensors; save the adapter again")
     return {name: value.astype(np.float32) for name, value in found.items()}
 
 
@@ -296,16 +304,12 @@ def _misfit(config: Mapping[str, Any], module: str, arrays: Mapping[str, np.ndar
 
 
 def _low_rank(config: Mapping[str, Any], module: str, arrays: Mapping[str, np.ndarray]) -> LowRank:
-    rank = arrays["lora_A"].shape[0]
+    a, b = arrays["lora_A"], arrays["lora_B"]
+    rank = a.shape[0]
     alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     magnitude = arrays.get("lora_magnitude_vector")
-    return LowRank(
-        arrays["lora_A"],
-        arrays["lora_B"],
-        scale,
-        None if magnitude is None else magnitude.reshape(-1),
-    )
+    return LowRank(a, b, scale, None if magnitude is None else magnitude.reshape(-1))
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default):
