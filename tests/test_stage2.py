@@ -150,3 +150,20 @@ def test_embeddings_are_gathered_once_a_side_and_activations_stay():
     for _, shape in found:
         sizes = tuple(map(int, re.match(r"\w+\[([\d,]*)\]", shape).group(1).split(",")))
         assert shape in embeddings or sizes[-2:] in weights, f"{shape} is no weight"
+
+
+def tower_runs(vision: bool, chunk: int) -> int:
+    """Counts how often a step's program runs the tower's layers (their MLP is 48 wide)."""
+    graphdef, trainable, frozen = llava_step.model(vision)
+    run = steps.loss_and_gradients(graphdef, CONTRAST, chunk=chunk)
+    batch = dataclasses.replace(llava_step.small_batch(), sets=np.zeros(16, np.int32))
+    program = jax.make_jaxpr(run)(trainable, frozen, batch, jax.random.key(0))
+    return len(re.findall(r":f32\[[\d,]*\b48\] = logistic ", str(program)))
+
+
+def test_a_frozen_tower_runs_once_a_step():
+    assert tower_runs(vision=False, chunk=4) == 1
+    assert tower_runs(vision=True, chunk=4) == 2  # once more on the way back
+    trainable = llava_step.model(True)[1]
+    tower = [path for path in trainable if path.startswith("vision_tower/")]
+    assert len(tower) == 2 * 6 and all("/encoder/layers/" in path for path in tower)

@@ -19,6 +19,8 @@ from unime_jax.types import Array, Inputs, Params, UserError
 
 MAX_TOKENS = 4096
 DTYPES = ("bfloat16", "float32")
+# The layers of CLIP that run; the last one does not.
+VISION_TARGETS = r"vision_tower/encoder/layers/.*(q_proj|k_proj|v_proj|out_proj|fc1|fc2)$"
 LLAVA_IMAGE_TOKEN = 32000  # where config.json leaves it out, as transformers does
 PREPARATION = weights.PREPARATION
 FUSIONS = ("together", "sum")
