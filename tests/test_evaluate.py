@@ -9,7 +9,8 @@ import pytest
 
 from unime_jax import evaluate, evaluation
 from unime_jax.benchmarks import smol
-from unime_jax.data import preprocess, sources
+from unime_jax.data import sources
+from unime_jax.data.rows import Row
 from unime_jax.types import ImageSpec, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def png(number: int) -> bytes:
 class FakePreprocessor:
     def tokenize(self, text, has_image, instruction=None):
         ids = (1, *(2 + int(word) for word in text.split() if word.isdigit()), 0)
-        return preprocess.Row(ids, 1, len(ids) - 1)
+        return Row(ids, 1, len(ids) - 1)
 
     def image(self, content):
         if content == b"broken":

@@ -14,6 +14,7 @@ from flax import nnx
 
 from unime_jax import models, runtime, sharding, weights
 from unime_jax.data import buckets, preprocess, prompts
+from unime_jax.data.rows import IMAGE_SLOT
 from unime_jax.models import lora
 from unime_jax.types import Array, Inputs, Params, UserError
 
@@ -90,7 +91,7 @@ class Embedder:
 
     def _image_token_id(self) -> int:
         if self.image_spec is None or self.image_spec.kind != "llava_anyres":
-            return preprocess.IMAGE_SLOT
+            return IMAGE_SLOT
         named = self._number("image_token_id", LLAVA_IMAGE_TOKEN)
         return self._number("image_token_index", named)
 

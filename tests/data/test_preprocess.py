@@ -7,6 +7,7 @@ from PIL import Image
 
 from unime_jax.data import preprocess
 from unime_jax.data.prompts import Segment
+from unime_jax.data.rows import IMAGE_SLOT, Picture
 from unime_jax.data.tokenizer import Tokenizer
 from unime_jax.types import ImageSpec, UserError
 
@@ -60,7 +61,7 @@ def test_special_tokens_in_a_text_are_text(byte_level, word_piece, bert):
 def test_the_text_is_found_among_the_tokens(smol):
     row = smol.tokenize("dog", True, "Find it")
     before = smol.tokenize("x", True, "Find it")
-    assert row.ids[0] == preprocess.IMAGE_SLOT
+    assert row.ids[0] == IMAGE_SLOT
     assert row.stop - row.start == 3
     assert row.ids[: row.start] == before.ids[: before.start]
     assert row.ids[row.stop :] == before.ids[before.stop :]
@@ -148,7 +149,7 @@ def test_an_image_takes_its_features_places(smol):
 
 def test_given_features_replace_tiles(smol):
     row = smol.tokenize(None, True)
-    features = preprocess.Picture(np.ones((1, 3, 5), np.float16), smol.fixed_layout)
+    features = Picture(np.ones((1, 3, 5), np.float16), smol.fixed_layout)
     group = smol.group([(row, features)] * 2, tokens=60, tiles=1)
     assert group.features.shape == (2, 1, 3, 5) and group.features.dtype == np.float16
     assert group.tiles.shape == (2, 1, 0, 0, 3)
@@ -168,7 +169,7 @@ def test_rows_with_and_without_image_do_not_mix(smol):
     for bad in ((row, None), (smol.tokenize("a", False), tiles)):
         with pytest.raises(UserError, match="do not mix"):
             smol.group([bad], tokens=60, tiles=1)
-    two = preprocess.Picture(np.concatenate([tiles.tiles] * 2), tiles.layout)
+    two = Picture(np.concatenate([tiles.tiles] * 2), tiles.layout)
     with pytest.raises(UserError, match="2 tiles in a group of 1"):
         smol.group([(row, two)], tokens=60, tiles=1)
 

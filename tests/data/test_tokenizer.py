@@ -11,6 +11,7 @@ import tokenizers
 from PIL import Image
 
 from unime_jax.data import preprocess, prompts
+from unime_jax.data.rows import IMAGE_SLOT
 from unime_jax.data.tokenizer import Tokenizer
 from unime_jax.types import ImageSpec
 
@@ -151,7 +152,7 @@ def llava(request, transformers_llama, base, tmp_path_factory):
 
 def expanded(ours, row, image, token):
     positions = ours.layout(*image.size).positions if image else 0
-    ids = [[token] * positions if id == preprocess.IMAGE_SLOT else [id] for id in row.ids]
+    ids = [[token] * positions if id == IMAGE_SLOT else [id] for id in row.ids]
     return [id for part in ids for id in part]
 
 
@@ -330,4 +331,4 @@ def test_cutting_takes_the_text_behind_the_image(small, tmp_path, spec):
     row = ours.tokenize(prompts.Slotted("Which one is it?", " one two three"), True)
     cut = row.cut(row.length(313) - 2, 313)
     assert cut.ids == row.ids[:-2] and cut.lost == 2
-    assert np.count_nonzero(np.array(cut.ids) == preprocess.IMAGE_SLOT) == 1
+    assert np.count_nonzero(np.array(cut.ids) == IMAGE_SLOT) == 1

@@ -306,6 +306,12 @@ def test_sharding_of_reaches_every_parameter(tmp_path):
     assert all(x.sharding.spec[-1] == "x" for x in flatten(loaded).values())
 
 
+def test_every_class_offers_what_reports_and_callers_ask_for():
+    for name, cls in models.CLASSES.items():
+        for offer in ("embed", "image_spec", "embedding_width", "pooling", "parse", "key_map"):
+            assert hasattr(cls, offer), f"{name} lacks {offer}"
+
+
 @pytest.mark.parametrize("call", [models.rules, lambda c: models.build(c, rngs=nnx.Rngs(0))])
 def test_unknown_model_types_are_refused_with_the_known_ones(call):
     with pytest.raises(UserError, match="'gpt9' is unknown; known: bert, llama, .*unime_smol"):

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from unime_jax.data import bad_rows, batch_info, mixture, prompts, strata, text_keys
-from unime_jax.data.preprocess import Picture, Preprocessor, Row
+from unime_jax.data.preprocess import Preprocessor
+from unime_jax.data.rows import Picture, Row
 from unime_jax.data.sources import Example, ImageRef, Source, sides_of
 from unime_jax.types import Batch, Inputs, UserError
 

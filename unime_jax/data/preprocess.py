@@ -1,7 +1,6 @@
 """Turns texts and images into rows of fixed shape, on the host."""
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import pathlib
@@ -10,74 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float16, Float32
 
 from unime_jax.data import buckets, pictures, processor_files, prompts, tokenizer
-from unime_jax.data.tiles import Layout, Square, Tiles, Transform
+from unime_jax.data.rows import IMAGE_SLOT, Picture, Row
+from unime_jax.data.tiles import Layout, Square, Transform
 from unime_jax.types import ImageSpec, Inputs, UserError
-
-IMAGE_SLOT = -1
-
-Features = Float16[np.ndarray, "C P D"] | Float32[np.ndarray, "C P D"]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Picture:
-    """A prepared image.
-
-    Attributes:
-      tiles: what the vision tower reads, or the features it gave for them.
-      layout: of them in the row.
-    """
-
-    tiles: Tiles | Features
-    layout: Layout
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A tokenised prompt.
-
-    Attributes:
-      ids: token ids; `IMAGE_SLOT` once where the image belongs.
-      start, stop: the user's text is ids[start:stop], the only part that may be cut.
-      lost: tokens that were cut off already.
-      skip: tokens at the front that a mean over tokens leaves out.
-    """
-
-    ids: tuple[int, ...]
-    start: int
-    stop: int
-    lost: int = 0
-    skip: int = 0
-
-    @property
-    def has_image(self) -> bool:
-        return IMAGE_SLOT in self.ids
-
-    def length(self, positions: int) -> int:
-        """Counts positions when the image, if there is one, takes so many of them."""
-        return len(self.ids) + (positions - 1 if self.has_image else 0)
-
-    def cut(self, limit: int, positions: int) -> "Row":
-        """Cuts the end of the user's text until the row has at most `limit` positions.
-
-        Raises:
-          UserError: prompt and image alone are longer.
-        """
-        extra = self.length(positions) - limit
-        if extra <= 0:
-            return self
-        if extra > self.stop - self.start:
-            rest = self.length(positions) - (self.stop - self.start)
-            image = f", {positions} of them its image's," if self.has_image else ""
-            raise UserError(
-                f"a row of {rest} positions without its text{image} does not fit into {limit}: "
-                "raise the length (max_tokens)" + (", or make images smaller" if image else "")
-            )
-        stop = self.stop - extra
-        ids = self.ids[:stop] + self.ids[self.stop :]
-        return Row(ids, self.start, stop, self.lost + extra, self.skip)
 
 
 class Preprocessor:

@@ -41,6 +41,8 @@ class Multimodal(nnx.Module):
     Subclasses set `language_model` (a `Decoder`) and define `visual`.
     """
 
+    pooling = "last token"
+
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
         """Returns the visual sequence of every row, laid out as `ImageSpec.kind` says."""
         raise NotImplementedError
