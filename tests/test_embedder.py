@@ -91,6 +91,7 @@ def test_bfloat16_is_close(root, embedder):
         ({"texts": ["a", " "]}, "row 1"),
         ({"texts": "a cat"}, "texts is one str; give a list"),
         ({"images": b"x"}, "images is one bytes; give a list"),
+        ({"texts": "a", "images": [b"x"], "fusion": "sum"}, "texts is one str; give a list"),
         ({"images": ["/no/such.png"]}, "/no/such.png"),
         ({"images": [b"not an image"]}, "row 0"),
     ],

@@ -160,6 +160,7 @@ class Embedder:
             raise UserError(f"embed: fusion {fusion!r}; choose one of {', '.join(FUSIONS)}")
         if fusion == "together" or texts is None or images is None:
             return self._run(self._bucket(texts, images, instruction), progress)
+        _check_lists(texts, images)
         self._check(texts, images)
         count = len(texts)
         pairs = [i for i in range(count) if texts[i] is not None and images[i] is not None]
@@ -216,9 +217,7 @@ class Embedder:
     def _bucket(self, texts, images, instruction):
         if texts is None and images is None:
             raise UserError("embed: give texts, images or both")
-        for name, rows in (("texts", texts), ("images", images)):
-            if isinstance(rows, str | bytes | os.PathLike) or hasattr(rows, "getexif"):
-                raise UserError(f"embed: {name} is one {type(rows).__name__}; give a list")
+        _check_lists(texts, images)
         texts = [None] * len(images) if texts is None else list(texts)
         images = [None] * len(texts) if images is None else list(images)
         self._check(texts, images)
@@ -366,6 +365,13 @@ def _without_padding(token_rows, attention_mask) -> list[np.ndarray]:
         if len(places) and places[-1] - places[0] >= len(places):
             raise UserError(f"row {row}: attention_mask has a gap between real tokens")
     return [ids[real] for ids, real in zip(np.asarray(token_rows), mask, strict=True)]
+
+
+def _check_lists(texts, images) -> None:
+    """Refuses a single text or image, which would be read as a list of its letters or bytes."""
+    for name, rows in (("texts", texts), ("images", images)):
+        if isinstance(rows, str | bytes | os.PathLike) or hasattr(rows, "getexif"):
+            raise UserError(f"embed: {name} is one {type(rows).__name__}; give a list")
 
 
 def _pad_rows(inputs: Inputs, rows: int) -> Inputs:

@@ -222,8 +222,10 @@ def test_phi_prompts(small, tmp_path, bos, strips, kind):
         if name == "mmeb":
             rows += [(prompts.slotted("<|image_1|>\nIs it?"), True)]
             rows += [(prompts.Slotted("Which? ", " this\n"), True)]
-        elif prompts.TEMPLATES[name].image:
+        elif prompts.TEMPLATES[name].both:  # stage 1 has no form for both
             rows += [(None, True), ("A cat.", True)]
+        else:
+            rows += [(None, True)]
         for text, has_image in rows:
             row = ours.tokenize(text, has_image)
             string = flat(name, text, has_image, "<|image_1|>")
