@@ -6,13 +6,14 @@ import re
 import jax
 import jax.numpy as jnp
 import llava_step
+import miniature
 import numpy as np
 import pytest
 import tolerances
 import toy
 from flax import nnx
 
-from unime_jax import losses, optim, sharding, steps
+from unime_jax import config, losses, optim, sharding, steps
 from unime_jax.types import flatten, unflatten
 
 CONTRAST = steps.make_objective("contrast", temperature=0.1, k=4, set_names=("a", "b", "c"))
@@ -167,3 +168,23 @@ def test_a_frozen_tower_runs_once_a_step():
     trainable = llava_step.model(True)[1]
     tower = [path for path in trainable if path.startswith("vision_tower/")]
     assert len(tower) == 2 * 6 and all("/encoder/layers/" in path for path in tower)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("phi35v_stage2", 1e-4),
+        ("llava16_stage2", 2e-5),
+        ("llava16_vlm2vec", 2e-5),
+        ("llava16_judged", 2e-5),
+    ],
+)
+def test_configs_hold_the_recipe(name, rate):
+    c = config.parse(["train", f"--config={miniature.ROOT}/configs/{name}.py"], "doc")
+    assert (c.train.steps, c.train.batch_size, c.optim.warmup_steps) == (1000, 1024, 100)
+    adapters = c.train.adapters
+    assert (adapters.rank, adapters.alpha, adapters.dropout) == (16, 64.0, 0.1)
+    assert (c.optim.learning_rate, c.optim.schedule, c.loss.temperature) == (rate, "linear", 0.02)
+    assert (c.data.prompt, c.data.image_size) == ("mmeb", 336)
+    assert c.data.image_crops == (1 if name.startswith("phi") else 0)
+    assert (c.loss.k, c.loss.margin) == (0 if name.endswith("vlm2vec") else 8, 0.1)

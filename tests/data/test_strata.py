@@ -45,6 +45,14 @@ def test_sides_are_binned_one_by_one():
     assert [s.tokens for s in found] == [(40, 40, 0), (8, 40, 0)]
 
 
+def test_images_and_texts_have_bins_of_their_own():
+    image = np.array([[300, 8, 0]] * 20 + [[320, 8, 0]] * 20, np.int32)
+    text = np.array([[8, 8, 0]] * 20 + [[40, 8, 0]] * 20, np.int32)
+    sides = {0: (True, False, False), 1: (False, False, False)}
+    found, _ = strata.divide({0: image, 1: text}, sides, [4, 4], 2)
+    assert [s.tokens[0] for s in found] == [300, 320, 8, 40]
+
+
 class Rows:
     name = "rows"
 
