@@ -124,6 +124,8 @@ def test_token_rows_padded_on_either_side(model, together):
         model.embed_tokens(ids, images, attention_mask=mask)
     with pytest.raises(UserError, match="attention_mask has shape"):
         model.embed_tokens(ids, images, attention_mask=mask[:, 1:])
+    with pytest.raises(UserError, match="attention_mask: it and token_rows have one length"):
+        model.embed_tokens([[1, 2], [3]], attention_mask=mask)
 
 
 def test_bad_token_rows_are_named(model):

@@ -354,7 +354,11 @@ def _featurise(graphdef, params, tiles) -> Array:
 
 def _without_padding(token_rows, attention_mask) -> list[np.ndarray]:
     """Keeps the real tokens of padded rows, wherever the padding is."""
-    mask = np.asarray(attention_mask).astype(bool)
+    try:
+        token_rows = np.asarray(token_rows)
+        mask = np.asarray(attention_mask).astype(bool)
+    except ValueError:  # of numpy, for lists of different lengths
+        raise UserError("attention_mask: it and token_rows have one length for all rows") from None
     if mask.ndim != 2 or mask.shape != np.shape(token_rows):
         raise UserError(
             f"attention_mask has shape {mask.shape}, token_rows {np.shape(token_rows)}; they must "
@@ -364,7 +368,7 @@ def _without_padding(token_rows, attention_mask) -> list[np.ndarray]:
         places = np.flatnonzero(real)
         if len(places) and places[-1] - places[0] >= len(places):
             raise UserError(f"row {row}: attention_mask has a gap between real tokens")
-    return [ids[real] for ids, real in zip(np.asarray(token_rows), mask, strict=True)]
+    return [ids[real] for ids, real in zip(token_rows, mask, strict=True)]
 
 
 def _check_lists(texts, images) -> None:

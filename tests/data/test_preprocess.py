@@ -223,6 +223,7 @@ def test_tokenised_rows(smol):
         ([[-1, 2]], None),
         ([[]], None),
         ([[-1, -1]], [image]),
+        ([np.array([5.5])], None),
     ):
         with pytest.raises(UserError, match="row 0"):
             smol.embed_rows(rows, images)

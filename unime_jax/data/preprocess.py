@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import operator
 import pathlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -278,7 +279,10 @@ class Preprocessor:
 
     def _check_ids(self, ids: Sequence[int] | np.ndarray, has_image: bool) -> tuple[int, ...]:
         mark = self.image_token_id
-        ids = tuple(int(token) for token in ids)
+        try:
+            ids = tuple(map(operator.index, ids))
+        except TypeError:
+            raise UserError("token ids are whole numbers, a list of them for each row") from None
         slots = ids.count(mark)
         if not ids or slots != has_image:
             hint = f"; one {mark} stands for the whole image" if slots > 1 else ""
