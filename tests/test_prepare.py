@@ -260,9 +260,11 @@ def test_interrupting_is_quiet(tmp_path):
     """Ctrl-C while a client runs ends both without a traceback."""
     (tmp_path / "bin").mkdir()
     code = (
-        "import sys, subprocess\n"
+        "import signal, sys\n"
         "from unime_jax import prepare, runtime\n"
         "from unime_jax.data import assets\n"
+        # A suite started in the background hands on that SIGINT is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def pip(self, package, scratch, progress):\n"
         "    print('begun', flush=True)\n"
         "    sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"

@@ -26,7 +26,7 @@ def test_sizes_that_do_not_fit_are_named(sizes):
         ("language_model/layers/self_attn/q_proj/kernel", (6, 8, 16), P(None, "fsdp", "tensor")),
         ("language_model/layers/mlp/down_proj/kernel", (6, 16, 8), P(None, "tensor", "fsdp")),
         ("language_model/layers/self_attn/q_proj/lora_A", (6, 8, 2), P(None, None, None)),
-        ("language_model/embed_tokens/embedding", (64, 8), P("tensor", "fsdp")),
+        ("language_model/embed_tokens/embedding", (64, 8), P(None, None)),
     ],
 )
 def test_rules(path, shape, spec):
