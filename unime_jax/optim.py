@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,35 @@ def split_trainable(
             "the adapters or set config.train.quantize=None"
         )
     return trainable, {p: x for p, x in flat.items() if p not in trainable}
+
+
+def split_by_settings(
+    flat: Mapping[str, Array], train: Mapping[str, Any]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Splits parameters as `config.train` says: the adapters and what it names are trained."""
+    patterns = [*train["trainable"], *([ADAPTER_PATTERN] if train["adapters"]["rank"] else [])]
+    return split_trainable(flat, patterns)
+
+
+def from_settings(
+    settings: Mapping[str, Any], *, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimiser and the learning rate that `config.optim` describes."""
+    schedule = learning_rate_schedule(
+        peak=settings["learning_rate"],
+        kind=settings["schedule"],
+        warmup_steps=round(settings["warmup_share"] * steps) or settings["warmup_steps"],
+        steps=steps,
+    )
+    optimizer = make_optimizer(
+        schedule,
+        b1=settings["b1"],
+        b2=settings["b2"],
+        weight_decay=settings["weight_decay"],
+        clip_norm=settings["clip_norm"],
+        multipliers=settings["multipliers"],
+    )
+    return optimizer, schedule
 
 
 def learning_rate_schedule(

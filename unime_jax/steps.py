@@ -7,7 +7,7 @@ of the full batch.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -279,7 +279,8 @@ def loss_and_gradients(
             )
             if groups
         ]
-        return objective(sides, batch, loss_key)
+        with jax.named_scope("loss"):  # for profiles and `plan`
+            return objective(sides, batch, loss_key)
 
     return jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -319,3 +320,30 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def from_settings(
+    settings: Mapping[str, Any], graphdef, *, steps: int, sets: Sequence[str] = (), mesh=None
+) -> tuple[optax.GradientTransformation, Callable[..., tuple[TrainState, dict[str, Array]]]]:
+    """Returns the optimiser and the training step of a configuration.
+
+    Args:
+      settings: the resolved configuration.
+      graphdef: of the model with its adapters.
+      steps: of the whole run.
+      sets: names of the data sets.
+      mesh: of the devices.
+    """
+    train = settings["train"]
+    optimizer, schedule = optim.from_settings(settings["optim"], steps=steps)
+    step = make_train_step(
+        graphdef,
+        make_objective(settings["stage"], **settings["loss"], set_names=sets),
+        optimizer,
+        schedule=schedule,
+        seed=settings["seed"],
+        chunk=train["chunk"],
+        dropout=train["adapters"]["rank"] > 0 and train["adapters"]["dropout"] > 0,
+        mesh=mesh,
+    )
+    return optimizer, step

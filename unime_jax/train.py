@@ -56,36 +56,12 @@ def run(config) -> dict[str, float]:
     print(data.describe())
     embedder.attach_adapters(model, settings["train"]["adapters"], seed=config.seed)
     graphdef, state = nnx.split(model)
-    patterns = list(config.train.trainable)
-    if config.train.adapters.rank:
-        patterns.append(optim.ADAPTER_PATTERN)
-    trainable, frozen = optim.split_trainable(flatten(nnx.to_pure_dict(state)), patterns)
+    trainable, frozen = optim.split_by_settings(flatten(nnx.to_pure_dict(state)), settings["train"])
     del model, state
     _print_sizes(trainable, frozen)
 
-    schedule = optim.learning_rate_schedule(
-        peak=config.optim.learning_rate,
-        kind=config.optim.schedule,
-        warmup_steps=round(config.optim.warmup_share * data.steps) or config.optim.warmup_steps,
-        steps=data.steps,
-    )
-    optimizer = optim.make_optimizer(
-        schedule,
-        b1=config.optim.b1,
-        b2=config.optim.b2,
-        weight_decay=config.optim.weight_decay,
-        clip_norm=config.optim.clip_norm,
-        multipliers=config.optim.multipliers,
-    )
-    train_step = steps.make_train_step(
-        graphdef,
-        steps.make_objective(config.stage, **settings["loss"], set_names=data.sets),
-        optimizer,
-        schedule=schedule,
-        seed=config.seed,
-        chunk=config.train.chunk,
-        dropout=config.train.adapters.rank > 0 and config.train.adapters.dropout > 0,
-        mesh=mesh,
+    optimizer, train_step = steps.from_settings(
+        settings, graphdef, steps=data.steps, sets=data.sets, mesh=mesh
     )
     saves = checkpoint.Checkpoints(
         config.output,

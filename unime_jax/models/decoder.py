@@ -261,6 +261,7 @@ class Decoder(nnx.Module):
     def embed_tokens(self, tokens: Int[Array, "G T"]) -> Float[Array, "G T D"]:
         return self.model.embed_tokens(tokens).astype(self.dtype)
 
+    @jax.named_scope("decoder")  # for profiles and `plan`
     def __call__(
         self,
         embeds: Float[Array, "G T D"],
@@ -281,6 +282,7 @@ class Decoder(nnx.Module):
         x = self._layers(self.model.layers, embeds, lengths, key)
         return self.model.norm(x)
 
+    @jax.named_scope("decoder")
     def last_hidden(
         self,
         embeds: Float[Array, "G T D"],

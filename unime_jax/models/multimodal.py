@@ -67,7 +67,8 @@ class Multimodal(nnx.Module):
         if inputs.tiles.shape[1] == 0:
             return x
         index = inputs.image_index[..., None]
-        visual = self.visual(inputs, key=fold(key, _VISION)).astype(x.dtype)
+        with jax.named_scope("vision"):  # for profiles and `plan`
+            visual = self.visual(inputs, key=fold(key, _VISION)).astype(x.dtype)
         return jnp.where(index >= 0, jnp.take_along_axis(visual, jnp.maximum(index, 0), 1), x)
 
     def hidden(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G T D"]:
