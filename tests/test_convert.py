@@ -9,39 +9,15 @@ import fabricated
 import jax
 import miniature
 import numpy as np
-import peft as reference_peft
 import pytest
 import safetensors.numpy
-import tiny_llava
-import torch
-import transformers
+from conversion import assert_identical, run, tensors
 
 import unime_jax
-from unime_jax import checkpoint, convert, embedder, models, sharding, weights
-from unime_jax.models import hf
+from unime_jax import checkpoint, embedder, sharding, weights
 from unime_jax.types import UserError, flatten
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-
-
-def run(*arguments):
-    convert.main(["convert", *map(str, arguments)])
-
-
-def tensors(directory):
-    found = {}
-    for path in sorted(directory.glob("model*.safetensors")):
-        found |= safetensors.numpy.load_file(path)
-    return found
-
-
-def assert_identical(actual, expected):
-    actual = tensors(actual)
-    expected = expected if isinstance(expected, dict) else tensors(expected)
-    assert set(actual) == set(expected)
-    for key, value in expected.items():
-        assert actual[key].dtype == value.dtype and actual[key].shape == value.shape, key
-        assert actual[key].tobytes() == value.tobytes(), key
 
 
 @pytest.fixture(scope="module")
@@ -213,24 +189,6 @@ def test_another_dtype_on_request(root, tmp_path):
     assert_same(parameters(tmp_path / "in"), parameters(tmp_path / "out"))
 
 
-def test_the_text_side_in_transformers(tmp_path):
-    """A run over a Llama: strict keys, sharded files, the same embedding."""
-    base = tmp_path / "base"
-    miniature.write_model(base, miniature.STUDENT["text_config"], seed=3)
-    fabricated.write_run(tmp_path / "run", base, miniature.STUDENT["text_config"], seed=4)
-    run("export", "--model", tmp_path / "run", "--output", tmp_path / "out")
-    model, said = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
-    assert type(model) is transformers.LlamaForCausalLM and not any(said.values()), said
-    ids = [[5, 9, 77, 3]]
-    with torch.no_grad():
-        hidden = model.eval().model(torch.tensor(ids)).last_hidden_state[0, -1]
-    expected = torch.nn.functional.normalize(hidden, dim=-1)
-    actual = unime_jax.load(tmp_path / "run", dtype="float32").embed_tokens(ids)[0]
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
-
-
 def test_big_models_are_spread_over_files(root, tmp_path):
     run("export", "--model", root / "student", "--output", tmp_path / "out", "--shard-gb", 4e-5)
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
@@ -367,54 +325,3 @@ def test_a_run_of_another_base_is_refused(root, tmp_path):
     miniature.write_model(tmp_path / "narrow", narrow, seed=1)
     with pytest.raises(UserError, match="first is no adapter of .*narrow: .* 14 unfit"):
         embedder.load(tmp_path / "narrow", adapter=root / "first")
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    """A tiny LLaVA of transformers and a run over it, projector and all."""
-    root = tmp_path_factory.mktemp("llava")
-    tiny_llava.write(root / "base")
-    fabricated.write_run(
-        root / "run",
-        root / "base",
-        tiny_llava.CONFIG,
-        targets=fabricated.ALL + r"|vision_tower/.*(layers|last_layer)/self_attn/v_proj$",
-        trainable=r"^multi_modal_projector/.*/(kernel|bias)$",
-        scale=0.1,
-    )
-    return root
-
-
-@pytest.fixture(scope="module")
-def llava_rows(llava):
-    """What the run makes of a text and of a picture."""
-    model, _ = embedder.load_model(llava / "run", dtype="float32")
-    vectors = tiny_llava.ours(model, tiny_llava.read(llava / "base"))
-    assert np.abs(vectors - tiny_llava.embed(tiny_llava.read(llava / "base"))).max() > 1e-2
-    return vectors
-
-
-def test_an_exported_run_in_transformers(llava, llava_rows, tmp_path):
-    run("export", "--model", llava / "run", "--output", tmp_path / "out")
-    vectors = tiny_llava.embed(tiny_llava.read(tmp_path / "out"))  # keys are checked strictly
-    np.testing.assert_allclose(vectors, llava_rows, rtol=0, atol=1e-5)
-
-
-def test_llava_is_bit_identical_and_gets_the_hubs_names(llava, tmp_path):
-    run("import", "--model", llava / "base", "--output", tmp_path / "ours")
-    run("export", "--model", tmp_path / "ours", "--output", tmp_path / "out")
-    key_map = models.rules(tiny_llava.CONFIG)
-    expected = {hf.renamed(key, key_map): x for key, x in tensors(llava / "base").items()}
-    assert "vision_tower.vision_model.embeddings.class_embedding" in expected
-    assert_identical(tmp_path / "out", expected)
-
-
-def test_an_exported_adapter_in_peft(llava, llava_rows, tmp_path):
-    run("adapters", "--model", llava / "run", "--output", tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["r"] == 3 and config["lora_alpha"] == 6 and config["lora_dropout"] == 0.25
-    base = tiny_llava.read(config["base_model_name_or_path"])
-    model = reference_peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
-    adapted = {name for name, x in model.named_modules() if hasattr(x, "lora_A")}
-    assert len(adapted) == 2 * 7 + 3  # nothing but what was trained
-    np.testing.assert_allclose(tiny_llava.embed(model), llava_rows, rtol=0, atol=1e-5)
