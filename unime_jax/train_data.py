@@ -32,6 +32,7 @@ class TrainData:
       steps: of the whole run.
       counts: rows and positions of a batch.
       sets: names of the data sets.
+      info: what batches are made of.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TrainData:
     ):
         self._batches, self._threads, self._note = batches, threads, note
         self._workers = workers
+        self.info = batches.info
         self.sets = batches.info.sets
         rows = sum(rows for rows, _, _ in batches.info.query_shapes)
         self.steps = max(1, round(epochs * batches.info.rows / rows)) if epochs else steps

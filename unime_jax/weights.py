@@ -81,6 +81,20 @@ def find(name: str | os.PathLike, adapter: str | os.PathLike | None = None) -> W
     return weights if adapter is None else _changed(weights, _locate(adapter))
 
 
+def config_directory(name: str | os.PathLike) -> pathlib.Path:
+    """Returns the directory of a model's config.json and tokenizer; weights need not be there.
+
+    Raises:
+      UserError: there is no such directory.
+    """
+    path = _locate(name)
+    if checkpoint.is_run(path):
+        return config_directory(_base_of_run(path))
+    if peft.is_adapter(path) and not hf_read.has_weights(path):
+        return config_directory(_base_of_adapter(path))
+    return path
+
+
 def _locate(name: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(name).expanduser()
     if path.is_dir():

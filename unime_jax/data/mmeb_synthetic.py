@@ -9,6 +9,7 @@ import io
 import pathlib
 
 import numpy as np
+from jaxtyping import Int32
 
 from unime_jax.data import mmeb_sets
 
@@ -205,12 +206,30 @@ def _row(
     return row
 
 
-def _text(rng: np.random.Generator, words: tuple[int, int]) -> str:
-    """Draws words; their number is log-normal about the median and at most the longest."""
+def word_counts(name: str, rows: int, rng: np.random.Generator) -> Int32[np.ndarray, "N 2"]:
+    """Draws how many words the queries and targets of a set have, instructions included."""
+    wording = _WORDINGS[name]
+    sides = (wording.query, wording.query_words), (wording.target, wording.target_words)
+    return np.stack(
+        [len(stated.format("").split()) + draw_counts(rng, words, rows) for stated, words in sides],
+        axis=1,
+    ).astype(np.int32)
+
+
+def draw_counts(rng: np.random.Generator, words: tuple[int, int], rows: int) -> np.ndarray:
+    """Draws numbers of words, log-normal about the median and at most the longest."""
     median, longest = words
     if not longest:
+        return np.zeros(rows, int)
+    drawn = np.rint(median * np.exp(0.45 * rng.standard_normal(rows)))
+    return np.clip(drawn, 1, longest).astype(int)
+
+
+def _text(rng: np.random.Generator, words: tuple[int, int]) -> str:
+    """Draws words; their number is log-normal about the median and at most the longest."""
+    if not words[1]:
         return ""
-    count = int(np.clip(round(median * np.exp(0.45 * rng.standard_normal())), 1, longest))
+    count = int(draw_counts(rng, words, 1)[0])
     return " ".join(_WORDS[i] for i in rng.integers(len(_WORDS), size=count))
 
 

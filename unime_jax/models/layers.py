@@ -22,9 +22,11 @@ MATMULS = ("transposed", "plain")
 ATTENTIONS = ("xla", "cudnn")
 
 
-@jax.custom_vjp
-def _matmul(x, w):
+def _product(x, w):
     return jnp.einsum("...i,io->...o", x, w.astype(x.dtype))
+
+
+_matmul = jax.custom_vjp(_product)
 
 
 def _matmul_forward(x, w):
@@ -32,7 +34,8 @@ def _matmul_forward(x, w):
     # not, and the weight's gradient does not even appear in the program.
     kept_x = x.value if w.perturbed else None
     kept_w = w.value if x.perturbed else None
-    return _matmul(x.value, w.value), (kept_x, kept_w, jnp.zeros((0,), w.value.dtype))
+    # The plain product: policies of `jax.checkpoint` do not see into a custom_vjp.
+    return _product(x.value, w.value), (kept_x, kept_w, jnp.zeros((0,), w.value.dtype))
 
 
 def _matmul_backward(kept, g):
@@ -56,7 +59,7 @@ def matmul(x: Float[Array, "... I"], w: Float[Array, "I O"], kind: str) -> Float
     """
     if kind == "transposed":
         return _matmul(x, w)
-    return jnp.einsum("...i,io->...o", x, w.astype(x.dtype))
+    return _product(x, w)
 
 
 class Linear(nnx.Module):

@@ -1,0 +1,231 @@
+"""Accelerators by name: their numbers, and devices to compile for that are not there."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+from unime_jax.types import UserError
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of accelerator; rates and memory are those of a JAX device.
+
+    Attributes:
+      title: its name in a report.
+      platform: "tpu" or "gpu".
+      flops: dense bf16 products, FLOP/s.
+      memory: bytes that a program may use, as the compiler or the driver reports them.
+      link: bytes/s that a device sends to its neighbours (NVLink, ICI), one direction.
+      source: where the rates are from.
+      shape: numbers in the name of a topology: 2 or 3 sides of a TPU slice, 0 for GPUs.
+      devices: JAX devices of a chip.
+      target: of a GPU, what XLA must know of it (`_target`).
+    """
+
+    title: str
+    platform: str
+    flops: float
+    memory: float
+    link: float
+    source: str
+    shape: int = 0
+    devices: int = 1
+    target: dict | None = None
+
+
+_CLOUD = "cloud.google.com/tpu/docs, page of the generation"
+_A100 = {
+    "capability": 8, "cores": 108, "fpus": 64, "shared": 167936, "optin": 166912,
+    "cache": 41943040, "clock": 1.41,
+}  # fmt: skip
+_H100 = {
+    "capability": 9, "cores": 132, "fpus": 128, "shared": 233472, "optin": 232448,
+    "cache": 52428800, "clock": 1.98,
+}  # fmt: skip
+_A100_SHEET = "NVIDIA A100 data sheet (SXM, dense)"
+_H100_SHEET = "NVIDIA {} data sheet (SXM, dense)"
+# HBM of TPUs: what libtpu 0.0.42 lets a program have; of GPUs: what the driver reports.
+CHIPS: dict[str, Chip] = {
+    "v4": Chip("TPU v4", "tpu", 275e12, 30.75 * GIB, 150e9, _CLOUD, 3),
+    "v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * GIB, 200e9, _CLOUD, 2),
+    "v5p": Chip("TPU v5p", "tpu", 459e12, 95.74 * GIB, 600e9, _CLOUD, 3),
+    "v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * GIB, 400e9, _CLOUD, 2),
+    # Two devices a chip, each with half of its rates.
+    "tpu7x": Chip("TPU7x", "tpu", 1153e12, 94.75 * GIB, 300e9, _CLOUD, 3, 2),
+    "a100-40g": Chip(
+        "NVIDIA A100-SXM4-40GB", "gpu", 312e12, 39.39 * GIB, 300e9, _A100_SHEET,
+        target={**_A100, "bandwidth": 1555e9},
+    ),
+    "a100-80g": Chip(
+        "NVIDIA A100-SXM4-80GB", "gpu", 312e12, 79.14 * GIB, 300e9, _A100_SHEET,
+        target={**_A100, "bandwidth": 2039e9},
+    ),
+    "h100": Chip(
+        "NVIDIA H100 80GB HBM3", "gpu", 989e12, 79.11 * GIB, 450e9, _H100_SHEET.format("H100"),
+        target={**_H100, "bandwidth": 3350e9},
+    ),
+    "h200": Chip(
+        "NVIDIA H200", "gpu", 989e12, 139.7 * GIB, 450e9, _H100_SHEET.format("H200"),
+        target={**_H100, "bandwidth": 4800e9},
+    ),
+}  # fmt: skip
+_LARGEST = {2: 256, 3: 9216}  # chips of a slice
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices of one kind, as `--topology` names them.
+
+    Attributes:
+      name: as it was given.
+      kind: key of CHIPS.
+      shape: sides of a TPU slice in chips, or (hosts, GPUs of a host).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        return self.chips * self.chip.devices
+
+    @property
+    def hosts(self) -> int:
+        """Processes of a run: TPU hosts have four chips each."""
+        return self.shape[0] if self.chip.platform == "gpu" else max(1, self.chips // 4)
+
+    def describe(self) -> str:
+        """Returns "16 x TPU v5e on 4 hosts"."""
+        hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
+        cores = f" ({self.devices} devices)" if self.devices != self.chips else ""
+        return f"{self.chips} x {self.chip.title}{cores}{hosts}"
+
+
+def accepted() -> str:
+    """Returns what `parse` takes, in one line."""
+    kinds = {
+        shape: ", ".join(k for k, chip in CHIPS.items() if chip.shape == shape)
+        for shape in (2, 3, 0)
+    }
+    return (
+        f"TPU slices KIND:AxB ({kinds[2]}) and KIND:AxBxC ({kinds[3]}), as v5e:4x4 or v5p:2x2x2, "
+        f"or GPUs KIND:N on one host and KIND:HOSTSxN ({kinds[0]}), as a100-80g:8 or a100-80g:2x8"
+    )
+
+
+def parse(name: str) -> Topology:
+    """Reads the name of a topology.
+
+    Raises:
+      UserError: it is none; the message lists what is accepted.
+    """
+    found = re.fullmatch(r"([\w-]+):(\d+(?:x\d+){0,2})", name.strip().lower())
+    chip = CHIPS.get(found[1]) if found else None
+    if chip is None:
+        raise UserError(f"--topology={name}: no hardware of that name; give {accepted()}")
+    shape = tuple(map(int, found[2].split("x")))
+    if chip.platform == "gpu":
+        if len(shape) > 2 or not all(1 <= n <= limit for n, limit in zip(shape[::-1], (8, 512))):  # noqa: B905
+            raise UserError(
+                f"--topology={name}: GPUs are {found[1]}:N with 1 to 8 of a host, or "
+                f"{found[1]}:HOSTSxN"
+            )
+        return Topology(name, found[1], shape if len(shape) == 2 else (1, *shape))
+    single = math.prod(shape) == 1
+    whole = shape[0] % 2 == 0 and shape[1:2] and shape[1] % 2 == 0 and shape[-1] > 0
+    if len(shape) != chip.shape or not (single or whole) or math.prod(shape) > _LARGEST[chip.shape]:
+        sides, example = ("AxB", "4x4") if chip.shape == 2 else ("AxBxC", "2x2x2")
+        raise UserError(
+            f"--topology={name}: {chip.title} slices are {found[1]}:{sides} in chips, A and B even "
+            f"(a host has 2x2), at most {_LARGEST[chip.shape]} chips, as {found[1]}:{example}, or "
+            f"{found[1]}:{'x'.join('1' * chip.shape)}"
+        )
+    return Topology(name, found[1], shape)
+
+
+def use_no_accelerator() -> None:
+    """Keeps JAX on the CPU; call before it makes a device.
+
+    Programs are compiled for hardware that is elsewhere; what is here stays free.
+    """
+    os.environ.update(
+        JAX_PLATFORMS="cpu",
+        CUDA_VISIBLE_DEVICES="-1",
+        TPU_SKIP_MDS_QUERY="1",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # libtpu and XLA report what is not there
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def compile_devices(topology: Topology) -> list:
+    """Returns devices to compile for.
+
+    Raises:
+      UserError: the compiler of this platform is not installed.
+    """
+    from jax.experimental import topologies
+
+    chip = topology.chip
+    module, extra = (
+        ("libtpu", "plan-tpu") if chip.platform == "tpu" else ("jax_plugins.xla_cuda12", "plan-gpu")
+    )
+    if not _installed(module):
+        raise UserError(
+            f"--compile for {chip.title} needs its compiler: pip install 'unime_jax[{extra}]' (no "
+            "such hardware is needed), or plan without --compile"
+        )
+    if chip.platform == "gpu":
+        hosts, count = topology.shape
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=_target(chip), topology=f"1x{hosts}x{count}"
+        ).devices
+    options = {}
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.kind == "v4":  # one device a chip, as on v5p
+        options["chip_config_name"] = "megacore"
+    return topologies.get_topology_desc(
+        f"{topology.kind}:{'x'.join(map(str, topology.shape))}", "tpu", **options
+    ).devices
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
+
+
+def _target(chip: Chip) -> str:
+    """Returns XLA's description of a GPU, a GpuTargetConfig in text."""
+    gpu = chip.target
+    return f"""gpu_device_info {{
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      shared_memory_per_block: 49152 shared_memory_per_core: {gpu["shared"]}
+      shared_memory_per_block_optin: {gpu["optin"]} core_count: {gpu["cores"]}
+      fpus_per_core: {gpu["fpus"]} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+      block_dim_limit_z: 65535 memory_bandwidth: {gpu["bandwidth"]:.0f}
+      l2_cache_size: {gpu["cache"]} clock_rate_ghz: {gpu["clock"]}
+      device_memory_size: {chip.memory:.0f} registers_per_core_limit: 65536
+      registers_per_block_limit: 65536
+      cuda_compute_capability {{ major: {gpu["capability"]} minor: 0 }} }}
+      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
+      runtime_version {{ major: 12 minor: 9 patch: 0 }}
+      device_description_str: "{chip.title}" """
