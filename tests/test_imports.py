@@ -12,7 +12,7 @@ PACKAGE = ROOT / "unime_jax"
 
 ENTRIES = {"train", "evaluate", "embed", "teach", "convert", "prepare", "plan", "inspect"}
 STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
-STEP |= {"evaluation", "tiny", "train_data", "weights"}
+STEP |= {"evaluation", "planning", "tiny", "train_data", "weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "runtime"}
 LEVELS = {

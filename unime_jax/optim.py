@@ -14,8 +14,8 @@ ADAPTER_PATTERN = r"/lora_[AB]$"
 
 
 def split_trainable(
-    flat: Mapping[str, Array], patterns: Sequence[str]
-) -> tuple[dict[str, Array], dict[str, Array]]:
+    flat: Mapping[str, Any], patterns: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits parameters into (trainable, frozen): those that match any regex, and the rest.
 
     Raises:
@@ -38,8 +38,8 @@ def split_trainable(
 
 
 def split_by_settings(
-    flat: Mapping[str, Array], train: Mapping[str, Any]
-) -> tuple[dict[str, Array], dict[str, Array]]:
+    flat: Mapping[str, Any], train: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Splits parameters as `config.train` says: the adapters and what it names are trained."""
     patterns = [*train["trainable"], *([ADAPTER_PATTERN] if train["adapters"]["rank"] else [])]
     return split_trainable(flat, patterns)

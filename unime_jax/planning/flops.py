@@ -49,8 +49,8 @@ def count(function, *arguments) -> Flops:
     found: collections.Counter[tuple[str, bool]] = collections.Counter()
     _add(jaxpr, 1.0, "other", False, found)
     return Flops(
-        {part: found[part, False] for part in PARTS},
-        {part: found[part, True] for part in PARTS},
+        {part: float(found[part, False]) for part in PARTS},
+        {part: float(found[part, True]) for part in PARTS},
     )
 
 
@@ -104,7 +104,7 @@ def _add(jaxpr, times: float, part: str, again: bool, found) -> None:
 def _cost(jaxpr) -> float:
     found: collections.Counter = collections.Counter()
     _add(jaxpr, 1.0, "other", False, found)
-    return sum(found.values())
+    return float(sum(found.values()))
 
 
 def _has_products(jaxpr) -> bool:
