@@ -12,7 +12,8 @@ PACKAGE = ROOT / "unime_jax"
 
 ENTRIES = {"train", "evaluate", "embed", "teach", "convert", "prepare", "plan", "inspect"}
 STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
-STEP |= {"evaluation", "planning", "tiny", "train_data", "weights"}
+STEP |= {"embed_job", "evaluation", "planning", "search", "tiny", "train_data"}
+STEP |= {"weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "runtime"}
 LEVELS = {
@@ -32,6 +33,7 @@ DOORS = {
     "array_record": {"data"},
     "pyarrow": {"data"},
     "gguf": {"data"},
+    "faiss": {"search"},
     "grain": {"data", "checkpoint"},
     "huggingface_hub": {"models"},
     "orbax": {"checkpoint"},

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from flax import nnx
 
 from unime_jax import models, runtime, sharding, weights
 from unime_jax.data import buckets, preprocess, prompts
-from unime_jax.data.rows import IMAGE_SLOT
+from unime_jax.data.rows import IMAGE_SLOT, without_padding
 from unime_jax.models import lora
 from unime_jax.types import Array, Inputs, Params, UserError
 
@@ -61,6 +61,7 @@ class Embedder:
         self.model_config: dict[str, Any] = models.read_config(directory)
         self.image_spec = model.image_spec
         self.embedding_width: int = model.embedding_width
+        self.pooling: str = model.pooling
         decoder = getattr(model, "language_model", None)
         self._window = None if decoder is None else decoder.config.sliding_window
         self.mesh = mesh
@@ -198,7 +199,7 @@ class Embedder:
           UserError: ids, places and images that do not fit each other; names the row.
         """
         if attention_mask is not None:
-            token_rows = _without_padding(token_rows, attention_mask)
+            token_rows = without_padding(token_rows, attention_mask)
         return self._run(self.preprocessor.embed_rows(token_rows, images), None)
 
     def featurise(
@@ -232,21 +233,36 @@ class Embedder:
         if len(texts) != len(images):
             raise UserError(f"embed: {len(texts)} texts but {len(images)} images; None marks a gap")
 
-    def _run(self, groups: buckets.Groups, progress, *, rows: int | None = None) -> np.ndarray:
-        """Embeds groups; `progress` counts the first `rows` rows alone, where that is given."""
-        out = None
-        for inputs, places in groups:
+    def run(self, groups: Iterable[tuple[Inputs, Any]]) -> Iterator[tuple[Any, np.ndarray]]:
+        """Embeds groups one after the other; the host makes the next while the device works.
+
+        Args:
+          groups: each with something that tells its rows, which is handed through.
+
+        Yields:
+          What tells the rows, and their f32[n, E].
+        """
+        ahead = None
+        for inputs, rows in groups:
             # Few numbers of rows bound the number of compiled shapes.
             padded = _pad_rows(inputs, buckets.padded_rows(inputs.rows, self._devices))
             if self.mesh is not None:
                 padded = sharding.shard_batch(padded, self.mesh)
-            vectors = np.asarray(self._apply(self.params, [padded]))[: len(places)]
-            if out is None:
-                out = np.empty((groups.rows, vectors.shape[1]), np.float32)
+            started = self._apply(self.params, [padded])
+            if ahead is not None:
+                yield ahead[0], np.asarray(ahead[1])[: ahead[2]]
+            ahead = rows, started, inputs.rows
+        if ahead is not None:
+            yield ahead[0], np.asarray(ahead[1])[: ahead[2]]
+
+    def _run(self, groups: buckets.Groups, progress, *, rows: int | None = None) -> np.ndarray:
+        """Embeds groups; `progress` counts the first `rows` rows alone, where that is given."""
+        out = np.zeros((groups.rows, self.embedding_width), np.float32)
+        for places, vectors in self.run(groups):
             out[places] = vectors
             if progress:
                 progress(len(places) if rows is None else int((places < rows).sum()))
-        return np.zeros((0, self.embedding_width), np.float32) if out is None else out
+        return out
 
 
 def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
@@ -268,7 +284,11 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
         raise UserError(f"dtype {dtype} is not built; give one of {', '.join(DTYPES)}")
     if mesh is not None and set(mesh.axis_names) != set(sharding.AXES):
         raise UserError(f"mesh has axes {mesh.axis_names}; make it with sharding.make_mesh")
-    found = weights.find(path, adapter)
+    return load_weights(weights.find(path, adapter), dtype=dtype, mesh=mesh)
+
+
+def load_weights(found: weights.Weights, *, dtype: str, mesh=None) -> Embedder:
+    """Loads what `weights.find` found; see `load`."""
     model = _build(found, dtype=dtype, mesh=mesh)
     return Embedder(model, directory=found.directory, mesh=mesh, **found.preparation)
 
@@ -350,25 +370,6 @@ def _apply(graphdef, params, inputs) -> Array:
 
 def _featurise(graphdef, params, tiles) -> Array:
     return nnx.merge(graphdef, params).featurise(tiles).astype(jnp.float32)
-
-
-def _without_padding(token_rows, attention_mask) -> list[np.ndarray]:
-    """Keeps the real tokens of padded rows, wherever the padding is."""
-    try:
-        token_rows = np.asarray(token_rows)
-        mask = np.asarray(attention_mask).astype(bool)
-    except ValueError:  # of numpy, for lists of different lengths
-        raise UserError("attention_mask: it and token_rows have one length for all rows") from None
-    if mask.ndim != 2 or mask.shape != np.shape(token_rows):
-        raise UserError(
-            f"attention_mask has shape {mask.shape}, token_rows {np.shape(token_rows)}; they must "
-            "be equal"
-        )
-    for row, real in enumerate(mask):
-        places = np.flatnonzero(real)
-        if len(places) and places[-1] - places[0] >= len(places):
-            raise UserError(f"row {row}: attention_mask has a gap between real tokens")
-    return [ids[real] for ids, real in zip(token_rows, mask, strict=True)]
 
 
 def _check_lists(texts, images) -> None:

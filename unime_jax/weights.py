@@ -7,6 +7,8 @@ which may be any of these again.
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 import pathlib
 from typing import Any
@@ -20,6 +22,9 @@ from unime_jax.types import Params, UserError
 # Keys of `config.data` that hold for a trained model ever after.
 PREPARATION = ("prompt", "image_size", "image_crops", "fusion")
 PREPARATION_FILE = "preparation.json"
+_READ_WHOLE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+_TREES = ("params", "unused")  # of a model directory of ours
+_HEAD_BYTES = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,32 @@ class Weights:
         for change in self.changes:
             source = peft.Adapted(source, change, self.key_map)
         return source
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells models apart that embed differently, wherever they lie: 16 hex digits.
+
+        Reads settings, tokenizer and what runs and adapters changed as a whole; of the base's
+        weights names, sizes and the start of each file.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        digest.update(json.dumps([self.config, self.preparation], sort_keys=True).encode())
+        for path in sorted(self.directory.rglob("*")):
+            name = path.relative_to(self.directory)
+            if path.name in _READ_WHOLE:
+                digest.update(path.read_bytes())
+            elif path.is_file() and (path.suffix == ".safetensors" or name.parts[0] in _TREES):
+                digest.update(f"{name}:{path.stat().st_size}:".encode())
+                with open(path, "rb") as file:
+                    digest.update(file.read(_HEAD_BYTES))
+        for change in self.changes:
+            for key, low_rank in sorted(change.low_rank.items()):
+                digest.update(f"{key}:{low_rank.scale}:".encode())
+                for part in (low_rank.a, low_rank.b, low_rank.magnitude):
+                    digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
+            for key, value in sorted(change.replaced.items()):
+                digest.update(key.encode() + np.ascontiguousarray(value).tobytes())
+        return digest.hexdigest()
 
     def fill(self, abstract: Params, key_map: hf.KeyMap | None = None, finish=None) -> Params:
         """Returns the parameters in the dtypes and on the shardings asked for.

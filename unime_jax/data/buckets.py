@@ -3,13 +3,13 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from unime_jax.types import Inputs
+from unime_jax.types import Inputs, UserError
 
 # Padded lengths: few, so that few shapes are compiled, and close enough that padding stays small.
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
@@ -43,6 +43,13 @@ def padded_rows(rows: int, devices: int = 1) -> int:
     return devices << (-(-rows // devices) - 1).bit_length()
 
 
+def full_rows(tokens: int, tiles: int, devices: int = 1) -> int:
+    """Returns how many rows of one shape make a full group."""
+    limit = max(1, min(_ROWS, _TOKENS // tokens, _TILES // max(tiles, 1)))
+    # Groups are padded to `padded_rows`, so a full one should need no padding.
+    return devices << (limit.bit_length() - 1)
+
+
 def sort(shapes: Sequence[tuple[int, int]], devices: int = 1) -> list[Bucket]:
     """Puts rows of equal shape together, short ones first.
 
@@ -55,9 +62,7 @@ def sort(shapes: Sequence[tuple[int, int]], devices: int = 1) -> list[Bucket]:
         places[shape].append(place)
     buckets = []
     for (tokens, tiles), members in sorted(places.items()):
-        limit = max(1, min(_ROWS, _TOKENS // tokens, _TILES // max(tiles, 1)))
-        # Groups are padded to `padded_rows`, so a full one should need no padding.
-        rows = devices << (limit.bit_length() - 1)
+        rows = full_rows(tokens, tiles, devices)
         for start in range(0, len(members), rows):
             buckets.append(Bucket(tokens, tiles, tuple(members[start : start + rows])))
     return buckets
@@ -97,19 +102,48 @@ class Groups:
         return len(self._buckets)
 
     def __iter__(self) -> Iterator[tuple[Inputs, np.ndarray]]:
-        pool = ThreadPoolExecutor()
-        try:
-            started = map(lambda bucket: (bucket, self._start(pool, bucket)), self._buckets)
-            ahead = collections.deque(itertools.islice(started, 1))
-            while ahead:
-                ahead.extend(itertools.islice(started, 1))
-                bucket, futures = ahead.popleft()
-                images = [future and future.result() for future in futures]
-                yield self._pack(bucket, images), np.array(bucket.members)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for inputs, members in prepared(self._buckets, self._prepare, self._pack):
+            yield inputs, np.array(members)
 
-    def _start(self, pool: ThreadPoolExecutor, bucket: Bucket) -> list[Future | None]:
-        if not bucket.tiles:
-            return [None] * len(bucket.members)
-        return [pool.submit(self._prepare, row) for row in bucket.members]
+
+def prepared(
+    buckets: Iterable[Bucket],
+    prepare: Callable[[int], Any],
+    pack: Callable[[Bucket, list[Any]], Inputs],
+    *,
+    bad: Callable[[int, str], None] | None = None,
+) -> Iterator[tuple[Inputs, list[int]]]:
+    """Yields each bucket as a group, with its rows; the next one's images are prepared meanwhile.
+
+    Args:
+      buckets: read one ahead.
+      prepare, pack: see `Groups`.
+      bad: called with a row whose image cannot be prepared and with the reason, and the group goes
+        on without it; None: the fault is raised.
+    """
+    pool = ThreadPoolExecutor()
+    try:
+        started = map(lambda bucket: (bucket, _start(pool, bucket, prepare)), buckets)
+        ahead = collections.deque(itertools.islice(started, 1))
+        while ahead:
+            ahead.extend(itertools.islice(started, 1))
+            bucket, futures = ahead.popleft()
+            images, members = [], []
+            for member, future in zip(bucket.members, futures, strict=True):
+                try:
+                    images.append(future and future.result())
+                    members.append(member)
+                except UserError as error:
+                    if bad is None:
+                        raise
+                    bad(member, str(error))
+            if members:
+                yield pack(dataclasses.replace(bucket, members=tuple(members)), images), members
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start(pool: ThreadPoolExecutor, bucket: Bucket, prepare) -> list[Future | None]:
+    if not bucket.tiles:
+        return [None] * len(bucket.members)
+    return [pool.submit(prepare, row) for row in bucket.members]

@@ -57,7 +57,7 @@ class Preprocessor:
         self._vocabulary = vocabulary
         self.image_size = image_size
         self._image_crops = image_crops
-        self._devices = devices
+        self.devices = devices
         self._window = window
         self._directory = directory
         self._transform = None
@@ -312,19 +312,11 @@ class Preprocessor:
     def _groups(
         self, rows: list[Row], images: Sequence[Any], layouts: list[Layout | None]
     ) -> buckets.Groups:
-        lengths = [
-            row.length(0 if layout is None else layout.positions)
-            for row, layout in zip(rows, layouts, strict=True)
-        ]
-        tiles = [0 if layout is None else self.transform.bucket(layout.tiles) for layout in layouts]
-        limit = self.max_tokens if self._window is None else min(self._window, self.max_tokens)
-        for row, length in enumerate(lengths):
-            if length > limit:  # rows are cut to max_tokens before
-                raise UserError(
-                    f"row {row}: {length} positions exceed the model's sliding_window of {limit}, "
-                    "which is not supported; use shorter rows"
-                )
-        padded = [buckets.padded_length(length, limit) for length in lengths]
+        shapes, real = [], 0
+        for i, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
+            with _naming_row(i):
+                shapes.append(self.shape_of(row, layout))
+            real += row.length(0 if layout is None else layout.positions)
 
         def prepare(row: int) -> Picture:
             with _naming_row(row):
@@ -336,10 +328,23 @@ class Preprocessor:
                 list(zip(found, pictures, strict=True)), tokens=bucket.tokens, tiles=bucket.tiles
             )
 
-        shapes = list(zip(padded, tiles, strict=True))
-        return buckets.Groups(
-            buckets.sort(shapes, self._devices), prepare, pack, tokens=sum(lengths)
-        )
+        return buckets.Groups(buckets.sort(shapes, self.devices), prepare, pack, tokens=real)
+
+    def shape_of(self, row: Row, layout: Layout | None) -> tuple[int, int]:
+        """Returns T and C of the group that a row belongs in.
+
+        Raises:
+          UserError: the row is longer than the model reads.
+        """
+        length = row.length(0 if layout is None else layout.positions)
+        limit = self.max_tokens if self._window is None else min(self._window, self.max_tokens)
+        if length > limit:  # rows are cut to max_tokens before
+            raise UserError(
+                f"{length} positions exceed the model's sliding_window of {limit}, which is not "
+                "supported; use shorter rows"
+            )
+        tiles = 0 if layout is None else self.transform.bucket(layout.tiles)
+        return buckets.padded_length(length, limit), tiles
 
 
 @contextlib.contextmanager

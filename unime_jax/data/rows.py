@@ -70,3 +70,22 @@ class Row:
         stop = self.stop - extra
         ids = self.ids[:stop] + self.ids[self.stop :]
         return Row(ids, self.start, stop, self.lost + extra, self.skip)
+
+
+def without_padding(token_rows, attention_mask) -> list[np.ndarray]:
+    """Keeps the real tokens of padded rows, wherever the padding is."""
+    try:
+        token_rows = np.asarray(token_rows)
+        mask = np.asarray(attention_mask).astype(bool)
+    except ValueError:  # of numpy, for lists of different lengths
+        raise UserError("attention_mask: it and token_rows have one length for all rows") from None
+    if mask.ndim != 2 or mask.shape != np.shape(token_rows):
+        raise UserError(
+            f"attention_mask has shape {mask.shape}, token_rows {np.shape(token_rows)}; they must "
+            "be equal"
+        )
+    for row, real in enumerate(mask):
+        places = np.flatnonzero(real)
+        if len(places) and places[-1] - places[0] >= len(places):
+            raise UserError(f"row {row}: attention_mask has a gap between real tokens")
+    return [ids[real] for ids, real in zip(token_rows, mask, strict=True)]

@@ -2,6 +2,7 @@
 
 import collections
 import io
+import os
 import shutil
 import sys
 import time
@@ -27,7 +28,7 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         title: str,
         *,
         start: int = 0,
@@ -38,7 +39,7 @@ class Progress:
         """Starts the clock.
 
         Args:
-          total: of `unit`s; more may be reported.
+          total: of `unit`s; more may be reported. None: not known.
           title: what is going on, in a few words.
           start: units done before this process began; they do not count in the rate.
           unit: name of what is counted, singular.
@@ -109,23 +110,34 @@ class Progress:
 
     def _show(self, now: float, last: bool = False) -> None:
         self._shown_at = now
-        parts = [f"{self.done}/{self.total}"]
+        try:
+            self._print(now, last)
+        except BrokenPipeError:  # nobody reads any more; the loop goes on
+            self._stream = open(os.devnull, "w")
+
+    def _print(self, now: float, last: bool) -> None:
+        parts = [f"{self.done}" if self.total is None else f"{self.done}/{self.total}"]
         pace = self._seconds_per_unit()
         if last:
             parts.append(f"in {format_seconds(now - self._first_time)}")
         if pace is not None:
             parts.append(format_rate(pace, self._unit))
-            if not last and self.done < self.total:
+            if not last and self.total is not None and self.done < self.total:
                 parts.append(f"{format_seconds(pace * (self.total - self.done))} left")
         if self._text:
             parts.append(self._text)
-        share = min(1.0, self.done / self.total) if self.total > 0 else 1.0
         if not self._terminal:
             print(f"{self.title}: {', '.join(parts)}", file=self._stream, flush=True)
             return
+        if self.total is None:
+            self._redraw(f"{self.title}  {'  '.join(parts)}", last)
+            return
+        share = min(1.0, self.done / self.total) if self.total > 0 else 1.0
         full = round(share * BAR_WIDTH)
         bar = self._bar[0] * full + self._bar[1] * (BAR_WIDTH - full)
-        line = f"{self.title}  {bar} {share:4.0%}  {'  '.join(parts)}"
+        self._redraw(f"{self.title}  {bar} {share:4.0%}  {'  '.join(parts)}", last)
+
+    def _redraw(self, line: str, last: bool) -> None:
         width = shutil.get_terminal_size().columns - 1
         # Erasing to the end of the line removes what is left of a longer one.
         self._stream.write(f"\r{line[:width]}\x1b[K" + ("\n" if last else ""))

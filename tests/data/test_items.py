@@ -1,0 +1,124 @@
+"""Inputs of every kind, row by row; what cannot be read is a row with a fault."""
+
+import os
+
+import packages
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from unime_jax.data import items
+from unime_jax.types import UserError
+
+
+def read(name, **keys):
+    return list(items.Input(str(name), items.Keys(**keys)))
+
+
+def test_lines_of_json(tmp_path):
+    lines = [
+        b'\xef\xbb\xbf{"id": "a", "text": "one\\u2028two"}',
+        b"",
+        b'{"image": "sub/x.png"}\r',
+        b'{"id": 7, "text": "", "image": "/abs.png", "other": 1}',
+        b'{"id": null, "text": "no newline behind"}',
+    ]
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    a, b, c, d = read(tmp_path / "in.jsonl")
+    assert (a.row, a.id, a.text, a.image) == (0, "a", "one\u2028two", None)
+    assert (b.row, b.id, b.image, b.label) == (1, "1", f"{tmp_path}/sub/x.png", "sub/x.png")
+    assert (c.row, c.id, c.text, c.image) == (2, "7", None, "/abs.png")
+    assert (d.row, d.id, d.text) == (3, "3", "no newline behind")
+    assert not any(entry.fault for entry in (a, b, c, d))
+    assert items.Input(str(tmp_path / "in.jsonl")).count() == 4
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b"{", "line 2 is not JSON: Expecting property name .* at its letter 2"),
+        (b'{"text": "\xff"}', "line 2 is not JSON: .*utf-8"),
+        (b"[" * 100000, "line 2 is not JSON"),
+        (b"3", "line 2 is a number, not"),
+        (b'{"txt": "a", "id": 1}', "neither text nor image among txt"),
+        (b"{}", "neither text nor image$"),
+        (b'{"text": ["a"]}', "text is a list, not a string"),
+        (b'{"text": "a", "image": 3}', "image is a number, not a path"),
+        (b'{"text": "a", "id": {}}', "id is an object; give a string or a number"),
+        (b'{"text": "\\ud800"}', "half a surrogate pair"),
+        (b'{"image": "\\ud800.png"}', "half a surrogate pair"),
+        (b'{"image": "https://x.org/a.png"}', "https://x.org/a.png: pictures are not downloaded"),
+    ],
+)
+def test_faults_have_reasons(tmp_path, line, words):
+    (tmp_path / "in.jsonl").write_bytes(b"\n" + line + b'\n{"text": "fine"}\n')
+    bad, fine = read(tmp_path / "in.jsonl")
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(bad.fault)
+    assert bad.fault and not fine.fault and bad.digest != fine.digest
+
+
+def test_stdin(tmp_path, monkeypatch):
+    (tmp_path / "x").write_text('{"text": "a"}\n{"image": "b.png"}')
+    with open(tmp_path / "x") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        a, b = read("-")
+        assert (a.text, b.image, b.label) == ("a", "./b.png", "b.png")
+    assert items.Input("-").count() is None and not items.Input("-").is_repeatable
+
+
+def test_a_folder_of_pictures(tmp_path):
+    for name in ("b.png", "a.JPG", "sub/c.webp", ".hidden.png", ".git/d.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    with open(os.fsencode(tmp_path) + b"/\xff.png", "wb"):
+        pass
+    found = read(tmp_path)
+    assert [entry.id for entry in found] == ["a.JPG", "b.png", "\ufffd.png", "sub/c.webp"]
+    assert found[3].image == f"{tmp_path}/sub/c.webp" and len(found[2].digest) == 16
+    assert items.Input(str(tmp_path)).count() == 4
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="no pictures in this folder"):
+        read(tmp_path / "nothing")
+
+
+def test_parquet(tmp_path):
+    png = packages.png()
+    images = [{"bytes": png, "path": "x.png"}, {"bytes": None, "path": "y.png"}, None]
+    table = pa.table({"name": ["a", "b", "c"], "caption": ["one", None, "three"], "image": images})
+    pq.write_table(table, tmp_path / "in.parquet")
+    source = items.Input(str(tmp_path / "in.parquet"), items.Keys("name", "caption", "image"))
+    a, b, c = source
+    assert source.count() == 3
+    assert (a.id, a.text, a.image, a.label) == ("a", "one", png, "x.png")
+    assert (b.text, b.image, b.label) == (None, f"{tmp_path}/y.png", "y.png")
+    assert (c.text, c.image) == ("three", None)
+    pq.write_table(pa.table({"image": [png], "id": [3]}), tmp_path / "bytes.parquet")
+    (row,) = read(tmp_path / "bytes.parquet")
+    assert (row.id, row.image, row.label) == ("3", png, "image of row 0")
+    with pytest.raises(UserError, match="neither a column 'text' nor 'picture'; it has name, capt"):
+        read(tmp_path / "in.parquet", image="picture")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:-9])
+    with pytest.raises(UserError, match="cut.parquet: cannot be read as Parquet"):
+        read(tmp_path / "cut.parquet")
+
+
+def test_what_is_no_input(tmp_path):
+    with pytest.raises(UserError, match="absent: no such file or folder"):
+        read(tmp_path / "absent")
+    (tmp_path / "a.csv").write_text("x")
+    with pytest.raises(UserError, match="a.csv: an input is a .jsonl file"):
+        read(tmp_path / "a.csv")
+
+
+def test_digests_tell_rows_apart():
+    rows = [
+        items.Entry(0, "a", "x"),
+        items.Entry(0, "a", "xy"),
+        items.Entry(0, "ax", None, "x"),
+        items.Entry(0, "a", None, "x"),
+        items.Entry(0, "a", None, b"x!"),
+        items.Entry(0, "a", fault="x"),
+    ]
+    assert len({row.digest for row in rows}) == len(rows)
+    assert rows[0].digest == items.Entry(9, "a", "x").digest

@@ -1,0 +1,259 @@
+"""Reads what is to be embedded, row by row: JSON lines, Parquet, a folder of pictures, stdin."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import stat
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from unime_jax.types import UserError
+
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_LINES = (".jsonl", ".ndjson")
+_ROWS = 64  # of a Parquet file at a time: they may hold images
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Names of the columns of Parquet files, and of the keys of JSON lines."""
+
+    id: str = "id"
+    text: str = "text"
+    image: str = "image"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One row of the input.
+
+    Attributes:
+      row: its number, from 0.
+      id: the user's, or its number; of a picture in a folder its path there.
+      text, image: None where the row has none; an image is a path or encoded bytes.
+      label: what the image is called; a path, if it is one, is relative to `Input.folder`.
+      fault: why the row cannot be read, "" if it can.
+    """
+
+    row: int
+    id: str
+    text: str | None = None
+    image: str | bytes | None = None
+    label: str = ""
+    fault: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Tells rows apart: 16 hex digits of all that the row says."""
+        image = self.image or b""
+        if isinstance(image, str):
+            image = os.fsencode(image)
+        parts = (self.id.encode(), repr(self.text).encode(), image, self.fault.encode())
+        found = hashlib.blake2b(digest_size=8)
+        for part in parts:
+            found.update(len(part).to_bytes(8, "little") + part)
+        return found.hexdigest()
+
+
+class Input:
+    """What a command line names as its input.
+
+    Iterating yields an Entry for every row, in order; a row that cannot be read is one with a
+    fault. Blank lines are no rows.
+
+    Args:
+      name: path of a .jsonl or .parquet file or of a folder, or "-" for JSON lines on stdin.
+      keys: names of the columns.
+
+    Raises:
+      UserError: it is not there, or of another kind.
+    """
+
+    def __init__(self, name: str, keys: Keys = Keys()):
+        self.name, self._keys = name, keys
+        self.path = pathlib.Path(name).expanduser()
+        self._kind = self._find_kind()
+
+    def _find_kind(self) -> str:
+        if self.name == "-":
+            return "stdin"
+        if not self.path.exists():
+            raise UserError(f"{self.name}: no such file or folder")
+        if self.path.is_dir():
+            return "folder"
+        if self.path.suffix.lower() in _LINES or not stat.S_ISREG(self.path.stat().st_mode):
+            return "lines"
+        if self.path.suffix.lower() == ".parquet":
+            return "parquet"
+        raise UserError(
+            f"{self.name}: an input is a .jsonl file (lines of "
+            '{"id": ..., "text": ..., "image": path}), a .parquet file, a folder of pictures, or - '
+            "for JSON lines on stdin"
+        )
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Is where relative paths of images begin."""
+        if self._kind == "stdin":
+            return pathlib.Path()
+        return self.path if self._kind == "folder" else self.path.parent
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether it can be read a second time."""
+        return self._kind != "stdin" and (self.path.is_dir() or self.path.is_file())
+
+    def count(self) -> int | None:
+        """Counts the rows without parsing them; None where only reading them all would tell."""
+        if not self.is_repeatable:
+            return None
+        if self._kind == "folder":
+            return sum(1 for _ in self._walk())
+        if self._kind == "parquet":
+            return self._parquet().metadata.num_rows
+        with open(self.path, "rb") as file:
+            return sum(1 for line in file if line.strip(_BLANK))
+
+    def __iter__(self) -> Iterator[Entry]:
+        if self._kind == "folder":
+            return self._pictures()
+        if self._kind == "parquet":
+            return self._table()
+        return self._lines()
+
+    # ---- folders
+
+    def _walk(self) -> Iterator[pathlib.Path]:
+        for root, folders, files in os.walk(self.path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(files):
+                if not name.startswith(".") and name.lower().endswith(PICTURES):
+                    yield pathlib.Path(root) / name
+
+    def _pictures(self) -> Iterator[Entry]:
+        row = -1
+        for row, path in enumerate(self._walk()):
+            # A name may hold any bytes.
+            name = os.fsencode(path.relative_to(self.path)).decode(errors="replace")
+            yield Entry(row, name, image=str(path), label=name)
+        if row < 0:
+            kinds = ", ".join(kind[1:] for kind in PICTURES)
+            raise UserError(f"{self.name}: no pictures in this folder ({kinds})")
+
+    # ---- JSON lines
+
+    def _lines(self) -> Iterator[Entry]:
+        stdin = self._kind == "stdin"
+        with open(sys.stdin.fileno() if stdin else self.path, "rb", closefd=not stdin) as file:
+            lines = ((n, line) for n, line in enumerate(file, 1) if line.strip(_BLANK))
+            for row, (number, line) in enumerate(lines):
+                yield self._entry(row, number, line)
+
+    def _entry(self, row: int, number: int, line: bytes) -> Entry:
+        fault = ""
+        try:
+            content = json.loads(line.strip(_BLANK).decode("utf-8"))
+        except json.JSONDecodeError as error:
+            fault = f"line {number} is not JSON: {error.msg} at its letter {error.colno}"
+        except (ValueError, RecursionError) as error:
+            fault = f"line {number} is not JSON: {error}"
+        else:
+            if not isinstance(content, dict):
+                fault = f'line {number} is {_kind(content)}, not {{"text": ..., "image": path}}'
+        return Entry(row, str(row), fault=fault) if fault else self._read(row, content)
+
+    # ---- Parquet
+
+    def _parquet(self):
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.ParquetFile(self.path)
+        except (OSError, pyarrow.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.name}: cannot be read as Parquet ({reason})") from None
+
+    def _table(self) -> Iterator[Entry]:
+        import pyarrow
+
+        file = self._parquet()
+        there = file.schema_arrow.names
+        keys = dataclasses.astuple(self._keys)
+        columns = [name for name in keys if name in there]
+        if not {self._keys.text, self._keys.image} & set(columns):
+            raise UserError(
+                f"{self.name}: neither a column {self._keys.text!r} nor {self._keys.image!r}; it "
+                f"has {', '.join(there)}: name them with --text-key and --image-key"
+            )
+        batches = file.iter_batches(_ROWS, columns=columns)
+        count = itertools.count()
+        try:
+            for batch in batches:
+                for content in batch.to_pylist():
+                    yield self._read(next(count), content)
+        except (OSError, pyarrow.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.name}: damaged after row {next(count)} ({reason})") from None
+
+    # ---- a row
+
+    def _read(self, row: int, content: dict[str, Any]) -> Entry:
+        """Checks a row, whatever it came from."""
+        id = content.get(self._keys.id)
+        text = content.get(self._keys.text)
+        image, label = content.get(self._keys.image), ""
+        name = str(row) if id is None else str(id)
+        fault = ""
+        if isinstance(id, list | dict | bool):
+            fault = f"{self._keys.id} is {_kind(id)}; give a string or a number"
+        elif text is not None and not isinstance(text, str):
+            fault = f"{self._keys.text} is {_kind(text)}, not a string"
+        elif not all(map(_is_unicode, (text, name, image))):
+            fault = "half a surrogate pair in it, which is no character"
+        if isinstance(image, dict):  # as Hugging Face's data sets keep images
+            label = str(image.get("path") or "")
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str) and image:
+            label = image
+            image = _absolute(image, self.folder)
+        elif isinstance(image, bytes):
+            label = label or f"image of row {row}"
+        elif image is not None and image != "":
+            fault = fault or f"{self._keys.image} is {_kind(image)}, not a path"
+        if not fault and not text and not image:
+            fault = f"neither {self._keys.text} nor {self._keys.image}"
+            if others := [key for key in content if key != self._keys.id]:
+                fault += f" among {', '.join(others[:5])}"
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            fault = fault or f"{image}: pictures are not downloaded; give a path"
+        if fault:
+            name = name.encode(errors="replace").decode()
+            return Entry(row, name, fault=fault)
+        return Entry(row, name, text or None, image or None, label)
+
+
+_BLANK = b" \t\r\n\xef\xbb\xbf"
+
+
+def _absolute(image: str, folder: pathlib.Path) -> str:
+    if image.startswith(("http://", "https://")):
+        return image
+    return os.path.join(folder, os.path.expanduser(image.removeprefix("file://")))
+
+
+def _is_unicode(value) -> bool:
+    try:
+        return not isinstance(value, str) or bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+def _kind(value) -> str:
+    names = {list: "a list", dict: "an object", bool: "true or false", bytes: "binary"}
+    names |= {str: "a string", int: "a number", float: "a number", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")

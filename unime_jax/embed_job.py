@@ -1,0 +1,322 @@
+"""The state of a long embedding job on the disk: what is done survives any end of the process.
+
+Beside the output, in OUTPUT.job/:
+
+    job.json         what the vectors depend on; a job of other settings is refused
+    items.jsonl      [digest, id, start of the text, name of the image] of each row read, in order
+    vectors.bin      vector i at its place, in the output's dtype; holes where none is yet
+    done-P.bin       int64 numbers of the rows that process P has finished
+    errors-P.jsonl   rows that process P could not embed, and why
+
+Vectors reach the disk's cache before the number of their row does, so a killed process loses the
+rows in flight and nothing else. With several processes all see one file system.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from unime_jax.data import vector_files
+from unime_jax.data.items import Entry
+from unime_jax.types import UserError
+
+TEXT_LETTERS = 200  # of a row's text that the output repeats
+_FREE = ("input", "folder", "keys", "model", "unime_jax")  # may be spelled in another way
+
+
+class Job:
+    """What of a job is done; use `open_job`.
+
+    Attributes:
+      finished: rows that are done, failed ones among them.
+      failed: rows that could not be embedded.
+    """
+
+    def __init__(
+        self,
+        output: pathlib.Path,
+        settings: dict[str, Any],
+        *,
+        width: int,
+        dtype: np.dtype,
+        process: int,
+    ):
+        self._output, self._settings = output, settings
+        self.width, self.dtype = width, dtype
+        self._process = process
+        self._directory = directory_of(output)
+        self._done = bytearray()  # 1: has a vector, 2: has none and will not get one
+        self._errors: dict[int, str] = {}
+        self.finished = 0
+        for path in sorted(self._directory.glob("done-*.bin")):
+            content = path.read_bytes()
+            for row in np.frombuffer(content[: len(content) // 8 * 8], np.int64):
+                self._mark(int(row), 1)
+        for path in sorted(self._directory.glob("errors-*.jsonl")):
+            for line in _whole_lines(path):
+                self._mark(line["row"], 2)
+        self._vectors = os.open(self._directory / "vectors.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        self._numbers = open(self._torn(f"done-{process}.bin", 8), "ab", buffering=0)
+        self._faults = open(self._torn(f"errors-{process}.jsonl"), "a", encoding="utf-8")
+        self.log = ItemLog(self._directory / "items.jsonl", writes=process == 0)
+
+    def _torn(self, name: str, size: int = 0) -> pathlib.Path:
+        """Cuts off what a killed process left half written."""
+        path = self._directory / name
+        if path.exists():
+            content = path.read_bytes()
+            whole = len(content) // size * size if size else content.rfind(b"\n") + 1
+            os.truncate(path, whole)
+        return path
+
+    def _mark(self, row: int, value: int) -> None:
+        if row >= len(self._done):
+            self._done.extend(bytes(max(row + 1 - len(self._done), len(self._done))))
+        self.finished += self._done[row] == 0
+        self._done[row] = value
+
+    @property
+    def failed(self) -> int:
+        return self._done.count(2)
+
+    def is_done(self, row: int) -> bool:
+        return row < len(self._done) and self._done[row] > 0
+
+    def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
+        """Keeps the vectors of some rows."""
+        self.log.flush()
+        if self.width < vectors.shape[1]:
+            vectors = vectors[:, : self.width]
+            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vector_files.stored(vectors, self.dtype)
+        size = self.width * self.dtype.itemsize
+        for row, vector in zip(rows, vectors, strict=True):
+            os.pwrite(self._vectors, vector.tobytes(), row * size)
+            self._mark(row, 1)
+        self._numbers.write(np.array(rows, np.int64).tobytes())
+
+    def fail(self, row: int, id: str, reason: str) -> None:
+        """Notes that a row cannot be embedded."""
+        line = json.dumps({"row": row, "id": id, "error": reason}, ensure_ascii=False)
+        self._faults.write(line + "\n")
+        self._faults.flush()
+        self._mark(row, 2)
+
+    def close(self) -> None:
+        for file in (self._numbers, self._faults, self.log):
+            file.close()
+        os.close(self._vectors)
+
+    def write(self, *, complete: bool) -> dict[str, Any]:
+        """Writes output and errors of all processes; returns what the output says of itself."""
+        self.log.flush()
+        for path in self._directory.glob("done-*.bin"):  # of the other processes
+            content = path.read_bytes()
+            for row in np.frombuffer(content[: len(content) // 8 * 8], np.int64):
+                self._mark(int(row), 1)
+        errors = [
+            line for path in self._directory.glob("errors-*.jsonl") for line in _whole_lines(path)
+        ]
+        errors = list({line["row"]: line for line in errors}.values())
+        errors.sort(key=lambda line: line["row"])
+        for line in errors:
+            self._mark(line["row"], 2)
+        rows = _Finished(self._directory, np.frombuffer(self._done, np.uint8), self)
+        about = {
+            **self._settings,
+            "rows": self.log.count,
+            "vectors": len(rows.rows),
+            "bad_rows": len(errors),
+            "complete": complete,
+            "items": self.log.digest,
+        }
+        vector_files.write(self._output, rows, about)
+        path = errors_of(self._output)
+        if errors:
+            part = path.with_name(f".{path.name}.part")
+            part.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in errors))
+            os.replace(part, path)
+        else:
+            path.unlink(missing_ok=True)
+        return about
+
+    def remove(self) -> None:
+        """Removes what is needed no more once the output is complete."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class ItemLog:
+    """What the rows are; checks that a job that goes on reads the same ones.
+
+    Attributes:
+      count: rows read in this process.
+      digest: of all of them.
+    """
+
+    def __init__(self, path: pathlib.Path, *, writes: bool):
+        self._known = _whole_lines(path) if path.exists() else iter(())
+        self._path, self._writes = path, writes
+        self._file = None
+        self._size = 0  # of the lines that were checked
+        self.count = 0
+        self._digest = hashlib.blake2b(digest_size=16)
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+    def add(self, entry: Entry) -> None:
+        """Reads on.
+
+        Raises:
+          UserError: the row is another one than when the job began.
+        """
+        self.count += 1
+        digest = entry.digest
+        self._digest.update(digest.encode())
+        if not self._writes:
+            return
+        if self._file is None:
+            known = next(self._known, None)
+            if known is not None:
+                if known[0] != digest:
+                    raise UserError(
+                        f"row {entry.row} is not what it was when this job began: start anew after "
+                        f"removing {self._path.parent}, or choose another --output"
+                    )
+                self._size += len(_line(known).encode())
+                return
+            self._file = open(self._path, "a+", encoding="utf-8")
+            self._file.truncate(self._size)
+        text = (entry.text or "")[:TEXT_LETTERS]
+        self._file.write(_line([digest, entry.id, text, entry.label]))
+
+    def end(self) -> None:
+        """Is told that there are no more rows.
+
+        Raises:
+          UserError: there were more when the job began.
+        """
+        if self._writes and self._file is None and next(self._known, None) is not None:
+            raise UserError(
+                f"the input has fewer rows ({self.count}) than when this job began: start anew "
+                f"after removing {self._path.parent}, or choose another --output"
+            )
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+class _Finished:
+    """Is what goes into the output, as `vector_files.Rows` has it."""
+
+    def __init__(self, directory: pathlib.Path, done: np.ndarray, job: Job):
+        self.rows = np.flatnonzero(done == 1).astype(np.int64)
+        self.width, self.dtype = job.width, job.dtype
+        self._directory = directory
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self.rows), vector_files.BLOCK):
+            yield self.rows[start : start + vector_files.BLOCK]
+
+    def vectors(self) -> Iterator[np.ndarray]:
+        if not len(self.rows):
+            return
+        shape = (int(self.rows[-1]) + 1, self.width)
+        path = self._directory / "vectors.bin"
+        for block in self._blocks():
+            # Mapped anew each time: pages that were read would count as memory of this process.
+            yield np.array(np.memmap(path, self.dtype, "r", shape=shape)[block])
+
+    def strings(self, name: str) -> Iterator[list[str]]:
+        column = 1 + vector_files.NAMES.index(name)
+        lines = enumerate(_whole_lines(self._directory / "items.jsonl"))
+        for block in self._blocks():
+            wanted, found = iter(block.tolist()), []
+            row = next(wanted)
+            for number, line in lines:
+                if number != row:
+                    continue
+                found.append(line[column])
+                row = next(wanted, None)
+                if row is None:
+                    break
+            yield found
+
+
+@contextlib.contextmanager
+def open_job(
+    output: pathlib.Path, settings: dict[str, Any], *, width: int, dtype: np.dtype, process: int
+) -> Iterator[Job]:
+    """Begins a job, or goes on with the one that is there.
+
+    Raises:
+      UserError: it is a job of other settings, or another process works on it.
+    """
+    directory = directory_of(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / f"lock-{process}", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{output} is being written by another process") from None
+        path = directory / "job.json"
+        if path.exists():
+            check_settings(directory, json.loads(path.read_text()), settings)
+        elif process == 0:
+            part = directory / "job.json.part"
+            part.write_text(json.dumps(settings, indent=2))
+            os.replace(part, path)
+        job = Job(output, settings, width=width, dtype=dtype, process=process)
+        try:
+            yield job
+        finally:
+            job.close()
+
+
+def check_settings(place, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises unless vectors were made as they would be now."""
+    differing = [
+        f"{key} {there.get(key)!r} there, {now[key]!r} now"
+        for key in now
+        if key not in _FREE and there.get(key) != now[key]
+    ]
+    if differing:
+        raise UserError(
+            f"{place} is of other settings ({'; '.join(differing)}): give the same, choose another "
+            "--output, or remove it"
+        )
+
+
+def directory_of(output: pathlib.Path) -> pathlib.Path:
+    return output.with_name(f"{output.name}.job")
+
+
+def errors_of(output: pathlib.Path) -> pathlib.Path:
+    return output.with_name(f"{output.name}.errors.jsonl")
+
+
+def _line(content: list) -> str:
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def _whole_lines(path: pathlib.Path) -> Iterator[Any]:
+    """Parses the lines of a file up to one that was not written to its end."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
