@@ -61,7 +61,7 @@ def test_in_and_out_again_is_bit_identical(root, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (root / "student" / name).read_bytes()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"
+        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md"
     }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ PACKAGE = ROOT / "unime_jax"
 
 ENTRIES = {"train", "evaluate", "embed", "teach", "convert", "prepare", "plan", "inspect"}
 STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
-STEP |= {"embed_job", "evaluation", "planning", "search", "tiny", "train_data"}
-STEP |= {"weights"}
+STEP |= {"embed_job", "evaluation", "model_card", "planning", "search", "text_side"}
+STEP |= {"tiny", "train_data", "weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "runtime"}
 LEVELS = {

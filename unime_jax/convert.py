@@ -1,12 +1,13 @@
 """Brings weights in and out: Hugging Face and PEFT directories <-> ours.
 
     python -m unime_jax.convert import   --model HF_DIR --output CKPT
-    python -m unime_jax.convert export   --model RUN --output HF_DIR
+    python -m unime_jax.convert export   --model RUN --output HF_DIR [--text-only]
     python -m unime_jax.convert adapters --model RUN --output PEFT_DIR
     python -m unime_jax.convert merge    --model HF_DIR --adapter PEFT_DIR --output HF_DIR
 
 import    writes a model directory of ours (Orbax), which loads sharded on any mesh
-export    writes a directory that transformers and vLLM load, adapters merged
+export    writes a directory that transformers and vLLM load, adapters merged, with a model card;
+          --text-only: its language model alone, which sentence-transformers loads as well
 adapters  writes what a run trained in PEFT's format, for the model that it started from
 merge     writes a Hugging Face directory with an adapter merged into its weights
 
@@ -31,8 +32,9 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from unime_jax import checkpoint, models, report, runtime, weights
+from unime_jax import checkpoint, model_card, models, report, runtime, text_side, weights
 from unime_jax.models import hf, hf_write, peft
 from unime_jax.types import UserError, flatten, unflatten
 
@@ -69,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, run, text in rows:
         command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run, adapter=None)
+        command.set_defaults(run=run, adapter=None, text_only=False)
         command.add_argument("--model", required=True, help="directory or hub id")
         command.add_argument("--output", required=True, help="new directory")
         if name == "adapters":
@@ -85,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
             choices=["float32", "bfloat16", "float16"],
             help="of all tensors (as they are stored)",
         )
+        if name == "export":
+            command.add_argument(
+                "--text-only", action="store_true", help="the language model, without the images"
+            )
         if name != "import":
             command.add_argument(
                 "--shard-gb", type=_size, default=5.0, help="largest file of weights (%(default)s)"
@@ -157,10 +163,12 @@ def _leaf_dtypes(found, flat, stored: dict[str, str], dtype: str | None):
 def export_model(args: argparse.Namespace) -> None:
     """Writes a Hugging Face directory, adapters merged."""
     found = weights.find(args.model, args.adapter)
-    _, abstract = models.abstract(found.config)
-    flat = flatten(abstract)
+    graphdef, abstract = models.abstract(found.config)
+    model, flat = nnx.merge(graphdef, abstract), flatten(abstract)
     _check(found, flat)
     tensors = list(_pending(found, flat, args.dtype))
+    if args.text_only:
+        found, tensors = text_side.of(found, tensors)
     total = sum(tensor.nbytes for tensor in tensors)
     started = time.monotonic()
     with _new_directory(args.output) as scratch:
@@ -168,6 +176,9 @@ def export_model(args: argparse.Namespace) -> None:
             shard_bytes = int(args.shard_gb * 1e9)
             hf_write.write(scratch, tensors, shard_bytes=shard_bytes, progress=advance)
         _write_files(found, scratch, args.dtype)
+        if args.text_only:
+            text_side.write_files(scratch, found.config)
+        model_card.write(scratch, found, pooling=model.pooling, width=model.embedding_width)
     _say_done(args.output, len(tensors), total, started)
 
 

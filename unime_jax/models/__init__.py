@@ -46,6 +46,9 @@ def _class(config: dict[str, Any]) -> type[nnx.Module]:
 def read_config(directory) -> dict[str, Any]:
     """Reads a model directory's config.json, and `pooling` where sentence-transformers keeps it."""
     config = hf.read_config(directory)
+    if CLASSES.get(config.get("model_type")) is TextEmbedder:
+        bert.read_pooling(directory, {"lasttoken": TextEmbedder.pooling})  # or another is refused
+        return config
     pooling = bert.read_pooling(directory)
     return config if pooling is None else {**config, "pooling": pooling}
 

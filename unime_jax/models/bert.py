@@ -7,6 +7,7 @@ always scaled to length 1.
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from unime_jax.models.layers import (
 from unime_jax.types import Array, Inputs, UserError
 
 POOLINGS = ("mean", "cls")
+_NAMES = {"mean_tokens": "mean", "cls_token": "cls"}  # of sentence-transformers
 MODULES = ("Transformer", "Pooling", "Normalize")  # of a sentence-transformers directory
 
 
@@ -75,8 +77,12 @@ class BertConfig:
         return cls(**{name: config[name] for name in required}, pooling=pooling, **options)
 
 
-def read_pooling(directory) -> str | None:
+def read_pooling(directory, known: Mapping[str, str] = _NAMES) -> str | None:
     """Returns the pooling that a sentence-transformers directory names; None without such a file.
+
+    Args:
+      directory: of the model.
+      known: those that are built, by sentence-transformers' names.
 
     Raises:
       UserError: the file is unreadable or asks for a pooling not built here, or the directory has
@@ -92,11 +98,11 @@ def read_pooling(directory) -> str | None:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     prefix = "pooling_mode_"
     modes = {key.removeprefix(prefix) for key, on in content.items() if on is True}
-    names = {"mean_tokens": "mean", "cls_token": "cls"}
     modes = {key for key in modes if f"{prefix}{key}" in content}
-    if len(modes) != 1 or not modes <= set(names):
-        raise UserError(f"{path}: only mean_tokens or cls_token alone are supported, not {modes}")
-    return names[modes.pop()]
+    if len(modes) != 1 or not modes <= set(known):
+        names = " or ".join(known)
+        raise UserError(f"{path}: only {names} alone are supported, not {modes}")
+    return known[modes.pop()]
 
 
 def _refuse_unknown_modules(path: pathlib.Path) -> None:

@@ -30,7 +30,7 @@ from unime_jax.models.layers import (
     stack,
     unit,
 )
-from unime_jax.models.su_rope import SuRope
+from unime_jax.models.su_rope import SuRope, asks_for_su_rope
 from unime_jax.types import Array, Inputs, UserError
 
 MODEL_TYPES = ("llama", "mistral", "phi3")
@@ -93,7 +93,8 @@ class DecoderConfig:
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
             raise UserError(f"config.json: model_type {model_type!r} is no decoder known here")
-        refuse_unknown_mathematics(config)
+        scaled = model_type == "phi3" and asks_for_su_rope(config)
+        refuse_unknown_mathematics({**config, "rope_scaling": None} if scaled else config)
         check_numbers(config, whole=_SIZES, real=("rms_norm_eps",))
         check_numbers(config, whole=_OPTIONAL_SIZES, optional=True)
         heads, width = config["num_attention_heads"], config["hidden_size"]
@@ -103,10 +104,11 @@ class DecoderConfig:
                 f"config.json: num_attention_heads = {heads} must be a multiple of "
                 f"num_key_value_heads = {shared}, and hidden_size = {width} one of it"
             )
+        head_dim = config.get("head_dim") or width // heads
         return cls(
             **{name: config[name] for name in _SIZES},
             num_key_value_heads=shared,
-            head_dim=config.get("head_dim") or width // heads,
+            head_dim=head_dim,
             rms_norm_eps=config["rms_norm_eps"],
             rope_theta=rope_settings(config).get("rope_theta") or 10000.0,
             attention_bias=model_type == "llama" and config.get("attention_bias", False),
@@ -114,6 +116,7 @@ class DecoderConfig:
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             sliding_window=None if model_type == "llama" else config.get("sliding_window"),
             fused=model_type == "phi3",
+            su_rope=SuRope.from_hf(config, head_dim) if scaled else None,
             **options,
         )
 

@@ -16,6 +16,12 @@ from unime_jax.types import Array, UserError
 NAMES = ("su", "longrope")
 
 
+def asks_for_su_rope(config: dict[str, Any]) -> bool:
+    """Says whether config.json's content asks for this kind of RoPE."""
+    scaling = part(config, "rope_scaling") or {}
+    return scaling.get("type", scaling.get("rope_type")) in NAMES
+
+
 @dataclasses.dataclass(frozen=True)
 class SuRope:
     """Is the rule, ready to be computed.
