@@ -1,12 +1,22 @@
-"""Eight virtual CPU devices and exact matmuls for every test."""
+"""Eight virtual CPU devices, exact matmuls and quick compiles for every test."""
 
+import importlib.metadata
 import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+# Most of the suite's time is compiling programs that run once: a training step compiles in 4 s of
+# CPU time with these flags and in 13 s without. The mathematics are the same.
+FLAGS = {
+    "xla_force_host_platform_device_count": "8",
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": "true",
+}
+if importlib.metadata.version("jaxlib") < "0.11":  # later ones lack the flag, and abort
+    FLAGS["xla_cpu_use_fusion_emitters"] = "false"
+given = os.environ.get("XLA_FLAGS", "")
+added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
