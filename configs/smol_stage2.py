@@ -28,8 +28,8 @@ def get_config(arg: str = ""):
     c.loss.k = 8
     c.loss.margin = 0.1
     c.train.steps = 4 if smoke else 30
-    c.train.batch_size = 32 if smoke else 128
-    c.train.chunk = 16 if smoke else 64
+    c.train.batch_size = 16 if smoke else 128
+    c.train.chunk = 8 if smoke else 64
     c.train.adapters.rank = 16
     c.train.adapters.alpha = 64.0
     # 30 small steps overfit nothing, and dropout more than doubles the time to compile.

@@ -5,4 +5,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/venv.sh dev
-exec python -m pytest --numprocesses 2 --dist loadfile -m "not slow" "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not slow" "$@"

@@ -30,6 +30,16 @@ jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "com
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 jax.config.update("jax_compilation_cache_max_size", 1 << 29)  # bytes; the oldest go
 
+# The long files start first, so that at the end no process works alone.
+LONG = """test_train test_stage1 test_stage2 test_phi35v test_llava16 test_decoder test_lora
+test_embedder_images test_stage2_parity test_convert test_resume test_peft test_training_parity
+test_quant test_efficientnet test_smol_model test_mmeb_batches test_evaluate""".split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {stem: number for number, stem in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session")
 def assets():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_losses import HARD, HARD_LOSS, MINE, unit_rows
+from compiled_losses import HARD, HARD_LOSS, HARD_LOSS_AND_GRADIENTS, MINE, unit_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -47,13 +47,13 @@ def oracle_loss(query, target, temperature, k, margin, shortage, ids=None):
 
 @st.composite
 def mining_problems(draw):
-    rows = draw(st.sampled_from([1, 2, 5, 9]))  # few shapes: each one compiles
+    rows = draw(st.sampled_from([1, 2, 7]))  # few shapes: each one compiles
     # Few distinct values, -0. among them, so that ties and exact hits on the margin are common.
     values = st.sampled_from([-1.0, -0.5, -0.0, 0.0, 0.25, 0.5, 0.75, 1.0])
     similarity = draw(hnp.arrays(np.float32, (rows, rows), elements=values))
     blocked = draw(hnp.arrays(bool, (rows, rows)) | st.just(np.zeros((rows, rows), bool)))
     margin = draw(st.sampled_from([-0.5, -0.25, 0.0, 0.25, 2.0]))
-    return similarity, draw(st.sampled_from([1, 4, 12])), margin, blocked
+    return similarity, draw(st.sampled_from([1, 4])), margin, blocked
 
 
 @settings(max_examples=150, deadline=None)
@@ -69,8 +69,8 @@ def test_mining_equals_oracle(problem):
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
-    rows=st.sampled_from([1, 4, 11]),
-    k=st.sampled_from([2, 12]),
+    rows=st.sampled_from([1, 9]),
+    k=st.sampled_from([2, 10]),
     margin=st.sampled_from([-0.3, -0.1, 0.0, 0.1]),
     shortage=st.sampled_from(losses.SHORTAGES),
     distinct=st.integers(1, 20),
@@ -95,14 +95,14 @@ def test_mining_by_hand():
         ],
         np.float32,
     )
-    indices, valid = losses.mine_hard_negatives(similarity, k=4, margin=0.1)
+    indices, valid = MINE(similarity, k=4, margin=0.1)
     np.testing.assert_array_equal(indices[:3], [[2, 3, 2, 3], [2, 0, 3, 2], [0, 0, 0, 0]])
     np.testing.assert_array_equal(valid.sum(axis=1), [2, 3, 0, 2])
 
 
 def test_gradients_touch_picked_targets_only():
     query, target = unit_rows(1, 10, 16), unit_rows(2, 10, 16)
-    grad = jax.jit(jax.grad(lambda q: HARD_LOSS(q, target, **HARD)[0]))(query)
+    _, (grad, _) = HARD_LOSS_AND_GRADIENTS(query, target, **HARD)
     # The targets are linearly independent, so the gradient of a query names those it was made of.
     weights = np.asarray(grad, np.float64) @ np.linalg.pinv(target.astype(np.float64))
     indices, _ = oracle_mine(np.asarray(losses._similarity(query, target)), 3, 0.1)
@@ -117,12 +117,12 @@ def test_gradient_equals_finite_differences():
     def loss(query, target):
         return HARD_LOSS(query, target, **HARD)[0]
 
+    _, grads = HARD_LOSS_AND_GRADIENTS(query, target, **HARD)
     for side, args in enumerate([(query, target), (query, target)]):
-        grad = jax.grad(loss, argnums=side)(*map(jnp.asarray, args))
         moved = [list(args), list(args)]
         moved[0][side], moved[1][side] = (args[side] + h * direction for h in (1e-3, -1e-3))
         slope = (float(loss(*moved[0])) - float(loss(*moved[1]))) / 2e-3
-        assert float((grad * direction).sum()) == pytest.approx(slope, rel=5e-3)
+        assert float((grads[side] * direction).sum()) == pytest.approx(slope, rel=5e-3)
 
 
 @pytest.mark.parametrize("shortage", losses.SHORTAGES)
@@ -131,9 +131,8 @@ def test_rows_without_candidates_cost_nothing_but_count_in_the_mean(shortage):
     query = unit_rows(6, 3, 4)
     target = np.stack([query[0], query[0], query[2]])
     ids = np.array([7, 7, 7], np.int32)
-    value, metrics = HARD_LOSS(query, target, shortage=shortage, target_ids=ids, **HARD)
-    grad = jax.grad(lambda q: HARD_LOSS(q, target, shortage=shortage, target_ids=ids, **HARD)[0])(
-        jnp.asarray(query)
+    (value, metrics), (grad, _) = HARD_LOSS_AND_GRADIENTS(
+        query, target, shortage=shortage, target_ids=ids, **HARD
     )
     assert value == 0 and metrics["empty_rows"] == 3 and metrics["short_rows"] == 3
     assert metrics["hard_negative_cosine"] == 0
@@ -172,9 +171,9 @@ def test_random_negatives_follow_the_key_and_never_bring_back_what_is_out():
     similarity = losses._similarity(query, target)
     out = losses._excluded(similarity, 0.1, losses._same_target(ids))
     counts = np.zeros((16, 16), int)
-    for seed in range(60):
-        score = jax.random.uniform(jax.random.key(seed), similarity.shape)
-        indices, valid = losses._pick(score, out, 3)
+    pick = jax.jit(lambda score: losses._pick(score, out, 3))
+    for score in jax.random.uniform(jax.random.key(0), (60, *similarity.shape)):
+        indices, valid = pick(score)
         np.add.at(counts, (np.arange(16)[:, None], np.asarray(indices)), np.asarray(valid))
     assert not counts[np.asarray(out)].any()
     assert counts[~np.asarray(out)].all()
@@ -255,7 +254,7 @@ def test_statistics_by_set_are_those_of_its_rows():
     )
     similarity = query @ target.T
     positive = np.diag(similarity)
-    indices, valid = losses.mine_hard_negatives(similarity, k=5, margin=0.2)
+    indices, valid = MINE(similarity, k=5, margin=0.2)
     picked = np.take_along_axis(similarity, np.asarray(indices), 1)
     filtered = (similarity > positive[:, None] + 0.2).any(1)
     for number, name in enumerate("abc"):

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled_losses import DISTILL, HARD, HARD_LOSS, INFO_NCE, unit_rows
+from compiled_losses import (
+    DISTILL,
+    DISTILL_AND_GRADIENT,
+    HARD,
+    HARD_LOSS,
+    HARD_LOSS_AND_GRADIENTS,
+    INFO_NCE,
+    MINE,
+    unit_rows,
+)
 
 from unime_jax import losses
 
@@ -42,12 +51,8 @@ def hard_arguments(case, shortage):
 @pytest.mark.parametrize("shortage,suffix", [("duplicate", "duplicate"), ("mask", "masked")])
 def test_hard_negative_loss_equals_published_code(name, shortage, suffix):
     case = CASES[name]
-
-    def loss(query, target):
-        return HARD_LOSS(query, target, **hard_arguments(case, shortage))
-
-    (value, metrics), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(
-        jnp.asarray(case["query"]), jnp.asarray(case["target"])
+    (value, metrics), grads = HARD_LOSS_AND_GRADIENTS(
+        case["query"], case["target"], **hard_arguments(case, shortage)
     )
     np.testing.assert_allclose(value, case[f"loss_{suffix}"], rtol=2e-6)
     for got, side in zip(grads, ["query", "target"], strict=True):
@@ -72,9 +77,7 @@ def test_released_loss_agrees_where_no_row_is_short(name):
 def test_mined_rows_have_the_published_number_of_survivors(name):
     case = CASES[name]
     similarity = losses._similarity(case["query"], case["target"])
-    _, valid = losses.mine_hard_negatives(
-        similarity, k=len(similarity), margin=float(case["margin"])
-    )
+    _, valid = MINE(similarity, k=len(similarity), margin=float(case["margin"]))
     np.testing.assert_array_equal(valid.sum(axis=1), case["num_survivors"])
 
 
@@ -90,11 +93,9 @@ def kl_gradient_f64(case):
 @pytest.mark.parametrize("name", CASES)
 def test_kl_equals_published_value_and_gradient(name):
     case = CASES[name]
-
-    def loss(student):
-        return DISTILL(student, case["kl_teacher"], temperature=float(case["temperature"]))[0]
-
-    value, grad = jax.jit(jax.value_and_grad(loss))(jnp.asarray(case["kl_student"]))
+    (value, _), grad = DISTILL_AND_GRADIENT(
+        case["kl_student"], case["kl_teacher"], temperature=float(case["temperature"])
+    )
     np.testing.assert_allclose(value, case["kl_loss"], rtol=5e-6)
     # The golden gradient is itself an f32 result, up to 6e-5 of its largest entry off; f64 is not.
     golden, exact = case["kl_grad_student"], kl_gradient_f64(case)
@@ -154,7 +155,7 @@ def test_kl_of_equal_geometry_is_zero_and_directions_differ():
 
 def test_no_gradient_reaches_the_teacher():
     student, teacher = unit_rows(15, 6, 5), unit_rows(16, 6, 7)
-    grad = jax.grad(lambda t: DISTILL(student, t, temperature=0.1)[0])(jnp.asarray(teacher))
+    grad = jax.jit(jax.grad(lambda t: DISTILL(student, t, temperature=0.1)[0]))(teacher)
     np.testing.assert_array_equal(grad, 0)
 
 
@@ -168,13 +169,14 @@ def test_low_temperature_stays_finite():
             + HARD_LOSS(x, y, temperature=1e-3, k=40, margin=-0.2)[0]
         )
 
-    value, grads = jax.value_and_grad(total, argnums=(0, 1))(jnp.asarray(x), jnp.asarray(y))
+    value, grads = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(x, y)
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 
 def test_bfloat16_vectors_are_computed_in_f32():
     x = jnp.asarray(unit_rows(19, 8, 16), jnp.bfloat16)
     y = jnp.asarray(unit_rows(20, 8, 16), jnp.bfloat16)
+    # Operation by operation: compiled as wholes, two programs may round differently.
     for loss, arguments in [
         (losses.info_nce, {}),
         (losses.distill_kl, {}),
@@ -204,7 +206,7 @@ def test_kl_without_the_diagonal_is_that_of_the_other_rows():
         for x in (teacher.astype(np.float64), student.astype(np.float64))
     )
     np.testing.assert_allclose(value, (p * np.log(p / q)).sum(axis=1).mean(), rtol=1e-4)
-    grad = jax.grad(lambda s: DISTILL(s, teacher, temperature=0.1, diagonal=False)[0])(student)
+    _, grad = DISTILL_AND_GRADIENT(student, teacher, temperature=0.1, diagonal=False)
     assert np.isfinite(grad).all()
 
 
@@ -219,7 +221,7 @@ def test_given_negatives_are_candidates_of_every_query():
     """SimCSE's loss with hard negatives: a cross-entropy over 2 B columns."""
     rng = np.random.default_rng(0)
     query, target, negative = (unit_of(rng.normal(size=(6, 5))) for _ in range(3))
-    loss, metrics = losses.info_nce(query, target, temperature=0.05, negatives=negative)
+    loss, metrics = INFO_NCE(query, target, temperature=0.05, negatives=negative)
     logits = np.concatenate([query @ target.T, query @ negative.T], axis=1) / 0.05
     wanted = np.mean(np.log(np.exp(logits).sum(1)) - logits[range(6), range(6)])
     np.testing.assert_allclose(loss, wanted, rtol=1e-5)
@@ -234,7 +236,7 @@ def test_a_given_negative_that_is_the_target_is_left_out():
     query = unit_of(target + 0.3 * rng.normal(size=(4, 5)))  # near: the positive weighs
     ids = np.arange(4)
     negative = np.concatenate([target[1:2], unit_of(rng.normal(size=(1, 5)))])
-    loss, _ = losses.info_nce(
+    loss, _ = INFO_NCE(
         query, target, temperature=0.1, target_ids=ids, negatives=negative,
         negative_ids=np.array([1, 9]),
     )  # fmt: skip
@@ -249,9 +251,9 @@ def test_gradients_reach_the_given_negatives():
     query, target, negative = (unit_of(rng.normal(size=(4, 5))) for _ in range(3))
 
     def loss(negative):
-        return losses.info_nce(query, target, temperature=0.5, negatives=negative)[0]
+        return INFO_NCE(query, target, temperature=0.5, negatives=negative)[0]
 
-    grad = jax.grad(loss)(jnp.asarray(negative))
+    grad = jax.jit(jax.grad(loss))(negative)
     step = 1e-2
     numeric = (loss(negative + step * np.eye(4, 5)) - loss(negative - step * np.eye(4, 5))) / 2
     np.testing.assert_allclose((grad * np.eye(4, 5)).sum(), numeric / step, rtol=2e-3)
@@ -271,16 +273,15 @@ def test_judged_kl_is_the_symmetric_divergence():
         p, q = (np.exp(x / 0.5) / np.exp(x / 0.5).sum() for x in (scores[i, kept], similarity))
         total.append(0.5 * (p * np.log(p / q)).sum() + 0.5 * (q * np.log(q / p)).sum())
         agree.append(p.argmax() == q.argmax())
-    loss, metrics = losses.judged_kl(query, target, own, scores, temperature=0.5)
+    judged = jax.jit(
+        jax.value_and_grad(losses.judged_kl, argnums=(0, 1, 2), has_aux=True),
+        static_argnames="temperature",
+    )
+    (loss, metrics), grads = judged(query, target, own, scores, temperature=0.5)
     np.testing.assert_allclose(loss, np.mean(total), rtol=1e-5)
     np.testing.assert_allclose(metrics["agreement"], np.mean(agree))
-    grads = jax.grad(
-        lambda *x: losses.judged_kl(*x, scores, temperature=0.5)[0], argnums=(0, 1, 2)
-    )(query, target, own)
     assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in grads)
     assert np.abs(grads[2][2, 2]).max() == np.abs(grads[2][4, 1:]).max() == 0  # empty places
     best = np.concatenate([np.ones((5, 1)), np.zeros((5, 3))], 1).astype(np.float32)
-    perfect, _ = losses.judged_kl(
-        query, query, np.stack([-query] * 3, 1), 2 * best - 1, temperature=0.5
-    )
+    (perfect, _), _ = judged(query, query, np.stack([-query] * 3, 1), 2 * best - 1, temperature=0.5)
     np.testing.assert_allclose(perfect, 0, atol=1e-6)

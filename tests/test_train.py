@@ -146,10 +146,11 @@ def start(root, output, **changes):
         "log.tensorboard": False,
         **changes,
     }
-    flags = miniature.overrides(root, **changes)
     file = miniature.ROOT / "configs" / "smol_stage1.py"
-    command = [sys.executable, "-m", "unime_jax.train", f"--config={file}:smoke", *flags]
-    env = {**os.environ, "XLA_FLAGS": "", runtime.CACHE_VARIABLE: str(root / "cache")}
+    overrides = miniature.overrides(root, **changes)
+    command = [sys.executable, "-m", "unime_jax.train", f"--config={file}:smoke", *overrides]
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+    env = {**os.environ, "XLA_FLAGS": flags, runtime.CACHE_VARIABLE: str(root / "cache")}
     return subprocess.Popen(
         command,
         cwd=miniature.ROOT,

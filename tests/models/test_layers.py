@@ -37,9 +37,10 @@ def test_transposed_matmul_equals_plain_with_gradients():
     x, w, direction = normal(3, 5, 7), normal(7, 11, seed=1), normal(3, 5, 11, seed=2)
 
     def value(kind):
-        return jax.value_and_grad(
-            lambda x, w: jnp.sum(layers.matmul(x, w, kind) * direction), argnums=(0, 1)
-        )(x, w)
+        def loss(x, w):
+            return jnp.sum(layers.matmul(x, w, kind) * direction)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, w)
 
     (a, (ax, aw)), (b, (bx, bw)) = value("transposed"), value("plain")
     tolerances.assert_near(a, b, 1e-4)
@@ -117,7 +118,7 @@ def test_norms_match_torch_with_gradients(kind):
     def loss(x, state):
         return jnp.sum(nnx.merge(graphdef, state)(x) * direction)
 
-    dx, dstate = jax.grad(loss, argnums=(0, 1))(x, state)
+    dx, dstate = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, state)
     assert tolerances.relative(dx, tx.grad) < tolerances.GRADIENT
     assert tolerances.relative(dstate["scale"][...], ts.grad) < tolerances.GRADIENT
 
@@ -138,7 +139,8 @@ def test_attention_matches_torch_with_gradients(kv_heads, causal):
         out = layers.attention(q, k, v, causal=causal, lengths=lengths)
         return jnp.sum(out * direction), out
 
-    (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(q, k, v)
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (_, out), gradients = run(q, k, v)
     visible = np.broadcast_to(real[:, None, None], (2, 1, 6, 6))
     if causal:
         visible = visible & np.tril(np.ones((6, 6), bool))
@@ -201,7 +203,7 @@ def test_scan_equals_loop_with_gradients(remat):
             y = apply(nnx.merge(graphdef, one), y, None)
         return y.sum()
 
-    (a, da), (b, db) = jax.value_and_grad(scanned)(state), jax.value_and_grad(looped)(state)
+    (a, da), (b, db) = (jax.jit(jax.value_and_grad(f))(state) for f in (scanned, looped))
     tolerances.assert_near(a, b, tolerances.MODULE)
     tolerances.assert_near(da["kernel"][...], db["kernel"][...], tolerances.MODULE)
 

@@ -56,7 +56,7 @@ PACKAGES = {
 }  # fmt: skip
 # Pairs held out; sentences of stage 1, and of each of its two evaluations.
 SIZES = {"test": 200, "validation": 100, "train": 10_000, "held_out": 500}
-SMOKE_SIZES = {"test": 40, "validation": 20, "train": 600, "held_out": 60}
+SMOKE_SIZES = {"test": 40, "validation": 20, "train": 300, "held_out": 60}
 _WORDNET = "usr/share/wordnet/"
 
 
@@ -172,7 +172,7 @@ def own_pairs(path: pathlib.Path) -> list[RawPair]:
 
 def miniature(pairs: list[RawPair]) -> list[RawPair]:
     """Picks a few hundred pairs of all sources, for smoke runs."""
-    wanted = {"tuxpaint": 220, "art4apps": 100, "emoji": 150, "openclipart": 60, "pairs": 300}
+    wanted = {"tuxpaint": 150, "art4apps": 60, "emoji": 80, "openclipart": 40, "pairs": 200}
     by_source = collections.defaultdict(list)
     for pair in pairs:
         by_source[pair.source].append(pair)
