@@ -5,6 +5,7 @@ import os
 import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would wait for one another
 FLAGS = {"xla_force_host_platform_device_count": "8"}
 if os.environ["JAX_PLATFORMS"] == "cpu":
     # Most of the suite's time is compiling programs that run once: a training step compiles in 4 s
