@@ -16,6 +16,7 @@ def get_config(arg: str = ""):
     assets = cache_directory() / ("smol-smoke" if smoke else "smol")
     runs = "runs/smol-smoke" if smoke else "runs/smol"
     c = ConfigDict()
+    c.benchmark = "smol"
     c.output = f"{runs}/report"  # directory of report.md, report.json and the plots
     c.dtype = "float32"  # of the models: float32 or bfloat16
     c.limit = 0  # sentences and pairs to evaluate, evenly spread; 0: all

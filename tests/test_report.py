@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from unime_jax import report
-from unime_jax.report import plots
+from unime_jax.report import plots, style
 from unime_jax.report.progress import format_rate, format_seconds
 
 
@@ -328,10 +328,10 @@ def test_retrieval_sheet_ticks_the_right_captions(tmp_path, drawn):
 def test_pictures_are_squared_on_white():
     image = np.zeros((2, 4, 4), np.uint8)
     image[..., 3] = [[0, 255, 255, 255]] * 2
-    square = plots._square(image)
+    square = style.square(image)
     assert square.shape == (4, 4, 3)
     assert square[0].min() == 255 and square[1, 0].min() == 255 and square[1, 1].max() == 0
-    assert plots._square(np.full((3, 2), 7, np.uint8))[0, 0].tolist() == [7, 7, 7]
+    assert style.square(np.full((3, 2), 7, np.uint8))[0, 0].tolist() == [7, 7, 7]
 
 
 def test_recall_bars_tell_their_values(tmp_path, drawn):

@@ -56,12 +56,21 @@ def precision_at_1(
     relevant: Int[np.ndarray, "Q"] | Bool[np.ndarray, "Q C"],
 ) -> Precision:
     """Returns Precision@1 with its ties; the metric of MMEB."""
+    hit, tied, _ = first_places(similarity, relevant)
+    return Precision(_share(hit), int(tied.sum()))
+
+
+def first_places(
+    similarity: Float[np.ndarray, "Q C"],
+    relevant: Int[np.ndarray, "Q"] | Bool[np.ndarray, "Q C"],
+) -> tuple[Bool[np.ndarray, "Q"], Bool[np.ndarray, "Q"], Int[np.ndarray, "Q"]]:
+    """Returns for each query whether it is right at 1, whether a tie alone cost it, and `ranks`."""
     mask = _mask(relevant, similarity.shape)
     best = np.where(mask, similarity, -np.inf).max(axis=1, initial=-np.inf)[:, None]
-    strict = ranks(similarity, mask) == 0
+    places = ranks(similarity, mask)
     lenient = (~mask & (similarity > best)).sum(axis=1) == 0
     nan = np.isnan(similarity).any(axis=1)
-    return Precision(_share(strict), int((lenient & ~strict & ~nan).sum()))
+    return places == 0, lenient & (places > 0) & ~nan, places
 
 
 def pair_accuracy(positive: Float[np.ndarray, "N"], negative: Float[np.ndarray, "N"]) -> float:

@@ -15,7 +15,15 @@ import jax
 import numpy as np
 
 from unime_jax import models
-from unime_jax.data import mmeb_prepare, mmeb_sets, mmeb_synthetic, sources, teacher_vectors
+from unime_jax.benchmarks import mmeb as mmeb_benchmark
+from unime_jax.data import (
+    eval_synthetic,
+    mmeb_prepare,
+    mmeb_sets,
+    mmeb_synthetic,
+    sources,
+    teacher_vectors,
+)
 from unime_jax.runtime import cache_directory
 from unime_jax.types import flatten, unflatten
 
@@ -119,6 +127,17 @@ def judged(directory: pathlib.Path | None = None) -> pathlib.Path:
     return _kept("judged", [64, 4], directory, _write_judged) / "judged.json"
 
 
+def mmeb_eval(directory: pathlib.Path | None = None) -> tuple[pathlib.Path, pathlib.Path]:
+    """Returns MMEB's 36 evaluation sets, made up and as odd as the real ones, and their images."""
+    kept = _kept("mmeb_eval", [1, 4, 8], directory, _write_mmeb_eval)
+    return kept / "MMEB-eval", kept / "eval_images"
+
+
+def captions(directory: pathlib.Path | None = None) -> pathlib.Path:
+    """Returns the sets of zero-shot retrieval, made up."""
+    return _kept("captions", [1, 8], directory, _write_captions)
+
+
 def _kept(name: str, content, directory: pathlib.Path | None, write) -> pathlib.Path:
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:10]
     path = directory or cache_directory() / "tiny" / f"{name}-{digest}"
@@ -218,6 +237,21 @@ def _write_mmeb(directory: pathlib.Path, content: list) -> None:
     for name in mmeb_sets.NAMES:
         settings = mmeb_prepare.Settings()
         mmeb_prepare.prepare(name, source, images, directory / "prepared", settings)
+
+
+def _write_mmeb_eval(directory: pathlib.Path, content: list) -> None:
+    _, queries, candidates = content
+    eval_synthetic.write_mmeb(
+        directory,
+        {each.name: each.candidates for each in mmeb_benchmark.SETS},
+        queries=queries,
+        most_candidates=candidates,
+        oddities=eval_synthetic.Oddities(empty_text=True, repeated=True, nulls=True),
+    )
+
+
+def _write_captions(directory: pathlib.Path, content: list) -> None:
+    eval_synthetic.write_captions(directory, images=content[1])
 
 
 def _write_judged(directory: pathlib.Path, content: list) -> None:

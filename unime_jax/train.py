@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from unime_jax import checkpoint, embedder, evaluation, optim, report, runtime, sharding, steps
+from unime_jax import checkpoint, embedder, optim, report, runtime, sharding, steps
 from unime_jax.config import describe, parse, validate_train
+from unime_jax.evaluation import smol
 from unime_jax.train_data import TrainData, open_data, reads_images
 from unime_jax.types import UserError, flatten, unflatten
 
@@ -86,15 +87,15 @@ def _validation(config, graphdef, flat, directory, mesh):
         **{key: config.data[key] for key in embedder.PREPARATION},
     )
     if config.stage == "distill":
-        heldout = evaluation.read_heldout(
+        heldout = smol.read_heldout(
             config.data.path,
             teacher=config.teacher.path,
             instruction=config.teacher.instruction or None,
         )
-        measure = functools.partial(evaluation.validation_sentences, heldout=heldout)
+        measure = functools.partial(smol.validation_sentences, heldout=heldout)
     else:
-        pairs = evaluation.read_pairs(config.data.path, "validation")
-        measure = functools.partial(evaluation.validation_recall, pairs=pairs)
+        pairs = smol.read_pairs(config.data.path, "validation")
+        measure = functools.partial(smol.validation_recall, pairs=pairs)
 
     def validate(parameters: dict[str, Any]) -> dict[str, float]:
         model.params = unflatten(parameters)

@@ -14,7 +14,7 @@ from jaxtyping import Int32
 from unime_jax.data import mmeb_sets
 
 _SLOT = "<|image_1|>\n"
-_WORDS = (
+WORDS = (
     "a the of in on with two red blue old small large man woman child dog horse street train "
     "table water field building players game standing sitting holding near front city officials "
     "report market president team year percent chart table number total revenue growth photo of "
@@ -191,7 +191,7 @@ def _row(
         source = 0 if odd == "image of another row" else number
         row[path] = f"images/{found.name}/Train/{side}_{source}.jpg"
         if root is not None and source == number:
-            size = (700, 40) if odd == "diverse shape" else _size(rng)
+            size = (700, 40) if odd == "diverse shape" else draw_size(rng)
             content = picture(rng, size)
             if odd == "damaged image":
                 content = content[: len(content) // 2]
@@ -230,10 +230,10 @@ def _text(rng: np.random.Generator, words: tuple[int, int]) -> str:
     if not words[1]:
         return ""
     count = int(draw_counts(rng, words, 1)[0])
-    return " ".join(_WORDS[i] for i in rng.integers(len(_WORDS), size=count))
+    return " ".join(WORDS[i] for i in rng.integers(len(WORDS), size=count))
 
 
-def _size(rng: np.random.Generator) -> tuple[int, int]:
+def draw_size(rng: np.random.Generator) -> tuple[int, int]:
     return tuple(int(side) for side in rng.integers(24, 96, size=2))
 
 

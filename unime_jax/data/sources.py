@@ -22,11 +22,13 @@ class ImageRef:
       number: its place among the source's images; cached features lie under it.
       name: what messages call it.
       load: returns the encoded bytes.
+      file: holds them and nothing else; None where there is no such file.
     """
 
     number: int
     name: str
     load: Callable[[], bytes]
+    file: pathlib.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)

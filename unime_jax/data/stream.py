@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from unime_jax.data import buckets, pictures
+from unime_jax.data import buckets, pictures, prompts
 from unime_jax.data.preprocess import Preprocessor
 from unime_jax.data.rows import Picture, Row
 from unime_jax.data.tiles import Layout
@@ -30,7 +30,7 @@ class Item:
     """
 
     key: Hashable
-    text: str | None = None
+    text: str | prompts.Slotted | None = None
     image: Any = None
 
 

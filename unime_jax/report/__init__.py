@@ -9,19 +9,27 @@ from unime_jax.report.plots import (
     plot_retrieval_sheet,
 )
 from unime_jax.report.progress import Progress, format_seconds
-from unime_jax.report.tables import Section, Table, write_report
+from unime_jax.report.scores import plot_dumbbells, plot_groups
+from unime_jax.report.sheets import SheetCell, SheetRow, plot_sheet
+from unime_jax.report.tables import Section, Table, print_report, write_report
 
 __all__ = [
     "MetricsWriter",
     "Progress",
     "Section",
+    "SheetCell",
+    "SheetRow",
     "Table",
     "format_seconds",
     "plot_contact_sheet",
     "plot_cosine_matrices",
+    "plot_dumbbells",
+    "plot_groups",
     "plot_losses",
     "plot_recall",
     "plot_retrieval_sheet",
+    "plot_sheet",
+    "print_report",
     "read_metrics",
     "write_report",
 ]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unime_jax.report.plots import BLUE, DPI, INK, LINE, MUTED, _figure, _shorten, _square
+from unime_jax.report.style import BLUE, DPI, INK, LINE, MUTED, figure_of, shorten, square
 
 _COLUMNS = 5
 _LETTERS = 30  # of a line below a picture
@@ -37,10 +37,10 @@ def plot_contact_sheet(
     rows = -(-len(cells) // columns)
     top = 0.3 if title else 0.08  # inches
     width, height = 1.75 * columns, 2.1 * rows + top
-    with _figure(width, height, path, layout="none") as figure:
+    with figure_of(width, height, path, layout="none") as figure:
         if title:
             figure.text(
-                0.06 / width, 1 - 0.1 / height, _shorten(title, 22 * columns),
+                0.06 / width, 1 - 0.1 / height, shorten(title, 22 * columns),
                 fontsize=10, fontweight="bold", va="top", parse_math=False,
             )  # fmt: skip
         for place, (image, mark, label, color) in enumerate(cells):
@@ -56,12 +56,12 @@ def plot_contact_sheet(
             if image is None:
                 ax.text(0.5, 0.5, "no picture", ha="center", va="center", color=MUTED)
             else:
-                square = _square(np.asarray(image))
-                smooth = "bicubic" if len(square) < 1.63 * DPI else "antialiased"
-                ax.imshow(square, interpolation=smooth)
+                padded = square(np.asarray(image))
+                smooth = "bicubic" if len(padded) < 1.63 * DPI else "antialiased"
+                ax.imshow(padded, interpolation=smooth)
             x, y = left / width, bottom / height
             style = {"fontsize": 8, "va": "top", "parse_math": False}
             figure.text(x, y - 0.05 / height, mark, color=color, fontweight="bold", **style)
-            words = _shorten(label, _LETTERS)
+            words = shorten(label, _LETTERS)
             figure.text(x, y - 0.21 / height, words, color=MUTED, **style)
     return pathlib.Path(path)

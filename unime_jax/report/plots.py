@@ -1,55 +1,34 @@
 """Plots for the report, in one style.
 
-Figures are made without pyplot: nothing global is touched, no display is needed, and matplotlib
-is loaded by the first plot. Every function writes one PNG and returns its path.
+Every function writes one PNG and returns its path.
 """
 
-import contextlib
 import itertools
 import math
 import pathlib
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-INK, MUTED, LINE = "#23272e", "#7d858f", "#e4e7eb"
-BLUE, ORANGE, GREEN, GREY = "#2e6296", "#d97b3c", "#3b8c62", "#a9b0b8"
-SERIES = (BLUE, ORANGE, GREEN, "#8a5a9e", "#b8902f", MUTED)
-# From paper white to deep blue: monotonous in lightness, so it survives a grey print.
-SEQUENTIAL = ("#fbfcfd", "#d5e3f0", "#94b9d9", "#4d86b8", "#245a8d", "#10305a")
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9.0,
-    "text.color": INK,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.labelsize": 9.0,
-    "axes.linewidth": 0.7,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10.0,
-    "axes.titleweight": "bold",
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.labelsize": 8.0,
-    "ytick.labelsize": 8.0,
-    "figure.constrained_layout.h_pad": 0.06,
-    "figure.constrained_layout.w_pad": 0.06,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "legend.handlelength": 1.4,
-}
-DPI = 170
+from unime_jax.report.style import (
+    BLUE,
+    DPI,
+    GREEN,
+    GREY,
+    INK,
+    LINE,
+    MUTED,
+    ORANGE,
+    SEQUENTIAL,
+    SERIES,
+    figure_of,
+    shade,
+    shorten,
+    square,
+)
+
 MAX_POINTS = 1000  # of a curve
 
 # Lines of the second row of `plot_losses`: metric -> (label, colour), where a run has it.
@@ -75,7 +54,7 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], path) -> pathli
         raise ValueError("no run has any metrics")
     names = {t: sorted({n for m in s for n in m if "validation/" in n}) for t, s in runs.items()}
     rows = 3 if any(names.values()) else 2
-    with _figure(3.15 * len(runs) + 0.35, 2.05 * rows + 0.3, path) as figure:
+    with figure_of(3.15 * len(runs) + 0.35, 2.05 * rows + 0.3, path) as figure:
         axes = figure.subplots(rows, len(runs), squeeze=False, sharex="col")
         for column, (title, steps) in enumerate(runs.items()):
             top, middle = axes[0, column], axes[1, column]
@@ -110,7 +89,12 @@ def plot_losses(runs: Mapping[str, Sequence[Mapping[str, Any]]], path) -> pathli
     return pathlib.Path(path)
 
 
-def plot_cosine_matrices(matrices: Sequence[tuple[str, np.ndarray]], path) -> pathlib.Path:
+def plot_cosine_matrices(
+    matrices: Sequence[tuple[str, np.ndarray]],
+    path,
+    *,
+    axes: tuple[str, str] = ("image", "caption"),
+) -> pathlib.Path:
     """Draws cosine matrices of the same matching pairs side by side, on one colour scale.
 
     A good embedding shows a dark diagonal on a light ground; a collapsed one is dark all over.
@@ -119,15 +103,16 @@ def plot_cosine_matrices(matrices: Sequence[tuple[str, np.ndarray]], path) -> pa
     Args:
       matrices: (title, cosines f32[N, N]); row i and column i match.
       path: of the PNG.
+      axes: what rows and columns are.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
     values = np.concatenate([np.asarray(m).ravel() for _, m in matrices])
     low = min(0.0, math.floor(10 * float(values.min())) / 10)
     colors = LinearSegmentedColormap.from_list("paper", SEQUENTIAL)
-    with _figure(2.75 * len(matrices) + 0.75, 3.35, path) as figure:
-        axes = figure.subplots(1, len(matrices), squeeze=False)[0]
-        for ax, (title, matrix) in zip(axes, matrices, strict=True):
+    with figure_of(2.75 * len(matrices) + 0.75, 3.35, path) as figure:
+        panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+        for ax, (title, matrix) in zip(panels, matrices, strict=True):
             matrix = np.asarray(matrix)
             same = np.eye(len(matrix), dtype=bool)
             image = ax.imshow(matrix, cmap=colors, vmin=low, vmax=1, interpolation="nearest")
@@ -140,13 +125,13 @@ def plot_cosine_matrices(matrices: Sequence[tuple[str, np.ndarray]], path) -> pa
             ticks = [0, len(matrix) - 1]
             ax.set_xticks(ticks, [str(t + 1) for t in ticks])
             ax.set_yticks(ticks, [str(t + 1) for t in ticks])
-            ax.set_xlabel("caption", labelpad=-6)
+            ax.set_xlabel(axes[1], labelpad=-6)
             ax.grid(False)
             ax.spines[:].set_visible(True)
             ax.spines[:].set_color(LINE)
             ax.tick_params(length=0)
-        axes[0].set_ylabel("image", labelpad=-6)
-        bar = figure.colorbar(image, cax=axes[-1].inset_axes([1.06, 0.0, 0.05, 1.0]))
+        panels[0].set_ylabel(axes[0], labelpad=-6)
+        bar = figure.colorbar(image, cax=panels[-1].inset_axes([1.06, 0.0, 0.05, 1.0]))
         bar.outline.set_visible(False)
         bar.ax.tick_params(length=0)
         bar.set_label("cosine")
@@ -181,7 +166,7 @@ def plot_retrieval_sheet(
     order = np.argsort(-similarity, axis=1, kind="stable")
     shown = np.take_along_axis(similarity, order[:, :top], axis=1)
     low, high = float(shown.min()), float(shown.max())
-    with _figure(4.0 * columns, 1.42 * rows + 0.05, path, layout="none") as figure:
+    with figure_of(4.0 * columns, 1.42 * rows + 0.05, path, layout="none") as figure:
         grid = figure.add_gridspec(
             rows, 2 * columns, width_ratios=[1, 2] * columns, wspace=0.06, hspace=0.16,
             left=0.008, right=0.992, bottom=0.012, top=0.988,
@@ -189,10 +174,10 @@ def plot_retrieval_sheet(
         for n, image in enumerate(images):
             row, column = divmod(n, columns)
             picture = figure.add_subplot(grid[row, 2 * column])
-            square = _square(np.asarray(image))
+            padded = square(np.asarray(image))
             # matplotlib's own choice shows the pixels of images that it enlarges.
-            smooth = "bicubic" if len(square) < 1.4 * DPI else "antialiased"
-            picture.imshow(square, interpolation=smooth)
+            smooth = "bicubic" if len(padded) < 1.4 * DPI else "antialiased"
+            picture.imshow(padded, interpolation=smooth)
             picture.set_xticks([])
             picture.set_yticks([])
             picture.grid(False)
@@ -221,7 +206,7 @@ def plot_recall(
     names = list(next(iter(panels.values())))
     ks = sorted({k for rows in panels.values() for row in rows.values() for k in row})
     height = 0.72 / len(ks)
-    with _figure(3.4 * len(panels) + 1.2, 0.42 * len(names) + 1.15, path) as figure:
+    with figure_of(3.4 * len(panels) + 1.2, 0.42 * len(names) + 1.15, path) as figure:
         axes = figure.subplots(1, len(panels), squeeze=False, sharey=True, sharex=True)[0]
         for ax, (title, rows) in zip(axes, panels.items(), strict=True):
             ax.set_title(title)
@@ -232,7 +217,7 @@ def plot_recall(
                     if value is None:
                         continue
                     y = i + (j - (len(ks) - 1) / 2) * height
-                    ax.barh(y, 100 * value, height * 0.88, color=_tint(base, j, len(ks)))
+                    ax.barh(y, 100 * value, height * 0.88, color=shade(base, j, len(ks)))
                     ax.text(
                         100 * value + 0.8, y, f"{100 * value:.1f}",
                         va="center", fontsize=6.5, color=MUTED,
@@ -249,23 +234,7 @@ def plot_recall(
     return pathlib.Path(path)
 
 
-# ---------------------------------------------------------------- the style and small helpers
-
-
-@contextlib.contextmanager
-def _figure(width: float, height: float, path, layout: str = "constrained"):
-    """Yields a figure of so many inches in the common style and saves it."""
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
-        figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout=layout)
-        FigureCanvasAgg(figure)
-        yield figure
-        figure.savefig(path, format="png")
+# ---------------------------------------------------------------- small helpers
 
 
 def _series(steps, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -310,21 +279,6 @@ def _legend(ax) -> None:
         ax.legend(**place, borderaxespad=0.1, columnspacing=1.0, labelspacing=0.3)
 
 
-def _square(image: np.ndarray) -> np.ndarray:
-    """The image in the middle of a white square; grey images become RGB, alpha goes on white."""
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
-    if image.shape[2] == 4:
-        alpha = image[..., 3:] / 255
-        image = (image[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
-    height, width = image.shape[:2]
-    side = max(height, width)
-    canvas = np.full((side, side, 3), 255, np.uint8)
-    y, x = (side - height) // 2, (side - width) // 2
-    canvas[y : y + height, x : x + width] = image
-    return canvas
-
-
 def _captions(ax, captions, scores, order, right: int, top: int, limits) -> None:
     """Fills an axis with the nearest captions, best first, each on a bar as long as its cosine."""
     ax.set_xlim(0, 1)
@@ -335,33 +289,21 @@ def _captions(ax, captions, scores, order, right: int, top: int, limits) -> None
         hit = index == right
         color = GREEN if hit else INK
         length = 0.12 + 0.88 * (float(scores[index]) - low) / max(high - low, 1e-6)
-        fill = _tint(GREEN if hit else GREY, 1, 2, 0.8)
+        fill = shade(GREEN if hit else GREY, 1, 2, 0.8)
         ax.barh(place + 0.5, 0.925 * length, 0.84, left=0.075, color=fill)
-        mark, text = "✓" if hit else str(place + 1), _shorten(captions[index], 36)
+        mark, text = "✓" if hit else str(place + 1), shorten(captions[index], 36)
         style = dict(fontsize=8.2, va="center", parse_math=False)
         weight = "bold" if hit else "normal"
         ax.text(0.035, place + 0.5, mark, color=color if hit else MUTED, ha="center", **style)
         ax.text(0.095, place + 0.5, text, color=color, fontweight=weight, **style)
     rank = int(np.flatnonzero(order == right)[0]) + 1
     if rank > top:
-        text = f"rank {rank}:  {_shorten(captions[right], 30)}"
+        text = f"rank {rank}:  {shorten(captions[right], 30)}"
         ax.text(0.095, top + 0.5, text, color=MUTED, style="italic", **style)
-
-
-def _shorten(text: str, width: int) -> str:
-    return textwrap.shorten(str(text), width, placeholder=" …")
-
-
-def _tint(color: str, step: int, steps: int, palest: float = 0.62):
-    """The colour itself for the first step, paler for the next."""
-    from matplotlib.colors import to_rgb
-
-    pale = palest * step / max(1, steps - 1)
-    return tuple((1 - pale) * c + pale for c in to_rgb(color))
 
 
 def _shade_legend(figure, ks) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=_tint(MUTED, j, len(ks)), label=f"R@{k}") for j, k in enumerate(ks)]
+    handles = [Patch(color=shade(MUTED, j, len(ks)), label=f"R@{k}") for j, k in enumerate(ks)]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(ks), borderaxespad=0.3)

@@ -19,7 +19,7 @@ class Table:
       header: a name per column; the first column names the row.
       rows: a value per column: text, a number, or None where nothing was measured.
       formats: per column a format specification as in `format(value, spec)` for its numbers;
-        "" leaves them as `str` would.
+        "" leaves them as `str` would. A column with a format stands to the right.
       best: columns in which the largest number is set in bold (Markdown) or starred (terminal).
       reference: names of rows (first column) that never count as the best: baselines, teachers.
     """
@@ -70,6 +70,8 @@ class Table:
         return range(len(self.header))
 
     def _numeric(self, column: int) -> bool:
+        if column < len(self.formats) and self.formats[column]:
+            return True
         values = [row[column] for row in self.rows if row[column] is not None]
         return bool(values) and not any(isinstance(value, str) for value in values)
 
@@ -149,6 +151,20 @@ def write_report(directory, title: str, sections: Sequence[Section], **extra) ->
     path = directory / "report.md"
     _replace(path, "\n\n".join(parts) + "\n")
     return path
+
+
+def print_report(path: pathlib.Path, sections: Sequence[Section]) -> None:
+    """Prints a report's tables, and where it and its plots are."""
+    for section in sections:
+        if section.table is not None:
+            print(f"\n{section.title}. {section.text}".rstrip() + f"\n\n{section.table.text()}")
+            print(f"\n{section.note}" if section.note else "", end="")
+        elif section.text and not section.image:
+            print(f"\n{section.title}\n{section.text}")
+    print(f"\nreport  {path}")
+    for section in sections:
+        if section.image:
+            print(f"plot    {path.parent / section.image}")
 
 
 def _finite(value) -> bool:

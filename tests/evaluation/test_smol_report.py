@@ -7,13 +7,14 @@ import types
 import numpy as np
 import pytest
 
-from unime_jax import evaluate, evaluation
 from unime_jax.benchmarks import smol
 from unime_jax.data import sources
 from unime_jax.data.rows import Row
+from unime_jax.evaluation import smol as evaluation
+from unime_jax.evaluation import smol_report as evaluate
 from unime_jax.types import ImageSpec, UserError
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SIZE, WIDTH = 4, 24
 TRAINED = [5, 5, 9, *range(15, -1, -1), 5]  # numbers of the training pairs
 

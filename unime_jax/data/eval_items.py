@@ -1,0 +1,72 @@
+"""What a benchmark embeds: texts, images and both, each once, by number."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+from unime_jax.data.prompts import MMEB_SLOT
+from unime_jax.data.sources import ImageRef, Item
+from unime_jax.types import UserError
+
+
+class Items(Sequence[Item]):
+    """Numbers items; the same text with the same image has one number.
+
+    Iterating yields them in order. Texts are as the files have them, an image's slot included.
+    """
+
+    def __init__(self):
+        self._items: list[Item] = []
+        self._numbers: dict[tuple[str, str], int] = {}
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, number: SupportsIndex) -> Item:
+        return self._items[number]
+
+    def add(self, text: str, image: ImageRef | None = None) -> int:
+        """Returns the item's number; images are told apart by their names."""
+        key = text, image.name if image else ""
+        if key not in self._numbers:
+            self._numbers[key] = len(self._items)
+            self._items.append(Item(text or None, image))
+        return self._numbers[key]
+
+
+class ImageFolder:
+    """Image files below one directory, referred to by relative paths."""
+
+    def __init__(self, root: pathlib.Path):
+        self.root = root
+
+    def __call__(self, path: str) -> ImageRef:
+        """Returns the image of a path; whether it can be read shows when it is loaded."""
+        inner = pathlib.PurePosixPath(path.replace("\\", "/"))
+        if inner.is_absolute() or ".." in inner.parts:
+            return ImageRef(-1, path, lambda: _refuse(path))
+        file = self.root / inner
+        return ImageRef(-1, path, lambda: read_file(file), file)
+
+
+def _refuse(path: str) -> bytes:
+    raise UserError(f"{path}: leaves the image directory, not read")
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """Reads an image file.
+
+    Raises:
+      UserError: it is not there or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise UserError(f"{path}: no such image") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def shown(item: Item) -> str:
+    """Returns an item's text for people: without the image's slot, on one line."""
+    return " ".join((item.text or "").replace(MMEB_SLOT, " ").split())

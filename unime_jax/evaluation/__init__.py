@@ -1,0 +1,1 @@
+"""Measures models on benchmarks: embeds each item once, scores, reports."""

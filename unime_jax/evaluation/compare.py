@@ -1,0 +1,252 @@
+"""Sets evaluations side by side, with the published rows."""
+
+import argparse
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from unime_jax import report
+from unime_jax.benchmarks import mmeb
+from unime_jax.evaluation import published
+from unime_jax.evaluation.mmeb_report import TASK_TITLES, percent, read_results, signed
+from unime_jax.evaluation.retrieval_report import LENGTHS, bars_of, published_bars
+from unime_jax.types import UserError
+
+DEFAULT_OUTPUT = "runs/compare"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"compare: {message}; see python -m unime_jax.evaluate --help")
+
+
+def main(argv: Sequence[str], doc: str) -> None:
+    parser = _Parser(
+        prog="python -m unime_jax.evaluate compare",
+        description=__doc__,
+        epilog="Each RUN is the output directory of an evaluation; NAME=RUN gives it a name.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN")
+    parser.add_argument("--output", default=DEFAULT_OUTPUT, help=f"default: {DEFAULT_OUTPUT}")
+    arguments = parser.parse_args(list(argv))
+    compare(arguments.runs, arguments.output)
+
+
+def compare(runs: Sequence[str], output) -> pathlib.Path:
+    """Writes the comparison and prints its tables; returns the path of report.md.
+
+    Args:
+      runs: output directories of evaluations of one benchmark, or NAME=DIRECTORY.
+      output: directory of the comparison.
+
+    Raises:
+      UserError: a run without results, or of another benchmark than the first.
+    """
+    found = _read(runs)
+    kinds = {each["results"]["benchmark"] for each in found.values()}
+    if len(kinds) > 1:
+        raise UserError(f"compare: runs of {' and '.join(sorted(kinds))}; give runs of one of them")
+    output = pathlib.Path(output).expanduser()
+    make = {"mmeb": _mmeb, "retrieval": _retrieval}[kinds.pop()]
+    sections = make(found, output)
+    sections += _cosines(found, output)
+    path = report.write_report(
+        output, "Comparison", sections, runs={name: each["model"] for name, each in found.items()}
+    )
+    report.print_report(path, sections)
+    return path
+
+
+def _read(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Reads results by name; equal names are told apart by their directories."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        name, equals, place = run.partition("=")
+        if not equals:
+            place = run
+            path = pathlib.Path(run).expanduser().resolve()
+            path = path.parent if path.suffix == ".json" else path
+            name = path.name if path.name not in found else f"{path.parent.name}/{path.name}"
+        if name in found:
+            raise UserError(f"compare: two runs are called {name}; give them names: NAME={place}")
+        found[name] = read_results(place)
+    return found
+
+
+def _types(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the model type of all runs, "" where they differ."""
+    kinds = {each["settings"]["model_type"] for each in found.values()}
+    return kinds.pop() if len(kinds) == 1 else ""
+
+
+def _sampled(found: Mapping[str, Mapping[str, Any]]) -> str:
+    names = [f"{name} ({each['limit']})" for name, each in found.items() if each["limit"]]
+    return f"Samples of so many queries a set: {', '.join(names)}." if names else ""
+
+
+# ---------------------------------------------------------------- MMEB
+
+
+def _mmeb(found: Mapping[str, Mapping[str, Any]], output: pathlib.Path) -> list[report.Section]:
+    means = {name: each["results"]["means"] for name, each in found.items()}
+    sections = [_mmeb_summary(found, means), _mmeb_sets(found)]
+    labels = mmeb.LABELS
+    bars = {
+        name: {labels[mean]: percent(found[mean]["precision"]) for mean in mmeb.MEANS}
+        for name, found in means.items()
+    }
+    others = published.rows("mmeb", _types(found))[-2:]
+    bars |= {row["name"]: {labels[mean]: row[mean] for mean in mmeb.MEANS} for row in others}
+    report.plot_groups(
+        bars, output / "tasks.png", label="Precision@1, %",
+        reference=[row["name"] for row in others],
+    )  # fmt: skip
+    sections.append(report.Section("By meta-task", image="tasks.png", note="Grey: published."))
+    if len(found) > 1:
+        sections.append(_mmeb_dumbbells(found, output))
+    return sections
+
+
+def _mmeb_summary(found, means) -> report.Section:
+    rows: list[list[Any]] = []
+    incomplete = False
+    for name, own in means.items():
+        rows.append([name, *(percent(own[mean]["precision"]) for mean in mmeb.MEANS)])
+        if any(own[mean]["measured"] < own[mean]["sets"] for mean in mmeb.MEANS):
+            incomplete = True
+            counts = [f"{own[mean]['measured']}/{own[mean]['sets']}" for mean in mmeb.MEANS]
+            rows.append(["  sets measured", *counts])
+    if len(means) > 1:
+        first, last = list(means)[0], list(means)[-1]
+        gaps = [_gap(found, first, last, mean) for mean in mmeb.MEANS]
+        rows.append([f"  {last} minus {first}", *map(signed, gaps)])
+    for row in published.rows("mmeb", _types(found)):
+        rows.append([row["name"], *(row[mean] for mean in mmeb.MEANS)])
+    text = (
+        "Precision@1, %. mean of 36: the leaderboard's; mean of 4: the paper's. Below, published "
+        f"({published.source()})."
+    )
+    notes = [_sampled(found)]
+    if incomplete:
+        notes.append("Not all sets are measured: a mean that lacks some of its sets is no score.")
+        notes.append("Differences are over the sets that both runs have.")
+    table = report.Table(
+        ["row", *(mmeb.LABELS[mean] for mean in mmeb.MEANS)], rows, ["", *[".1f"] * len(mmeb.MEANS)]
+    )
+    return report.Section("MMEB", text, table, note=" ".join(filter(None, notes)))
+
+
+def _gap(found, first: str, last: str, mean: str) -> float | None:
+    """Returns the difference of a mean over the sets that both have, in points."""
+    scores = [_scores(found[name]) for name in (first, last)]
+    both = set(scores[0]) & set(scores[1])
+    pair = [mmeb.means({name: s[name] for name in both})[mean] for s in scores]
+    return 100 * (pair[1].value - pair[0].value) if pair[0].measured else None
+
+
+def _scores(run: Mapping[str, Any]) -> dict[str, float]:
+    sets = run["results"]["sets"]
+    return {name: s["precision"] for name, s in sets.items() if s["precision"] is not None}
+
+
+def _mmeb_sets(found) -> report.Section:
+    scores = {name: _scores(run) for name, run in found.items()}
+    rows = []
+    for each in mmeb.SETS:
+        values = [percent(own.get(each.name)) for own in scores.values()]
+        if all(value is None for value in values):
+            continue
+        row = [each.name, mmeb.SHORT[each.task], "IND" if each.in_distribution else "OOD", *values]
+        if len(values) > 1:
+            both = values[0] is not None and values[-1] is not None
+            row.append(signed(values[-1] - values[0] if both else None))
+        rows.append(row)
+    header = ["set", "task", "", *found, *(["difference"] if len(found) > 1 else [])]
+    formats = ["", "", "", *[".1f"] * (len(header) - 3)]
+    return report.Section("Sets", table=report.Table(header, rows, formats))
+
+
+def _mmeb_dumbbells(found, output: pathlib.Path) -> report.Section:
+    first, last = list(found)[0], list(found)[-1]
+    before, after = _scores(found[first]), _scores(found[last])
+    groups = {
+        title: [
+            (each.name, percent(before.get(each.name)), percent(after.get(each.name)))
+            for each in mmeb.SETS
+            if each.task == task and (each.name in before or each.name in after)
+        ]
+        for task, title in TASK_TITLES.items()
+    }
+    report.plot_dumbbells(
+        groups, output / "sets.png", names=(first, last), label="Precision@1, %",
+        muted=[each.name for each in mmeb.SETS if not each.in_distribution],
+    )  # fmt: skip
+    return report.Section("Set by set", image="sets.png", note=f"From {first} to {last}.")
+
+
+# ---------------------------------------------------------------- retrieval
+
+
+def _retrieval(found, output: pathlib.Path) -> list[report.Section]:
+    bars = {
+        name: bars_of(run["results"]["sets"], run["results"]["sugarcrepe"]["means"])
+        for name, run in found.items()
+    }
+    others = published.rows("retrieval", _types(found))
+    labels = list(dict.fromkeys(label for own in bars.values() for label in own))
+    all_rows = bars | {row["name"]: published_bars(row) for row in others}
+    rows = []
+    for label in labels:
+        values = [own.get(label) for own in all_rows.values()]
+        rows.append([label.replace("\n", " "), *values])
+        if len(bars) > 1:
+            a, b = values[0], values[len(bars) - 1]
+            rows[-1].append(signed(None if a is None or b is None else b - a))
+    first, last = list(bars)[0], list(bars)[-1]
+    header = ["score", *all_rows, *([f"{last} minus {first}"] if len(bars) > 1 else [])]
+    table = report.Table(header, rows, ["", *[".1f"] * (len(header) - 1)])
+    text = "R@1 and SugarCrepe's accuracy, %. t2i: a text looks for its image; i2t: the reverse."
+    sections = [report.Section("Retrieval", text, table, note=_sampled(found))]
+    means = [
+        [name, *(percent(run["results"]["means"].get(length)) for length in LENGTHS)]
+        for name, run in found.items()
+    ]
+    means += [
+        [row["name"], *(row[length] for length in LENGTHS)]
+        for row in published.rows("ablation", _types(found))
+    ]
+    if any(value is not None for row in means[: len(found)] for value in row[1:]):
+        table = report.Table(["row", *LENGTHS], means, ["", *[".1f"] * len(LENGTHS)])
+        sections.append(report.Section("Means", "The paper's three means.", table))
+    if labels:
+        drawn = {
+            name: {label: row.get(label) for label in labels} for name, row in all_rows.items()
+        }
+        report.plot_groups(
+            drawn, output / "retrieval.png", label="R@1 or accuracy, %",
+            reference=[row["name"] for row in others],
+        )  # fmt: skip
+        sections.append(report.Section("R@1", image="retrieval.png", note="Grey: published."))
+    return sections
+
+
+# ---------------------------------------------------------------- both
+
+
+def _cosines(found, output: pathlib.Path) -> list[report.Section]:
+    """Draws the matrices of the set that all runs have one of, as UniME's Fig. 4."""
+    pairs = {name: run["results"].get("pairs") or {} for name, run in found.items()}
+    shared = [
+        key for key in next(iter(pairs.values())) if all(key in own for own in pairs.values())
+    ]
+    if not shared or len(found) < 2:
+        return []
+    name = shared[0]
+    matrices = [(run, np.array(own[name])) for run, own in pairs.items()]
+    if len({matrix.shape for _, matrix in matrices}) > 1:
+        return []
+    report.plot_cosine_matrices(matrices, output / "cosine.png", axes=("query", "candidate"))
+    title = f"Cosines of {len(matrices[0][1])} pairs of {name}"
+    return [report.Section(title, image="cosine.png", note="As UniME, Fig. 4.")]
