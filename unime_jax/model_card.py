@@ -36,7 +36,8 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 processor = AutoProcessor.from_pretrained(".")
 model = LlavaNextForConditionalGeneration.from_pretrained(".").eval()
 prompt = {image!r}
-inputs = processor(images=[Image.open("cat.png")], text=[prompt], return_tensors="pt")
+image = Image.open("cat.png").convert("RGB"){resize}
+inputs = processor(images=[image], text=[prompt], return_tensors="pt")
 with torch.no_grad():
     hidden = model.model(**inputs).last_hidden_state
 vectors = torch.nn.functional.normalize(hidden[:, -1], dim=-1)
@@ -156,7 +157,9 @@ def _loading(found: weights.Weights, template: prompts.Template) -> str:
         parts += ["With transformers:", _PYTORCH.format(prompt=words)]
     elif kind == "llava_next":
         image = template.image.replace("{image}", "<image>")
-        parts += ["With transformers:", _LLAVA.format(image=image)]
+        size = found.preparation.get("image_size")
+        resize = f".resize(({size}, {size}))" if size else ""
+        parts += ["With transformers:", _LLAVA.format(image=image, resize=resize)]
     elif kind == "phi3_v":
         parts.append(
             "With transformers, the model's own code (the .py files of the base) is needed: "
