@@ -11,9 +11,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "unime_jax"
 
 ENTRIES = {"train", "evaluate", "embed", "teach", "convert", "prepare", "plan", "inspect"}
+ENTRIES |= {"integrations"}
 STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
 STEP |= {"embed_job", "evaluation", "model_card", "planning", "search", "text_side"}
-STEP |= {"tiny", "train_data", "weights"}
+STEP |= {"predictions", "tiny", "train_data", "weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "runtime"}
 LEVELS = {
@@ -41,6 +42,7 @@ DOORS = {
     "ml_collections": {"config"} | ENTRIES,
     "matplotlib": {"report"},
     "tensorboardX": {"report"},
+    "mteb": {"integrations"},
     "tensorflow": set(),
 }
 

@@ -233,27 +233,37 @@ class Embedder:
         if len(texts) != len(images):
             raise UserError(f"embed: {len(texts)} texts but {len(images)} images; None marks a gap")
 
-    def run(self, groups: Iterable[tuple[Inputs, Any]]) -> Iterator[tuple[Any, np.ndarray]]:
+    def run(
+        self,
+        groups: Iterable[tuple[Inputs, Any]],
+        apply: Callable[[Params, Sequence[Inputs]], Any] | None = None,
+    ) -> Iterator[tuple[Any, Any]]:
         """Embeds groups one after the other; the host makes the next while the device works.
 
         Args:
           groups: each with something that tells its rows, which is handed through.
+          apply: what is computed in place of the embeddings; arrays with a line for each row.
 
         Yields:
-          What tells the rows, and their f32[n, E].
+          What tells the rows, and their f32[n, E], or what `apply` says of them.
         """
+        apply = self._apply if apply is None else apply
+
+        def read(rows, found, count):
+            return rows, jax.tree.map(lambda array: np.asarray(array)[:count], found)
+
         ahead = None
         for inputs, rows in groups:
             # Few numbers of rows bound the number of compiled shapes.
             padded = _pad_rows(inputs, buckets.padded_rows(inputs.rows, self._devices))
             if self.mesh is not None:
                 padded = sharding.shard_batch(padded, self.mesh)
-            started = self._apply(self.params, [padded])
+            started = apply(self.params, [padded])
             if ahead is not None:
-                yield ahead[0], np.asarray(ahead[1])[: ahead[2]]
+                yield read(*ahead)
             ahead = rows, started, inputs.rows
         if ahead is not None:
-            yield ahead[0], np.asarray(ahead[1])[: ahead[2]]
+            yield read(*ahead)
 
     def _run(self, groups: buckets.Groups, progress, *, rows: int | None = None) -> np.ndarray:
         """Embeds groups; `progress` counts the first `rows` rows alone, where that is given."""

@@ -170,6 +170,10 @@ class Preprocessor:
         positions = 1 if layout is None else layout.positions
         return Row(tuple(ids), start, stop, skip=skip).cut(self.max_tokens, positions)
 
+    def text_of(self, token: int) -> str:
+        """Returns what a token id stands for in a text; see `tokenizer.Tokenizer.text_of`."""
+        return self._tokenizer.text_of(token)
+
     def group(
         self, rows: Sequence[tuple[Row, Picture | None]], *, tokens: int, tiles: int
     ) -> Inputs:

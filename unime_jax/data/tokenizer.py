@@ -1,5 +1,6 @@
 """Reads a checkpoint's tokenizer and encodes prompts with it."""
 
+import functools
 import itertools
 import json
 import pathlib
@@ -49,6 +50,23 @@ class Tokenizer:
     def count(self, text: str) -> int:
         """Counts the tokens of a text alone, without start and end tokens."""
         return len(self._first.encode(text, add_special_tokens=False).ids)
+
+    def text_of(self, id: int) -> str:
+        """Returns what a token stands for in a text, the blank in front of a word included.
+
+        A piece of a character is written as its bytes, <0xE4><0xBD>, and an id that the tokenizer
+        does not have (models have more than it) as <32050>.
+        """
+        piece = self._first.id_to_token(id)
+        if piece is None:
+            return f"<{id}>"
+        text = self._first.decode([id], skip_special_tokens=False)
+        if "\ufffd" in text and piece != "\ufffd":
+            alphabet = _byte_alphabet()
+            known = all(letter in alphabet for letter in piece)
+            return "".join(f"<0x{alphabet[x]:02X}>" for x in piece) if known else piece
+        # Decoders of the sentencepiece kind drop the blank at the start of what they decode.
+        return f" {text}" if piece.startswith("\u2581") and not text.startswith(" ") else text
 
     def encode(self, segments: Sequence[Segment], image_slot: int) -> tuple[list[int], int, int]:
         """Encodes a rendered prompt, the tokenizer's own start and end tokens included.
@@ -139,6 +157,14 @@ def _ends(path: pathlib.Path, tokenizer) -> tuple[list[int], list[int]]:
     probe = tokenizer.encode("a", add_special_tokens=True)
     real = [place for place, special in enumerate(probe.special_tokens_mask) if not special]
     return probe.ids[: real[0]], probe.ids[real[-1] + 1 :]
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """Returns the letters that byte-level tokenizers write for the 256 bytes, as GPT-2 did."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): x for i, x in enumerate(others)}
 
 
 def _touches_a_word(text: str, start: int, stop: int) -> bool:

@@ -356,11 +356,15 @@ class TextEmbedder(nnx.Module):
         embeds = self.language_model.embed_tokens(inputs.tokens)
         return self.language_model(embeds, inputs.lengths, key=key)
 
-    def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
-        """Returns unit rows, f32; the key is for the adapters' dropout."""
+    def last_hidden(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G D"]:
+        """Returns the last hidden state of every row's last real position."""
         inputs = jax.tree.map(jnp.asarray, inputs)
         embeds = self.language_model.embed_tokens(inputs.tokens)
-        return unit(self.language_model.last_hidden(embeds, inputs.lengths, key=key))
+        return self.language_model.last_hidden(embeds, inputs.lengths, key=key)
+
+    def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
+        """Returns unit rows, f32; the key is for the adapters' dropout."""
+        return unit(self.last_hidden(inputs, key=key))
 
     @staticmethod
     def key_map(config: DecoderConfig) -> KeyMap:

@@ -76,8 +76,11 @@ class Multimodal(nnx.Module):
         embeds = self.inputs_embeds(inputs, key=key)
         return self.language_model(embeds, jnp.asarray(inputs.lengths), key=key)
 
+    def last_hidden(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G D"]:
+        """Returns the last hidden state of every row's last real position."""
+        embeds = self.inputs_embeds(inputs, key=key)
+        return self.language_model.last_hidden(embeds, jnp.asarray(inputs.lengths), key=key)
+
     def embed(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G E"]:
         """Returns unit rows, f32; the key is for the adapters' dropout."""
-        embeds = self.inputs_embeds(inputs, key=key)
-        lengths = jnp.asarray(inputs.lengths)
-        return unit(self.language_model.last_hidden(embeds, lengths, key=key))
+        return unit(self.last_hidden(inputs, key=key))

@@ -11,7 +11,8 @@ from unime_jax.report.plots import (
 from unime_jax.report.progress import Progress, format_seconds
 from unime_jax.report.scores import plot_dumbbells, plot_groups
 from unime_jax.report.sheets import SheetCell, SheetRow, plot_sheet
-from unime_jax.report.tables import Section, Table, print_report, write_report
+from unime_jax.report.tables import Section, Table, print_report, replace_text, write_report
+from unime_jax.report.token_bars import plot_token_bars, visible
 
 __all__ = [
     "MetricsWriter",
@@ -30,6 +31,9 @@ __all__ = [
     "plot_retrieval_sheet",
     "plot_sheet",
     "print_report",
+    "plot_token_bars",
     "read_metrics",
+    "replace_text",
+    "visible",
     "write_report",
 ]

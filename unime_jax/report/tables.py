@@ -147,9 +147,9 @@ def write_report(directory, title: str, sections: Sequence[Section], **extra) ->
     tables = {s.title: s.table.records() for s in sections if s.table is not None}
     images = {s.title: s.image for s in sections if s.image}
     content = {"title": title, "tables": tables, "images": images, **extra}
-    _replace(directory / "report.json", json.dumps(content, indent=2) + "\n")
+    replace_text(directory / "report.json", json.dumps(content, indent=2) + "\n")
     path = directory / "report.md"
-    _replace(path, "\n\n".join(parts) + "\n")
+    replace_text(path, "\n\n".join(parts) + "\n")
     return path
 
 
@@ -172,7 +172,7 @@ def _finite(value) -> bool:
     return value is not None and (isinstance(value, str) or math.isfinite(value))
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def replace_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")

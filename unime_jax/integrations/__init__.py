@@ -1,0 +1,1 @@
+"""Doors to other projects' tools; each needs the extra of its name."""
