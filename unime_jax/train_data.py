@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from unime_jax import report, runtime
-from unime_jax.data import mmeb, nli, pipeline, sources, task_pairs, teacher_vectors
+from unime_jax.data import couples, mmeb, nli, pipeline, sources, task_pairs, teacher_vectors
 from unime_jax.data.texts import Places
 from unime_jax.embedder import Embedder
 from unime_jax.types import Batch, UserError, flatten
@@ -237,7 +237,9 @@ def _open_texts(settings: dict[str, Any]) -> tuple[list[sources.Source], Sequenc
     path = settings["data"]["path"]
     if not nli.is_nli(path):
         texts = sources.sentences(path)
-        return [sources.Texts(texts)], texts, ""
+        if pathlib.Path(path).suffix == ".jsonl":
+            return [sources.Texts(texts)], texts, ""
+        return couples.read(path), texts, ""
     if settings["stage"] == "align":
         raise UserError(f"config.data.path={path}: alignment needs pairs of image and text")
     if settings["stage"] == "contrast" and settings["loss"]["k"]:

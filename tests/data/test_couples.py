@@ -1,0 +1,47 @@
+"""Texts of stage 1, two a row: relatives meet, nothing is lost, nothing is invented."""
+
+from unime_jax.data import couples, sources
+
+TRAIN = [  # (text, kind, synset), in drawn order
+    ("a small cat", "gloss", "n1"),
+    ("to run fast", "gloss", "v1"),
+    ("a tall tree", "gloss", "n2"),
+    ("her kitten slept", "example", "n1"),
+    ("a red stone", "gloss", "n3"),
+    ("he ran home", "example", "v1"),
+    ("a deep sea", "gloss", "n4"),
+]
+CAPTIONS = [("A fox.", "caption"), ("vixen", "keyword"), ("An owl.", "caption")]
+
+
+def rows_of(source):
+    return [(source[i].query_text, source[i].target_text) for i in range(len(source))]
+
+
+def test_relatives_are_one_row_and_the_rest_is_coupled_in_order(monkeypatch, tmp_path):
+    def split(path, name):
+        if name == "train":
+            return [{"text": t, "kind": k, "synset": s} for t, k, s in TRAIN]
+        return [{"text": t, "kind": k, "synset": ""} for t, k in CAPTIONS]
+
+    monkeypatch.setattr(sources, "split_sentences", split)
+    meanings, definitions, captions = couples.read(tmp_path)
+    assert rows_of(meanings) == [
+        ("a small cat", "her kitten slept"),
+        ("to run fast", "he ran home"),
+    ]
+    # An odd one is coupled with the first.
+    assert rows_of(definitions) == [("a tall tree", "a red stone"), ("a deep sea", "a tall tree")]
+    assert rows_of(captions) == [("A fox.", "An owl.")]
+    assert [s.name for s in (meanings, definitions, captions)] == [
+        "meanings",
+        "definitions",
+        "captions",
+    ]
+
+
+def test_real_data_every_text_of_stage_1_is_in_a_row(assets):
+    found = couples.read(assets / "data")
+    texts = {text for source in found for row in rows_of(source) for text in row}
+    assert texts == set(sources.sentences(assets / "data"))
+    assert len(found[0]) > 3000
