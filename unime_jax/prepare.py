@@ -24,7 +24,7 @@ import tempfile
 from unime_jax import report, runtime
 from unime_jax.types import UserError
 
-_FORMAT = 2  # raise it when what is written changes: prepared directories are then redone
+_FORMAT = 3  # raise it when what is written changes: prepared directories are then redone
 _SHOWN = 5  # pictures that cannot be read are named, up to so many
 
 
