@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by smol.sh and test.sh: makes .venv, installs the package with the extra named in $1.
 # An active virtual environment is used as it is; VENV=DIR puts a new one elsewhere.
 if [ -z "${VIRTUAL_ENV:-}" ]; then

@@ -1,12 +1,13 @@
 """Meshes, the rule table, and placement on virtual devices."""
 
 import jax
+import miniature
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from unime_jax import sharding
-from unime_jax.types import UserError
+from unime_jax import models, sharding, tiny
+from unime_jax.types import UserError, flatten
 
 
 def test_minus_one_takes_what_is_left():
@@ -18,6 +19,13 @@ def test_minus_one_takes_what_is_left():
 def test_sizes_that_do_not_fit_are_named(sizes):
     with pytest.raises(UserError, match="config.mesh.data"):
         sharding.make_mesh(*sizes)
+
+
+def test_devices_that_are_not_there_are_counted():
+    with pytest.raises(UserError, match="asks for 16 devices, this machine has 8 .cpu."):
+        sharding.make_mesh(2, 8, 1)
+    with pytest.raises(UserError, match="asks for a multiple of 3 devices"):
+        sharding.make_mesh(3, -1, 1)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +48,54 @@ def test_indivisible_parameter_is_named():
         sharding.spec_of("x/q_proj/kernel", (12, 16), mesh)
 
 
+def text(**changes):
+    return {**tiny.CONFIGS["llava16"]["text_config"], **changes}
+
+
+BERT = {
+    "model_type": "bert",
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 8,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+}
+
+
+@pytest.mark.parametrize(
+    "config, quantize",
+    [
+        (tiny.CONFIGS["phi35v"], "nf4"),
+        (tiny.CONFIGS["llava16"], "int8"),
+        (tiny.CONFIGS["nv_embed"], None),
+        (text(model_type="llama", attention_bias=True, mlp_bias=True), None),
+        (miniature.STUDENT, None),
+        (BERT, None),
+    ],
+    ids=["phi35v", "llava16", "nv_embed", "llama", "smol", "bert"],
+)
+def test_every_parameter_has_exactly_one_rule(config, quantize):
+    mesh = sharding.make_mesh(fsdp=1, tensor=1, devices=jax.devices()[:1])
+    _, params = models.abstract(config, quantize=quantize)
+    for path, leaf in flatten(params).items():
+        sharding.spec_of(path, leaf.shape, mesh)
+
+
+@pytest.mark.parametrize("path, found", [("x/kernel", "none"), ("vision/fc1/bias/fc/kernel", "fc")])
+def test_a_parameter_without_its_one_rule_is_named(path, found):
+    mesh = sharding.make_mesh(fsdp=8)
+    twice = (*sharding.RULES, (r"/fc/", P()))
+    with pytest.raises(ValueError, match=f"parameter {path} .* exactly one .*{found}"):
+        sharding.spec_of(path, (8, 8), mesh, twice)
+
+
 def test_moments_lie_where_their_parameters_do():
     mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
-    kernel = {"layers/mlp/down_proj/kernel": np.ones((8, 8)), "projector/kernel": np.ones((8, 8))}
+    kernel = {"layers/mlp/down_proj/kernel": np.ones((8, 8)), "x/lora_A": np.ones((8, 8))}
     placed = sharding.state_shardings({"count": np.zeros(()), "mu": (kernel, {})}, mesh)
     assert placed["count"].spec == P()
     assert [x.spec for x in jax.tree.leaves(placed["mu"])] == [P("tensor", "fsdp"), P()]

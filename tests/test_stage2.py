@@ -13,8 +13,8 @@ import tolerances
 import toy
 from flax import nnx
 
-from unime_jax import config, losses, optim, sharding, steps
-from unime_jax.types import flatten, unflatten
+from unime_jax import config, embedder, losses, models, optim, sharding, steps
+from unime_jax.types import Batch, flatten, unflatten
 
 CONTRAST = steps.make_objective("contrast", temperature=0.1, k=4, set_names=("a", "b", "c"))
 
@@ -156,6 +156,50 @@ def test_embeddings_are_gathered_once_a_side_and_activations_stay():
     for _, shape in found:
         sizes = tuple(map(int, re.match(r"\w+\[([\d,]*)\]", shape).group(1).split(",")))
         assert shape in embeddings or sizes[-2:] in weights, f"{shape} is no weight"
+
+
+def test_a_layer_is_gathered_at_a_time_in_the_loops_over_layers():
+    """FSDP. The last layer, which is computed for the last token alone, stands behind the loops."""
+    mesh = sharding.make_mesh(fsdp=8)
+    graphdef, abstract = models.abstract(
+        {**llava_step.CONFIG["text_config"], "num_hidden_layers": 4}
+    )
+    zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), abstract)
+    model = nnx.merge(graphdef, zeros)
+    embedder.attach_adapters(model, {**llava_step.ADAPTERS, "dropout": 0.0}, seed=0)
+    graphdef, state = nnx.split(model)
+    parts = optim.split_trainable(flatten(nnx.to_pure_dict(state)), [optim.ADAPTER_PATTERN])
+    place = sharding.sharding_of(mesh)
+    trainable, frozen = (
+        {
+            p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(p, x.shape))
+            for p, x in t.items()
+        }
+        for t in parts
+    )
+    group, order = llava_step.group(8, 6, image=False, seed=0), np.arange(8, dtype=np.int32)
+    batch = steps.place_batch(Batch((group,), (), order, order, vectors=np.eye(8, 64)), mesh)
+    objective = steps.make_objective("align", temperature=0.1)
+    run = jax.jit(steps.loss_and_gradients(graphdef, objective, mesh=mesh))
+    text = run.lower(trainable, frozen, batch, jax.random.key(0)).compile().as_text()
+
+    kernels = [x.shape[1:] for p, x in frozen.items() if p.endswith("kernel") and "/layers/" in p]
+    bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
+    inside, outside = 0, 0
+    for computation in text.split("\n\n"):
+        name = re.match(r"\s*%?([\w.\-]+)", computation)
+        for kind, shape in collectives(computation):
+            *front, inputs, outputs = map(int, re.search(r"\[([\d,]+)\]", shape)[1].split(","))
+            if (inputs, outputs) in kernels:
+                assert kind == "all-gather" and np.prod(front) == 1, f"{kind} of {shape}"
+                inside += name[1] in bodies
+                outside += name[1] not in bodies
+    assert len(kernels) == 7
+    assert not re.search(r"infeed|outfeed|callback|\b(send|recv)\(", text), "the host is asked"
+    # On the way out and once more on the way back; the last layer once.
+    assert (inside, outside) == (2 * 7, 7)
+    for inputs, outputs in kernels:
+        assert f"f32[3,{inputs},{outputs}]" not in text, "gathered weights of all layers are kept"
 
 
 def tower_runs(vision: bool, chunk: int) -> int:

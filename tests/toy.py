@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from unime_jax import sharding
 from unime_jax.models.layers import dropout
 from unime_jax.types import Batch, Inputs
+
+# As for any new backbone: a rule for a parameter that no other matches.
+sharding.RULES += ((r"^kernel$", jax.sharding.PartitionSpec()),)
 
 
 class ToyModel(nnx.Module):

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unime_jax import runtime
 from unime_jax.types import Params, UserError, flatten, unflatten
 
 RUN_FILE = "run.json"
@@ -92,12 +93,19 @@ class Checkpoints:
         )
         return _join(state, found["trainable"], found["rest"])
 
+    def due(self, step: int) -> bool:
+        """Says whether a state is to be saved after so many steps; asked once, by all processes."""
+        if self._every_steps and step % self._every_steps == 0:
+            return True
+        if not self._every_seconds:
+            return False
+        waited = time.monotonic() - self._saved_at > self._every_seconds
+        return bool(runtime.from_main("yes" if waited else ""))  # clocks differ
+
     def save(self, state, *, force: bool = False) -> bool:
         """Saves the state if it is due or forced; returns whether it was."""
         step = int(state.step)
-        by_steps = self._every_steps and step % self._every_steps == 0
-        by_time = self._every_seconds and time.monotonic() - self._saved_at > self._every_seconds
-        if not (force or by_steps or by_time) or self._manager.latest_step() == step:
+        if not (force or self.due(step)) or self._manager.latest_step() == step:
             return False
         ocp = _orbax()
         # A copy: the step donates the state while the writer still reads it.
@@ -139,7 +147,6 @@ def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
       UserError: the directory holds a run of another configuration; every differing key is named.
     """
     path = pathlib.Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     if is_run(path):
         old, new = _flat(read_run(path)), _flat(json.loads(json.dumps(config)))
         differing = [
@@ -152,9 +159,18 @@ def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
                 f"{path} holds a run of another configuration ({'; '.join(differing)}); "
                 f"choose another config.output or remove that directory"
             )
-    part = path / f"{RUN_FILE}.part"
-    part.write_text(json.dumps(config, indent=2))
-    os.replace(part, path / RUN_FILE)
+    runtime.barrier()  # all have looked at what was there
+    if runtime.is_main():
+        path.mkdir(parents=True, exist_ok=True)
+        part = path / f"{RUN_FILE}.part"
+        part.write_text(json.dumps(config, indent=2))
+        os.replace(part, path / RUN_FILE)
+    runtime.barrier()
+    if not is_run(path):
+        raise UserError(
+            f"config.output={path}: what process 0 writes there is not seen here; all processes "
+            "need one directory, on a file system that they share"
+        )
 
 
 def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -263,7 +279,7 @@ def read_model(path: str | os.PathLike, abstract: Params) -> Params:
     ]
     if wrong:
         raise UserError(f"{path} does not fit its config.json: {'; '.join(wrong[:5])}")
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def how(leaf):
         sharding = getattr(leaf, "sharding", None) or device

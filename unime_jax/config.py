@@ -5,6 +5,7 @@ resolved, locked `ConfigDict`. A `ConfigDict` never goes further down than the e
 """
 
 import pathlib
+import re
 import sys
 
 from absl import flags
@@ -26,7 +27,8 @@ def base_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.path = ""  # HF directory or the output directory of an earlier run
     c.model.dtype = "float32"  # of the frozen base and of the computation: float32 or bfloat16
-    c.model.attention = "auto"  # auto (by platform), xla, cudnn
+    # auto (the fastest of the platform), xla (the reference, anywhere), cudnn (GPU), splash (TPU)
+    c.model.attention = "auto"
     c.model.remat = "none"  # kept inside a chunk's layers: none (all), dots, full (nothing)
 
     c.data = ConfigDict()
@@ -102,6 +104,7 @@ def base_config() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every_steps = 1
     c.log.tensorboard = True
+    c.log.profile = ""  # steps to trace, "10-12", into output/profile; "": none
 
     c.eval = ConfigDict()
     c.eval.every_steps = 0  # measures on the held-out part of prepared data; 0: never
@@ -182,6 +185,15 @@ def check_path(config: ConfigDict, key: str) -> None:
     check(exists, f"config.{key}={path}: no such file or directory")
 
 
+def check_profile(wanted: str) -> None:
+    """Checks the steps of `config.log.profile`."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", wanted)
+    check(
+        not wanted or bool(found and 1 <= int(found[1]) <= int(found[2] or found[1])),
+        f'config.log.profile={wanted}: give the steps to trace as "10-12", or "" for none',
+    )
+
+
 def validate_train(config: ConfigDict) -> None:
     """Checks a training run before any work.
 
@@ -190,12 +202,14 @@ def validate_train(config: ConfigDict) -> None:
     """
     check_choice(config, "stage", STAGES)
     check_choice(config, "model.dtype", ("float32", "bfloat16"))
-    check_choice(config, "model.attention", ("auto", "xla", "cudnn"))
+    check_choice(config, "model.attention", ("auto", "xla", "cudnn", "splash"))
     check_choice(config, "model.remat", ("none", "dots", "full"))
     check_choice(config, "loss.kl_direction", ("teacher_to_student", "student_to_teacher"))
     check_choice(config, "data.fusion", ("", "together", "sum"))
     check_choice(config, "loss.shortage", ("duplicate", "mask"))
     check_choice(config, "loss.negatives", ("hard", "random", "easy"))
+    if config.train.quantize == "None":  # as a flag
+        config.train.quantize = None
     if config.train.quantize is not None:
         check_choice(config, "train.quantize", ("nf4", "int8"))
     check_choice(config, "optim.schedule", ("linear", "cosine", "constant"))
@@ -219,6 +233,7 @@ def validate_train(config: ConfigDict) -> None:
     ):
         value = lookup(config, key)
         check(0 <= value < 1, f"config.{key}={value}: must be in [0, 1)")
+    check_profile(config.log.profile)
     for direction in config.data.directions:
         check(
             direction in ("image_to_text", "text_to_image"),

@@ -15,7 +15,8 @@ from flax import nnx
 from unime_jax import models, runtime, sharding, weights
 from unime_jax.data import buckets, preprocess, prompts
 from unime_jax.data.rows import IMAGE_SLOT, without_padding
-from unime_jax.models import lora
+from unime_jax.models import layers, lora
+from unime_jax.runtime import resolve_attention
 from unime_jax.types import Array, Inputs, Params, UserError
 
 MAX_TOKENS = 4096
@@ -71,9 +72,17 @@ class Embedder:
         # That share the rows of a group.
         self._devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options(device.platform))
-        self._apply = jit(functools.partial(_apply, self.graphdef))
-        self._featurise = jit(functools.partial(_featurise, self.graphdef))
+        options = {"compiler_options": runtime.compiler_options(device.platform)}
+        if mesh is not None:  # every process gets all of a result
+            everywhere = jax.sharding.PartitionSpec()
+            options["out_shardings"] = jax.sharding.NamedSharding(mesh, everywhere)
+        jit = functools.partial(jax.jit, **options)
+        self._placement = None
+        if mesh is not None and mesh.size > 1:
+            kernel = functools.partial(sharding.per_device, mesh=mesh)
+            self._placement = layers.Placement(kernel=kernel)
+        self._apply = jit(self.function()[0])
+        self._featurise = jit(functools.partial(_featurise, self.graphdef, self._placement))
 
     @functools.cached_property
     def preprocessor(self) -> preprocess.Preprocessor:
@@ -111,7 +120,7 @@ class Embedder:
 
         `params` is a nested dict of arrays, `inputs` comes from `preprocess`.
         """
-        return functools.partial(_apply, self.graphdef), self.params
+        return functools.partial(_apply, self.graphdef, self._placement), self.params
 
     def preprocess(
         self,
@@ -210,6 +219,8 @@ class Embedder:
         for start in range(0, len(tiles), rows):
             part = tiles[start : start + rows]
             padded = np.pad(part, [(0, rows - len(part)), (0, 0), (0, 0), (0, 0)])
+            if self.mesh is not None:
+                padded = sharding.shard_batch(padded, self.mesh)
             done.append(np.asarray(self._featurise(self.params, padded))[: len(part)])
             if progress:
                 progress(len(part))
@@ -345,14 +356,6 @@ def _build(
     )
 
 
-def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
-    """Returns the attention kernel for a mesh's platform: cudnn on GPUs in bf16, else xla."""
-    if attention != "auto":
-        return attention
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    return "cudnn" if device.platform in ("gpu", "cuda") and dtype == "bfloat16" else "xla"
-
-
 def attach_adapters(model: nnx.Module, adapters: dict[str, Any], *, seed: int) -> None:
     """Adds the adapters that `config.train.adapters` describes; rank 0 adds none."""
     if adapters["rank"]:
@@ -369,17 +372,19 @@ def attach_adapters(model: nnx.Module, adapters: dict[str, Any], *, seed: int) -
         )
 
 
-def _apply(graphdef, params, inputs) -> Array:
+def _apply(graphdef, placement, params, inputs) -> Array:
     model = nnx.merge(graphdef, params)
-    vectors = jnp.concatenate([model.embed(group) for group in inputs])
+    with layers.placed(placement):
+        vectors = jnp.concatenate([model.embed(group) for group in inputs])
     if any(group.index is not None for group in inputs):
         index = jnp.concatenate([group.index for group in inputs])
         vectors = jnp.zeros_like(vectors).at[index].set(vectors)
     return vectors
 
 
-def _featurise(graphdef, params, tiles) -> Array:
-    return nnx.merge(graphdef, params).featurise(tiles).astype(jnp.float32)
+def _featurise(graphdef, placement, params, tiles) -> Array:
+    with layers.placed(placement):
+        return nnx.merge(graphdef, params).featurise(tiles).astype(jnp.float32)
 
 
 def _check_lists(texts, images) -> None:

@@ -1,17 +1,34 @@
-"""The process: exit codes, signals, platform and compilation cache."""
+"""The process among others: start, exit codes, signals, platform and compilation cache.
 
+A run is one process a host, all with the same command. They find each other on SLURM, Cloud TPU,
+GKE and under Open MPI; elsewhere each is told where it stands, by flags or by the environment:
+
+    --coordinator=HOST:PORT --processes=N --process=I
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
+"""
+
+import contextlib
 import errno
+import glob
+import itertools
 import logging
+import mmap
 import os
 import pathlib
+import re
 import signal
+import socket
 import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Callable
 
 from unime_jax.types import UserError
 
 CACHE_VARIABLE = "UNIME_JAX_CACHE"
+# Exit code after a stop by SIGTERM, 0 unless set: some schedulers start again only what failed.
+STOP_VARIABLE = "UNIME_JAX_STOP_CODE"
 
 
 def cache_directory() -> pathlib.Path:
@@ -22,22 +39,37 @@ def cache_directory() -> pathlib.Path:
 def run_entry(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs an entry point and exits: 0 done, 2 bad input (one line), 130 interrupted, 1 our bug."""
     try:
-        main(sys.argv if argv is None else argv)
-    except UserError as error:
-        sys.exit(_fail(str(error)))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.exit(_fail(f"no space left on the disk{_of(error)}; free some and start again"))
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            sys.exit(_fail(f"no permission to write{_of(error)}: {error.strerror}"))
+        main(_take_flags(list(sys.argv if argv is None else argv)))
+    except SystemExit:
         raise
-    except KeyboardInterrupt:
+    except BaseException as error:
+        code = _say(error)
+        if not _together() and code == 1:
+            raise
+        if not _together():
+            sys.exit(code)
+        if code == 1:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # A regular exit would wait for the other processes, and they wait for this one.
+        os._exit(code)
+
+
+def _say(error: BaseException) -> int:
+    """Prints what is for the user and returns the exit code; 1: nothing is."""
+    where = f" (process {_PLACE[0]} of {_PLACE[1]})" if _together() else ""
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+        return 130
+    message = str(error) if isinstance(error, UserError) else ""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = f"no space left on the disk{_of(error)}; free some and start again"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        message = f"no permission to write{_of(error)}: {error.strerror}"
+    if not message:
+        return 1
+    print(f"error{where}: {message}", file=sys.stderr)
     return 2
 
 
@@ -46,9 +78,13 @@ def _of(error: OSError) -> str:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag that a loop reads between steps.
+    """Turns SIGINT and SIGTERM into an answer that a loop asks for between steps.
 
-    The first signal asks the loop to save and stop; a second SIGINT interrupts at once.
+    The first signal asks the loop to save and stop; a second SIGINT interrupts at once. Of several
+    processes any may be told; all of them stop after the same step.
+
+    Attributes:
+      signal: what asked this process, or made all stop; None before.
     """
 
     def __init__(self):
@@ -57,7 +93,9 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # Where there are several, JAX has its own handler of SIGTERM, which tells the others.
+            numbers = (signal.SIGINT,) if _together() else (signal.SIGINT, signal.SIGTERM)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -70,18 +108,244 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         print(f"\n{self.signal.name}: stopping after this step ...", file=sys.stderr, flush=True)
+        if _together():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def reached(self, step: int) -> bool:
+        """Says whether to stop after this step; to be asked after every one, by all processes."""
+        if not _together():
+            return self.signal is not None
+        from jax.experimental import multihost_utils
+
+        if not multihost_utils.reached_preemption_sync_point(step):
+            return False
+        self.signal = self.signal or signal.SIGTERM
+        return True
+
+    def leave(self) -> None:
+        """Ends the process after a stop."""
+        if self.signal == signal.SIGINT:
+            if _together():
+                sys.exit(130)  # the regular way: all processes are here
+            raise KeyboardInterrupt
+        sys.exit(int(os.environ.get(STOP_VARIABLE, "0")))
 
 
-def start() -> None:
-    """Sets the process up for JAX work; call once, before any array is made."""
+# Number of this process, and how many there are.
+_PLACE = (0, 1)
+
+
+def is_main() -> bool:
+    """Says whether this process writes logs, metrics and files that all share."""
+    return _PLACE[0] == 0
+
+
+def _together() -> bool:
+    return _PLACE[1] > 1
+
+
+_FLAGS = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "processes": "JAX_NUM_PROCESSES",
+    "process": "JAX_PROCESS_ID",
+}
+
+
+def _take_flags(argv: list[str]) -> list[str]:
+    """Moves the flags that place a process among others into the environment."""
+    rest = []
+    for argument in argv:
+        found = re.fullmatch(r"--?(coordinator|processes|process)=(.*)", argument)
+        if found:
+            os.environ[_FLAGS[found[1]]] = found[2]
+        else:
+            rest.append(argument)
+    return rest
+
+
+def start(*, preemptible: bool = False) -> None:
+    """Sets the process up for JAX work and finds the others; call once, before any array is made.
+
+    Args:
+      preemptible: SIGTERM to one of several processes is kept for `StopRequest` from here on.
+
+    Raises:
+      UserError: the others, or the devices that JAX_PLATFORMS asks for, are not there.
+    """
     import jax
 
     # Orbax reports every default it fills in; what matters to a user is said by the entries.
     logging.getLogger("absl").setLevel(logging.ERROR)
     # Compiled programs survive restarts: a resumed run starts stepping at once.
-    directory = cache_directory() / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(directory))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    _add_gpu_flags()
+    handler = signal.getsignal(signal.SIGTERM)
+    _join()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: no such devices here ({reason}); install the extra cuda12 or "
+            "tpu, or unset it"
+        ) from None
+    global _PLACE
+    _PLACE = (jax.process_index(), jax.process_count())
+    if not (preemptible and _together()):
+        signal.signal(signal.SIGTERM, handler)  # JAX took it; nobody would ask for it
+    if _together():
+        print(f"{_PLACE[1]} processes, {len(devices)} {devices[0].device_kind} devices", flush=True)
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
+
+
+# Collectives run beside products, also those of the next layer of a loop.
+_GPU_FLAGS = (
+    "xla_gpu_enable_latency_hiding_scheduler",
+    "xla_gpu_enable_highest_priority_async_stream",
+    "xla_gpu_enable_pipelined_all_gather",
+    "xla_gpu_enable_pipelined_all_reduce",
+    "xla_gpu_enable_pipelined_reduce_scatter",
+)
+
+
+def _add_gpu_flags() -> None:
+    """Adds to XLA_FLAGS, where there are GPUs, what the user has not set there."""
+    if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS", "cuda") == "cpu":
+        return
+    import jaxlib
+
+    given = os.environ.get("XLA_FLAGS", "")
+    library = max(
+        pathlib.Path(jaxlib.__file__).parent.glob("**/*.so"), key=lambda file: file.stat().st_size
+    )
+    # A flag that a version of XLA does not know ends the process.
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
+        known = [flag for flag in _GPU_FLAGS if code.find(flag.encode()) >= 0]
+    more = [f"--{flag}=true" for flag in known if flag not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
+
+
+_JOIN_SECONDS = 300
+
+
+def _join() -> None:
+    """Connects with the other processes of the run; alone, with itself."""
+    import jax
+
+    if jax.distributed.is_initialized():
+        return
+    given = {key: os.environ.get(name, "") for key, name in _FLAGS.items()}
+    timeouts = {"initialization_timeout": _JOIN_SECONDS + 60, "shutdown_timeout_seconds": 60}
+    try:
+        with _told_to_wait(_JOIN_SECONDS):
+            if any(given.values()):
+                _join_given(given, timeouts)
+                return
+            _share_gpus_of_slurm()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Kubernetes without its package: not for us
+                jax.distributed.initialize(**timeouts)
+    except ValueError as error:  # no cluster that JAX knows
+        if "coordinator_address" not in str(error):
+            raise
+        address = f"127.0.0.1:{free_port()}"
+        jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the other processes are not found: {reason}") from None
+
+
+@contextlib.contextmanager
+def _told_to_wait(seconds: float):
+    """Says after a while that the other processes are missing, and ends when they stay away.
+
+    Left alone, JAX would end the process with a stack trace.
+    """
+
+    def fail():
+        print(
+            f"error: after {seconds:.0f} s not all processes are there: start as many as were "
+            "announced, all with the same address of process 0, which must reach it",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    def remind():
+        print("waiting for the other processes ...", file=sys.stderr, flush=True)
+
+    timers = [threading.Timer(min(10, seconds / 2), remind), threading.Timer(seconds, fail)]
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
+
+
+def _join_given(given: dict[str, str], timeouts: dict[str, int]) -> None:
+    import jax
+
+    for key, value in given.items():
+        if not (re.fullmatch(r".+:\d+", value) if key == "coordinator" else value.isdigit()):
+            raise UserError(
+                f"--{key}={value}: several processes need --coordinator=HOST:PORT (of process 0), "
+                f"--processes=N and --process=0 to N-1 (or {', '.join(_FLAGS.values())})"
+            )
+    count, number = int(given["processes"]), int(given["process"])
+    if number >= count:
+        raise UserError(f"--process={number}: must be below --processes={count}")
+    jax.distributed.initialize(
+        given["coordinator"], count, number, cluster_detection_method="deactivate", **timeouts
+    )
+
+
+def _share_gpus_of_slurm() -> None:
+    """Gives a node's only task all its GPUs; JAX would take one a task."""
+    if re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        count = os.environ.get("SLURM_GPUS_ON_NODE") or len(glob.glob("/dev/nvidia[0-9]*"))
+        if int(count):
+            os.environ.setdefault("JAX_LOCAL_DEVICE_IDS", ",".join(map(str, range(int(count)))))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+_WAIT_MS = 600_000
+_CALLS = itertools.count()
+
+
+def _messages():
+    """Returns the coordinator's store, for which JAX has no public name."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def from_main(text: str) -> str:
+    """Returns what process 0 gives; all processes call this and `barrier` in the same order."""
+    if not _together():
+        return text
+    key = f"unime_jax/{next(_CALLS)}"
+    if is_main():
+        _messages().key_value_set(key, text)
+        return text
+    return _messages().blocking_key_value_get(key, _WAIT_MS)
+
+
+def barrier() -> None:
+    """Waits until every process is there."""
+    if _together():
+        _messages().wait_at_barrier(f"unime_jax/{next(_CALLS)}", _WAIT_MS)
 
 
 def compiler_options(platform: str) -> dict[str, str] | None:
@@ -93,3 +357,32 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     if platform != "cpu":
         return None
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
+
+def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
+    """Returns the attention kernel for the platform of a mesh (None: the default device).
+
+    "auto" takes a fused kernel where there is one, in bfloat16 alone: cudnn on GPUs, splash on TPUs
+    (of which several need a mesh, for the compiler cannot divide it). On CPU splash is interpreted.
+
+    Raises:
+      UserError: a kernel of another platform.
+    """
+    import jax
+
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    if attention == "auto":
+        fused = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
+        alone = mesh is None and platform == "tpu" and jax.device_count() > 1
+        return fused if dtype == "bfloat16" and not alone else "xla"
+    if attention == "cudnn" and (platform != "gpu" or dtype != "bfloat16"):
+        raise UserError(
+            f"config.model.attention=cudnn: needs GPUs and bfloat16, not {platform} and {dtype}; "
+            "use auto or xla"
+        )
+    if attention == "splash" and platform != "tpu":
+        if platform == "gpu":
+            raise UserError("config.model.attention=splash: is for TPUs; use auto or xla")
+        return "splash_interpret"
+    return attention

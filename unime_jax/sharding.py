@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -13,24 +14,31 @@ from unime_jax.types import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
 
-# (regex on the parameter's path, spec of its last axes). The first match counts; axes in front
-# (the layer axis of stacked layers) stay whole. Kernels are [inputs, outputs]; scales of quantised
-# ones [inputs / 64, outputs].
+# (regex on the parameter's path, spec of its last axes). Every parameter matches exactly one. Axes
+# in front (the layer axis of stacked layers) stay whole. Kernels are [inputs, outputs]; scales of
+# quantised ones [inputs / 64, outputs].
 RULES: tuple[tuple[str, P], ...] = (
-    (r"(q|k|v|qkv|gate|up|gate_up)_proj/kernel(_codes|_scales)?$", P("fsdp", "tensor")),
-    (r"(o_proj|down_proj)/kernel(_codes|_scales)?$", P("tensor", "fsdp")),
-    (r"embed_tokens/embedding$", P()),
-    (r"lm_head/kernel$", P("fsdp", "tensor")),
-    (r"latent_attention_model/(to_q|to_kv|ff_in)/kernel$", P("fsdp", "tensor")),
-    (r"latent_attention_model/(to_out|ff_out)/kernel$", P("tensor", "fsdp")),
-    (r"(fc1|multi_modal_projector/linear_1)/kernel$", P("fsdp", "tensor")),
-    (r"(out_proj|fc2|multi_modal_projector/linear_2)/kernel$", P("tensor", "fsdp")),
-    (r".*", P()),  # norms, biases, adapters, separators and small towers are replicated
+    (r"/(q|k|v|qkv|gate|up|gate_up)_proj/kernel(_codes|_scales)?$", P("fsdp", "tensor")),
+    (r"/(o|down)_proj/kernel(_codes|_scales)?$", P("tensor", "fsdp")),
+    (r"/lm_head/kernel$", P("fsdp", "tensor")),
+    (r"^latent_attention_model/(to_q|to_kv|ff_in)/kernel$", P("fsdp", "tensor")),
+    (r"^latent_attention_model/(to_out|ff_out)/kernel$", P("tensor", "fsdp")),
+    (r"/fc1/kernel$|^multi_modal_projector/linear_1/kernel$", P("fsdp", "tensor")),
+    (r"/(out_proj|fc2)/kernel$|^multi_modal_projector/linear_2/kernel$", P("tensor", "fsdp")),
+    # Whole on every device: what is small, and tables that are read by index.
+    (r"/(scale|bias|mean|var)$", P()),
+    (r"/lora_[AB]$", P()),
+    (r"(^|/)embedding$", P()),
+    (r"(^|/)(class_embedding|latents|image_newline|sub_GN|glb_GN)$", P()),
+    (r"/(patch_embedding|\w+_conv|conv_\w+|fc)/kernel$", P()),
+    (r"^layers/(query|key|value|attention_output|intermediate|output)/kernel$", P()),  # BERT
 )
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -> Mesh:
     """Arranges the devices; one axis may be -1 and takes what the others leave.
+
+    Neighbours along `tensor`, then along `fsdp`, are near each other: on one host, or linked.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -44,17 +52,36 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -
     if -1 in sizes and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
-        raise UserError(f"{text}: does not fit the {len(devices)} device(s) of this machine")
+        asked = f"{known} devices" if -1 not in sizes else f"a multiple of {known} devices"
+        hosts = len({device.process_index for device in devices})
+        where = "this machine has" if hosts == 1 else f"{hosts} processes have"
+        raise UserError(
+            f"{text}: asks for {asked}, {where} {len(devices)} ({devices[0].platform}); change "
+            "config.mesh, or check that JAX sees all devices: python -c 'import jax; "
+            "print(jax.devices())'"
+        )
+    if devices[0].platform == "tpu":
+        return Mesh(
+            mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES
+        )
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
-    """Returns the spec of one parameter.
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=None) -> P:
+    """Returns the spec of one parameter; `rules` are RULES unless others are given.
 
     Raises:
       UserError: an axis of the parameter does not divide over its mesh axis.
+      ValueError: no rule matches, or several do.
     """
-    spec = next(spec for pattern, spec in rules if re.search(pattern, path))
+    rules = RULES if rules is None else rules
+    found = [(pattern, spec) for pattern, spec in rules if re.search(pattern, path)]
+    if len(found) != 1:
+        names = " and ".join(pattern for pattern, _ in found) or "none"
+        raise ValueError(
+            f"parameter {path} {shape} needs exactly one rule of sharding.RULES; {names} match"
+        )
+    spec = found[0][1]
     spec = P(*([None] * (len(shape) - len(spec)) + list(spec)))
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
@@ -65,7 +92,7 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=RULES) -> P:
     return spec
 
 
-def sharding_of(mesh: Mesh, rules=RULES):
+def sharding_of(mesh: Mesh, rules=None):
     """Returns `(path, shape) -> NamedSharding` for loaders."""
     return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, mesh, rules))
 
@@ -87,7 +114,7 @@ def state_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def gathered(path: str, x, mesh: Mesh, rules=RULES):
+def gathered(path: str, x, mesh: Mesh, rules=None):
     """Gathers a parameter over fsdp, as the layer that uses it needs it; tensor stays split."""
     spec = spec_of(path, x.shape, mesh, rules)
     spec = P(*(None if axis == "fsdp" else axis for axis in spec))
@@ -101,8 +128,43 @@ def shard_batch(tree, mesh: Mesh):
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
 
-    def put(x):
+    def one(x):
         spec = BATCH if x.ndim and x.shape[0] % devices == 0 else P()
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        return put(x, NamedSharding(mesh, spec))
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(one, tree)
+
+
+def put(tree, sharding: NamedSharding):
+    """Puts arrays that every process has alike on devices; each process feeds its own."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(x):
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return x if x.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(x)
+        # Not jax.device_put: it would first send all of x round to compare it.
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
+
+
+def per_device(run, mesh: Mesh):
+    """Returns a kernel (q, k, v, ...) -> rows, each device running it on its rows and heads.
+
+    Arguments of four axes are [rows, tokens, heads, width], of one [rows]. What does not divide
+    stays whole.
+    """
+
+    def divided(*args):
+        devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = BATCH[0] if args[0].shape[0] % devices == 0 else None
+        heads = [x.shape[2] for x in args if x.ndim == 4]
+        split = "tensor" if all(n % mesh.shape["tensor"] == 0 for n in heads) else None
+        specs = tuple(P(rows, None, split, None) if x.ndim == 4 else P(rows) for x in args)
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+            *args
+        )
+
+    return divided

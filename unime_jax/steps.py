@@ -50,8 +50,15 @@ class TrainState:
 
 def create_state(trainable: dict[str, Array], optimizer, *, mesh=None) -> TrainState:
     """Returns the state of step 0, where steps leave it: placed anew, they would compile twice."""
-    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
-    return state if mesh is None else jax.device_put(state, state_shardings(state, mesh))
+
+    def create(trainable):
+        return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+
+    if mesh is None:
+        return create(trainable)
+    placed = state_shardings(jax.eval_shape(create, trainable), mesh)
+    trainable = {path: sharding.put(x, placed.trainable[path]) for path, x in trainable.items()}
+    return jax.jit(create, out_shardings=placed)(trainable)
 
 
 def place_batch(batch: Batch, mesh) -> Batch:
@@ -76,7 +83,7 @@ def place_batch(batch: Batch, mesh) -> Batch:
     batch = dataclasses.replace(batch, **changes)
     sides = {side: getattr(batch, side) for side in ("query", "target", "negative")}
     rest = dataclasses.replace(batch, **dict.fromkeys(sides, ()))
-    return dataclasses.replace(jax.device_put(rest, everywhere), **jax.device_put(sides, split))
+    return dataclasses.replace(sharding.put(rest, everywhere), **sharding.put(sides, split))
 
 
 def _pad_rows(group: Inputs, extra: int) -> Inputs:
@@ -244,9 +251,11 @@ def loss_and_gradients(
 ):
     """Returns `(trainable, frozen, batch, key) -> ((loss, metrics), gradients)`, to be jitted."""
     placement = None
-    if _batch_devices(mesh) > 1:
+    if mesh is not None and mesh.size > 1:
         placement = layers.Placement(
-            lambda x: _constrain(x, mesh, 0), functools.partial(sharding.gathered, mesh=mesh)
+            lambda x: _constrain(x, mesh, 0),
+            functools.partial(sharding.gathered, mesh=mesh),
+            functools.partial(sharding.per_device, mesh=mesh),
         )
 
     def loss_fn(trainable, frozen, batch, key):

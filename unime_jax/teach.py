@@ -67,7 +67,9 @@ def run(config) -> pathlib.Path:
     manifest["prompt"] = prompts.TEMPLATES[teacher.preprocessor.prompt].text
     manifest["pooling"] = model.pooling
     manifest["width"] = model.embedding_width
-    _write_manifest(directory, manifest)
+    runtime.barrier()  # all have looked at what was there
+    if runtime.is_main():
+        _write_manifest(directory, manifest)
     done = len(sentences) - sum(len(sentences[s : s + SHARD_ROWS]) for s in missing)
     with report.Progress(len(sentences), "teaching", start=done, unit="sentence") as progress:
         for start in missing:
@@ -77,10 +79,13 @@ def run(config) -> pathlib.Path:
                 instruction=config.teacher.instruction or None,
                 progress=progress.advance,
             )
+            if not runtime.is_main():
+                continue
             part = _shard(directory, start).with_suffix(".part")
             with open(part, "wb") as file:
                 np.save(file, vectors)
             os.replace(part, _shard(directory, start))
+    runtime.barrier()
     print(f"done: {directory}, {len(sentences)} vectors of width {manifest['width']}")
     return directory
 

@@ -63,6 +63,10 @@ class TrainData:
             first, self.steps, threads=self._threads, workers=self._workers
         )
 
+    def rows_of(self, step: int) -> list[dict[str, Any]]:
+        """Names the rows of a step's batch."""
+        return self._batches.rows_of(step)
+
     def describe(self) -> str:
         """Returns what a batch is made of, a line each."""
         info = self._batches.info
@@ -286,7 +290,10 @@ def cache_features(
     if not path.is_file():
         width = embedder.featurise(np.zeros((1, spec.size, spec.size, 3), np.uint8)).shape[-1]
         shape, done = (total, variants, spec.features, width), 0
-        np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        runtime.barrier()  # all have seen that there is none
+        if runtime.is_main():
+            np.lib.format.open_memmap(path, "w+", np.float16, shape)
+        runtime.barrier()
     features = np.load(path, mmap_mode="r+")
     bad = 0
     with report.Progress(total, "vision features", start=done, unit="image") as progress:
@@ -299,12 +306,15 @@ def cache_features(
                 blank = np.zeros((variants, spec.size, spec.size, 3), np.uint8)
                 tiles.append(blank if views is None else views)
             found = embedder.featurise(np.concatenate(tiles))
+            if not runtime.is_main():
+                continue
             features[start : numbers.stop] = found.reshape(len(numbers), *features.shape[1:])
             features.flush()
             _write_json(done_path, {"images": numbers.stop})
             progress.update(numbers.stop)
     if bad:
         print(f"{bad} of {total} images cannot be read; their features are zeros")
+    runtime.barrier()
     return np.load(path, mmap_mode="r")
 
 

@@ -3,11 +3,15 @@
 import collections
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
+from unime_jax.data import prompts
 from unime_jax.data.sources import Source, sides_of
 from unime_jax.data.strata import Stratum
+
+SIDES = ("query", "target", "negatives")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +114,20 @@ def describe(
         unused=unused,
         tokens=real,
     )
+
+
+def name_row(source: Source, number: int) -> dict[str, Any]:
+    """Returns what finds a row again: data set, number in it, texts and names of images."""
+    named: dict[str, Any] = {"set": source.name, "row": number}
+    for name, items in zip(SIDES, sides_of(source[number]), strict=True):
+        for item in items:
+            text, image = item.text, item.image
+            if isinstance(text, prompts.Slotted):
+                text = f"{text.before}<image>{text.after}"
+            entry = {"text": text, "image": None if image is None else image.name}
+            entry = {key: value for key, value in entry.items() if value is not None}
+            if name == "negatives":
+                named.setdefault(name, []).append(entry)
+            else:
+                named[name] = entry
+    return named

@@ -186,6 +186,17 @@ class Batches:
             np.array([row.set for row in rows], np.int32),
         )
 
+    def rows_of(self, step: int) -> list[dict]:
+        """Names the rows of a batch in order, those that took the place of known bad ones."""
+        bad = {row for row, _ in self.bad.items()}
+        named = []
+        for stratum, member in self._mixture.rows(step):
+            source, members = self._strata[stratum].source, self._strata[stratum].members
+            numbers = (int(members[(member + i) % len(members)]) for i in range(_TRIES))
+            number = next(number for number in numbers if (source, number) not in bad)
+            named.append(batch_info.name_row(self._data[source], number))
+        return named
+
     def dataset(self, steps: int):
         """Returns the first `steps` batches as a grain.MapDataset."""
         import grain

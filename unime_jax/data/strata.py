@@ -8,6 +8,7 @@ sources share the bins of a side, so that a batch has few shapes.
 import collections
 import dataclasses
 import hashlib
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -68,7 +69,7 @@ def measure(
     lengths = np.array(found, np.int32)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part.npy")
+        part = path.with_suffix(f".{os.getpid()}.part.npy")
         np.save(part, lengths)
         part.replace(path)
     return lengths

@@ -8,6 +8,7 @@ the Hugging Face checkpoints, except that `weight` is `kernel` ([inputs, outputs
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -15,11 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from unime_jax.models import quant
+from unime_jax.models import quant, splash
 from unime_jax.types import Array, UserError, flatten, unflatten
 
 MATMULS = ("transposed", "plain")
-ATTENTIONS = ("xla", "cudnn")
+ATTENTIONS = ("xla", "cudnn", "splash", "splash_interpret")
+_CUDNN_HEAD = 128  # widest head, on Ampere
 
 
 def _product(x, w):
@@ -195,10 +197,27 @@ def attention(
     Rows are right-padded: causal rows need no mask, for no real position sees the padding behind
     it. Otherwise keys at positions >= lengths are hidden. Padded positions give finite values that
     mean nothing.
+
+    Args:
+      q, k, v: of any length; kernels that want whole blocks pad inside.
+      causal: T == S, and a position sees those up to itself.
+      lengths: real keys of each row; None: all.
+      implementation: "xla" is the reference; "cudnn" (GPU) takes bf16 and heads of up to 128 and is
+        left for xla where they are wider; "splash" (TPU); "splash_interpret" is the same kernel,
+        run step by step on any platform.
     """
     if implementation not in ATTENTIONS:
         names = ", ".join(ATTENTIONS)
         raise UserError(f"attention {implementation!r} is unknown; use one of {names}")
+    if implementation.startswith("splash"):
+        run = functools.partial(
+            splash.attention, causal=causal, interpret=implementation == "splash_interpret"
+        )
+        args = (q, k, v) if causal or lengths is None else (q, k, v, lengths)
+        placement = _PLACEMENT.get()
+        return run(*args) if placement is None else placement.kernel(run)(*args)
+    if implementation == "cudnn" and (q.shape[-1] > _CUDNN_HEAD or q.shape[-1] % 8):
+        implementation = "xla"
     return jax.nn.dot_product_attention(
         q,
         k,
@@ -262,10 +281,12 @@ class Placement:
     Attributes:
       rows: places an array of rows.
       weights: (path, array) -> the array as a layer uses it.
+      kernel: wraps (q, k, v, ...) -> rows that the compiler cannot divide over devices.
     """
 
-    rows: Callable[[Array], Array]
-    weights: Callable[[str, Array], Array]
+    rows: Callable[[Array], Array] = lambda x: x
+    weights: Callable[[str, Array], Array] = lambda path, x: x
+    kernel: Callable[[Callable[..., Array]], Callable[..., Array]] = lambda run: run
 
 
 _PLACEMENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
@@ -298,6 +319,11 @@ def placed_weights(layer: nnx.Module) -> nnx.Module:
     flat = {path: placement.weights(path, leaf) for path, leaf in flat.items()}
     nnx.update(layer, unflatten(flat))
     return layer
+
+
+def _all_but_placed(primitive, *_, **params) -> bool:
+    """Keeps everything but gathered weights: of all layers, they would be the whole model."""
+    return primitive.name != "sharding_constraint"
 
 
 _REMAT_POLICIES = {
@@ -334,8 +360,10 @@ def scan_layers(
         layer = placed_weights(nnx.merge(graphdef, state))
         return placed_rows(apply(layer, placed_rows(x), key)), None
 
+    if remat not in REMATS:
+        raise UserError(f"remat {remat!r} is unknown; use one of {', '.join(REMATS)}")
     if remat != "none":
-        if remat not in REMATS:
-            raise UserError(f"remat {remat!r} is unknown; use one of {', '.join(REMATS)}")
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+    elif _PLACEMENT.get() is not None:
+        body = jax.checkpoint(body, policy=_all_but_placed, prevent_cse=False)
     return jax.lax.scan(body, x, (state, keys))[0]

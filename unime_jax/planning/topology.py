@@ -77,6 +77,25 @@ CHIPS: dict[str, Chip] = {
 _LARGEST = {2: 256, 3: 9216}  # chips of a slice
 
 
+# What JAX calls the kinds of TPU devices; GPUs are called by their titles.
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+}
+
+
+def of_device(kind: str) -> Chip | None:
+    """Returns the chip of a `jax.Device.device_kind`, or None where it is not known."""
+    titles = {chip.title: chip for chip in CHIPS.values() if chip.platform == "gpu"}
+    return CHIPS[_DEVICE_KINDS[kind]] if kind in _DEVICE_KINDS else titles.get(kind)
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """Devices of one kind, as `--topology` names them.

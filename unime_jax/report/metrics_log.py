@@ -17,14 +17,20 @@ class MetricsWriter:
     stands once.
     """
 
-    def __init__(self, directory, *, first_step: int = 0, tensorboard: bool = True):
+    def __init__(
+        self, directory, *, first_step: int = 0, tensorboard: bool = True, write: bool = True
+    ):
         """Opens the files.
 
         Args:
           directory: of the run; made if needed.
           first_step: steps that are done; lines of later steps are dropped, 0 starts anew.
           tensorboard: also write event files, to `directory`/tensorboard.
+          write: False writes nothing: of several processes, one does.
         """
+        self._file = self._events = None
+        if not write:
+            return
         self._path = pathlib.Path(directory) / FILE
         self._path.parent.mkdir(parents=True, exist_ok=True)
         kept = [m for m in read_metrics(directory) if 0 < m["step"] <= first_step]
@@ -33,7 +39,6 @@ class MetricsWriter:
             file.writelines(json.dumps(line) + "\n" for line in kept)
         os.replace(partial, self._path)
         self._file = open(self._path, "a")  # noqa: SIM115 (closed by close)
-        self._events = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -45,6 +50,8 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends the metrics of a step; several calls for one step merge when read."""
+        if self._file is None:
+            return
         values = {name: float(value) for name, value in metrics.items()}
         # JSON knows no NaN and no infinity.
         line = {name: v if math.isfinite(v) else None for name, v in values.items()}
@@ -56,7 +63,8 @@ class MetricsWriter:
                 self._events.add_scalar(tag, value, int(step))
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from unime_jax import runtime
+
 # The rate is that of the last half minute, at least of the last few updates: it follows a change
 # of speed and forgets the first step's compilation.
 WINDOW_SECONDS = 30.0
@@ -43,14 +45,15 @@ class Progress:
           title: what is going on, in a few words.
           start: units done before this process began; they do not count in the rate.
           unit: name of what is counted, singular.
-          stream: stderr by default.
+          stream: stderr by default; of several processes, the first's alone.
           clock: seconds.
         """
         self.total = total
         self.title = title
         self.done = start
         self._unit = unit
-        self._stream = sys.stderr if stream is None else stream
+        shown = sys.stderr if runtime.is_main() else io.StringIO()
+        self._stream = shown if stream is None else stream
         self._clock = clock
         self._terminal = bool(getattr(self._stream, "isatty", lambda: False)())
         self._first_time = clock()

@@ -1,0 +1,43 @@
+"""Starts a training run as several processes over loopback, as a cluster would."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from unime_jax import runtime
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def start(flags, cache, *, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
+    """Starts `python -m unime_jax.train`, with so many virtual CPU devices in each process."""
+    env = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        runtime.CACHE_VARIABLE: str(cache),
+        "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "compiled"),
+    }
+    place = f"--coordinator=127.0.0.1:{runtime.free_port()}"
+    started = []
+    for number in range(processes):
+        where = [place, f"--processes={processes}", f"--process={number}"] if processes > 1 else []
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "unime_jax.train", *where, *flags],
+                cwd=ROOT,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(started, codes=None) -> list[str]:
+    """Waits for the processes; returns what each said, once they ended with the given codes."""
+    said = [process.communicate(timeout=900)[0] for process in started]
+    found = [process.returncode for process in started]
+    assert found == (codes or [0] * len(started)), "\n---\n".join(said)
+    return said

@@ -1,0 +1,119 @@
+"""The loop: a loss that is not finite ends the run, traces, what is saved when."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+
+from unime_jax import checkpoint, loop, report, runtime, sharding, steps
+from unime_jax.config import base_config, check_profile
+from unime_jax.planning import topology
+from unime_jax.train_data import TrainData
+from unime_jax.types import UserError
+
+
+class Data(TrainData):
+    """Batches without files."""
+
+    def __init__(self):
+        self.steps = 6
+        self.counts = {"rows": 16.0, "tokens": 80.0, "padded_share": 0.25}
+
+    def batches(self, first):
+        return iter([toy.batch(seed=step) for step in range(first, self.steps)])
+
+    def rows_of(self, step):
+        return [{"set": "toy", "row": 10 * step + place} for place in range(3)]
+
+    def summary(self):
+        return ""
+
+
+def step_until(bad):
+    """Returns a step that counts; its loss is not finite after so many."""
+
+    def step(state, frozen, batch):
+        done = state.step + 1
+        loss = jnp.where(done >= bad, jnp.nan, 1.0)
+        kernel = state.trainable["kernel"]
+        state = steps.TrainState(done, {"kernel": kernel + 1}, {})
+        return state, {"loss": loss, "gradient_norm": kernel @ kernel}
+
+    return jax.jit(step)
+
+
+def run(directory, *, bad=100, every=1, profile=""):
+    settings = base_config().to_dict()
+    settings["output"] = str(directory)
+    settings["log"] |= {"tensorboard": False, "profile": profile}
+    checkpoint.open_run(directory, settings)
+    saves = checkpoint.Checkpoints(directory, config=settings, every_steps=every)
+    state = steps.TrainState(jnp.int32(0), {"kernel": jnp.zeros(2)}, {})
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    return loop.Loop(settings, step_until(bad), {}, Data(), saves, None, mesh).run(state)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
+    with pytest.raises(UserError, match="step 3: loss nan.*not_finite_step_3.json") as caught:
+        run(tmp_path, bad=3)
+    assert "\n" not in str(caught.value)
+    found = json.loads((tmp_path / "not_finite_step_3.json").read_text())
+    assert found["step"] == 3 and found["loss"] == "nan"
+    assert found["rows"] == Data().rows_of(2)
+    assert [row["step"] for row in report.read_metrics(tmp_path)] == [1, 2]
+    # The state that gave it is not saved, so a restart goes on from the one before.
+    np.testing.assert_array_equal(checkpoint.read_trainable(tmp_path)["kernel"], [2, 2])
+    assert run(tmp_path)["loss"] == 1.0
+    assert [row["step"] for row in report.read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_steps_asked_for_are_traced_by_the_first_process_alone(tmp_path, monkeypatch, capsys):
+    metrics = run(tmp_path / "a", every=6, profile="2-3")
+    assert list((tmp_path / "a" / "profile").rglob("*.xplane.pb"))
+    assert "trace of steps 2 to 3" in capsys.readouterr().out
+    assert 0.01 < metrics["memory_gib"] < 100
+    assert metrics["tflops_per_second"] > 0 and "mfu" not in metrics, "a CPU's peak is not known"
+    monkeypatch.setattr(runtime, "_PLACE", (1, 2))
+    trace = loop.Trace("2-3", tmp_path / "b")
+    trace.before(2), trace.after(3, ())
+    assert not (tmp_path / "b").exists()
+    assert not report.MetricsWriter(tmp_path / "c", write=runtime.is_main()).write(1, {"loss": 1})
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("wanted", ["4-3", "0-2", "a", "3-", "-3"])
+def test_impossible_traces_are_refused(wanted):
+    for fine in ("", "3", "3-4"):
+        check_profile(fine)
+    with pytest.raises(UserError, match="config.log.profile"):
+        check_profile(wanted)
+
+
+@pytest.mark.parametrize(
+    "kind, chip",
+    [
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("cpu", None),
+    ],
+)
+def test_the_share_of_the_peak_is_that_of_the_device(kind, chip):
+    """MFU: operations of a step, by its seconds, devices, and a device's peak."""
+
+    class Mesh:
+        devices = np.array([type("Device", (), {"device_kind": kind})()] * 4, object)
+        size = 4
+
+    found = loop.Loop.__new__(loop.Loop)
+    found._mesh, found._flops = Mesh, 8e15
+    speed = found._speed(2.0)
+    assert speed["tflops_per_second"] == 1000
+    if chip is None:
+        assert "mfu" not in speed
+    else:
+        assert speed["mfu"] == pytest.approx(1e15 / topology.CHIPS[chip].flops)

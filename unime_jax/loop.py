@@ -1,0 +1,201 @@
+"""The loop over a run's steps: metrics, checkpoints, stops, traces."""
+
+import json
+import os
+import pathlib
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from unime_jax import checkpoint, report, runtime, steps
+from unime_jax.planning import flops, topology
+from unime_jax.train_data import TrainData
+from unime_jax.types import UserError
+
+GIB = 2**30
+Validate = Callable[[dict[str, Any]], dict[str, float]]
+
+
+class Loop:
+    """Takes the steps that are left of a run.
+
+    Args:
+      settings: the resolved configuration.
+      train_step: see `steps.make_train_step`.
+      frozen: parameters that no step changes.
+      data: batches by step.
+      saves: where states go.
+      validate: parameters -> metrics on held-out data, or None.
+      mesh: devices.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        train_step,
+        frozen: dict[str, Any],
+        data: TrainData,
+        saves: checkpoint.Checkpoints,
+        validate: Validate | None,
+        mesh,
+    ):
+        self._output = pathlib.Path(settings["output"])
+        self._title = f"training ({settings['stage']})"
+        self._settings = settings
+        self._train_step, self._frozen, self._mesh = train_step, frozen, mesh
+        self._data, self._saves, self._validate = data, saves, validate
+        self._trace = Trace(settings["log"]["profile"], self._output / "profile")
+        self._metrics: dict[str, float] = {}
+
+    def run(self, state: steps.TrainState) -> dict[str, float]:
+        """Goes on from the newest checkpoint, or from `state`; returns the last step's metrics."""
+        restored = self._saves.restore(state)
+        state = state if restored is None else restored
+        first, total = int(state.step), self._data.steps
+        if first >= total:
+            print(f"{self._output}: all {first} steps are done")
+            return {}
+        if first:
+            print(f"{self._output}: going on after step {first}")
+        logged = self._settings["log"]
+        with (
+            report.MetricsWriter(
+                self._output,
+                first_step=first,
+                tensorboard=logged["tensorboard"],
+                write=runtime.is_main(),
+            ) as self._writer,
+            runtime.StopRequest() as stop,
+        ):
+            state = self._steps(state, first, total, stop)
+            self._saves.close()
+        self._progress.close()
+        if stop.signal is not None:
+            print(f"saved after step {int(state.step)}; the same command goes on from there")
+            stop.leave()
+        print(f"done: {self._output}" + self._data.summary())
+        return self._metrics
+
+    def _steps(self, state, first: int, total: int, stop: runtime.StopRequest):
+        batches = self._data.batches(first)
+        every = self._settings["eval"]["every_steps"]
+        pending = None
+        print("compiling the step ...", flush=True)
+        started = time.perf_counter()
+        for step in range(first, total):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            self._trace.before(step + 1)
+            placed = steps.place_batch(batch, self._mesh)
+            if step == first:
+                self._flops = flops.count(self._train_step, state, self._frozen, placed).model
+            state, values = self._train_step(state, self._frozen, placed)
+            self._trace.after(step + 1, values)
+            # Metrics of the step before are read while this one runs.
+            if pending is not None:
+                self._record(*pending)
+            if step == first:
+                jax.block_until_ready(values)
+                print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+                self._progress = report.Progress(total, self._title, start=step + 1)
+            pending = (step, values, waited, time.perf_counter() - started)
+            last = stop.reached(step + 1) or step + 1 == total
+            due = self._saves.due(step + 1) or last
+            if due:  # never a state that is not finite
+                self._record(*pending)
+                pending = None
+            if self._validate and (step + 1) % every == 0:
+                found = self._validate({**self._frozen, **state.trainable})
+                self._writer.write(step + 1, found)
+            started = time.perf_counter()
+            if due:
+                self._saves.save(state, force=True)
+            if last:
+                break
+        return state
+
+    def _record(self, step: int, values, waited: float, seconds: float) -> None:
+        """Reads a step's metrics off the device, logs and shows them."""
+        metrics = {k: float(np.asarray(value)) for k, value in jax.device_get(values).items()}
+        if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
+            self._stop_at(step, metrics)
+        counts = self._data.counts
+        metrics |= {
+            "pairs_per_second": counts["rows"] / seconds,
+            "tokens_per_second": counts["tokens"] / seconds,
+            "padded_share": counts["padded_share"],
+            "data_seconds": waited,
+            "seconds": seconds,
+            "memory_gib": peak_memory() / GIB,
+            **self._speed(seconds),
+        }
+        self._metrics = metrics
+        if (step + 1) % self._settings["log"]["every_steps"] == 0 or step + 1 == self._data.steps:
+            self._writer.write(step + 1, metrics)
+        self._progress.update(step + 1, f"loss {metrics['loss']:.4f}")
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Returns TFLOP/s of a device and, where its peak is known, the share of it (MFU).
+
+        Operations are those of the mathematics: what is computed again does not count.
+        """
+        device, count = self._mesh.devices.flat[0], self._mesh.size
+        rate = self._flops / seconds / count
+        found = {"tflops_per_second": rate / 1e12}
+        chip = topology.of_device(device.device_kind)
+        return found if chip is None else {**found, "mfu": rate / chip.flops}
+
+    def _stop_at(self, step: int, metrics: dict[str, float]) -> None:
+        """Ends a run whose loss or gradient is not finite; the newest checkpoint is from before."""
+        path = self._output / f"not_finite_step_{step + 1}.json"
+        if runtime.is_main():
+            told = {name: str(metrics[name]) for name in ("loss", "gradient_norm")}
+            content = {"step": step + 1, **told, "rows": self._data.rows_of(step)}
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+            os.replace(part, path)
+        self._saves.close()
+        raise UserError(
+            f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; "
+            f"the rows of its batch are in {path}; check them, or lower config.optim.learning_rate"
+        )
+
+
+class Trace:
+    """Traces steps n to m with JAX's profiler; TensorBoard and Perfetto read the result.
+
+    Args:
+      wanted: "n-m", steps as they are logged, or "" for none.
+      directory: of the trace, which process 0 writes.
+    """
+
+    def __init__(self, wanted: str, directory: pathlib.Path):
+        first, _, last = wanted.partition("-")
+        on = bool(wanted) and runtime.is_main()
+        self._first, self._last = (int(first), int(last or first)) if on else (0, 0)
+        self._directory, self._running = directory, False
+
+    def before(self, step: int) -> None:
+        if self._first <= step <= self._last and not self._running:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+
+    def after(self, step: int, values) -> None:
+        if self._running and step >= self._last:
+            jax.block_until_ready(values)
+            jax.profiler.stop_trace()
+            self._running = False
+            print(f"trace of steps {self._first} to {step}: {self._directory}", flush=True)
+
+
+def peak_memory() -> int:
+    """Returns the most bytes this process's first device held so far; on CPU, the process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
