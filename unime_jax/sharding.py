@@ -101,12 +101,12 @@ def state_shardings(tree, mesh: Mesh):
     """Returns the sharding of every leaf of a training state.
 
     The key of a leaf's innermost dict is its parameter's path, so that moments lie where their
-    parameters do; leaves outside any dict, such as counts, are replicated.
+    parameters do; leaves outside any dict and single numbers, such as counts, are replicated.
     """
 
     def one(path, leaf):
         keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        axes = list(spec_of(keys[-1], leaf.shape, mesh)) if keys else []
+        axes = list(spec_of(keys[-1], leaf.shape, mesh)) if keys and leaf.shape else []
         while axes and axes[-1] is None:  # as XLA writes the specs of a step's results
             axes.pop()
         return NamedSharding(mesh, P(*axes))
