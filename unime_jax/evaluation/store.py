@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt64
 
 KEY_BYTES = 16
-FLUSH_ROWS, FLUSH_SECONDS = 2048, 20.0
+FLUSH_ROWS, FLUSH_SECONDS = 1024, 5.0
 _ABOUT = "about.json"
 
 
