@@ -85,6 +85,7 @@ def open_encoder(
     root = pathlib.Path(config.cache or runtime.cache_directory() / "vectors").expanduser()
     hashes = content.FileHashes(root)
     about = dataclasses.asdict(settings)
+    del about["preparation"]["fusion"]  # decides what rows there are, not what their vectors are
     key = content.of_model(found, hashes, about)
     store = VectorStore(root / key, {"model": found.name, "base": found.base_name, **about})
     return Encoder(

@@ -171,7 +171,7 @@ def _score(
             queries, candidates, rights, encoder.vectors, encoder.same, encoder.usable,
             metrics.first_places,
         )  # fmt: skip
-        title = f"{name}, {direction.replace('_', ' ')}"
+        title = f"{retrieval_report.TITLES[name]} {retrieval_report.SHORT[direction]}"
         gallery.take(title, examples.of_captions(title, found[direction]), encoder)
     return found
 

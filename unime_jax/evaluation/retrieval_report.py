@@ -13,6 +13,7 @@ from unime_jax.evaluation.mmeb_report import THIS, percent, signed
 
 KS = caption_retrieval.KS
 TITLES = {each.name: each.title for each in caption_retrieval.SETS}
+SHORT = {"text_to_image": "t2i", "image_to_text": "i2t"}
 ARROWS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 LENGTHS = ("short", "long", "compositional")
 _FAILURES, _EXAMPLES = 8, 8
@@ -235,7 +236,7 @@ class Page:
         return [report.Section("R@1", image="retrieval.png", note=note)]
 
     def _pairs(self, gallery: examples.Gallery) -> dict[str, Any]:
-        wanted = [f"{name}, image to text" for name in ("coco", "flickr30k")]
+        wanted = [f"{TITLES[name]} i2t" for name in ("coco", "flickr30k")]
         for name in (*wanted, *gallery.pairs):
             if name in gallery.pairs:
                 return {name: gallery.pairs[name]}
@@ -246,7 +247,7 @@ class Page:
         if not found:
             return []
         ((name, matrix),) = found.items()
-        axes = ("image", "caption") if name.endswith("to text") else ("caption", "image")
+        axes = ("image", "caption") if name.endswith("i2t") else ("caption", "image")
         report.plot_cosine_matrices([(name, matrix)], self._output / "cosine.png", axes=axes)
         title = f"Cosines of {len(matrix)} pairs of {name}"
         return [report.Section(title, image="cosine.png", note="As UniME, Fig. 4.")]
@@ -258,7 +259,7 @@ def bars_of(
     """Returns R@1 and SugarCrepe's means in percent, by the labels of plots and of `compare`."""
     found = {}
     for name, directions in sets.items():
-        for direction, short in (("text_to_image", "t2i"), ("image_to_text", "i2t")):
+        for direction, short in SHORT.items():
             found[f"{TITLES[name]}\n{short}"] = percent(directions[direction]["recall"]["1"])
     for name, value in kinds.items():
         found[f"SugarCrepe\n{name}"] = percent(value)

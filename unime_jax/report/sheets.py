@@ -65,7 +65,7 @@ def plot_sheet(rows: Sequence[SheetRow], path) -> pathlib.Path:
     with figure_of(width, height, path, layout="none") as figure:
         for number, row in enumerate(rows):
             top = height - _GAP - number * (_HEIGHT + _GAP)
-            label = f"Query, {row.title}"
+            label = f"{row.title}, query"
             _draw(figure, row.query, label, (_GAP, top), (width, height), frame=INK)
             for place, cell in enumerate(_without_common_start(row.candidates)):
                 left = 3 * _GAP + (place + 1) * (_CELL + _GAP)

@@ -158,7 +158,8 @@ def print_report(path: pathlib.Path, sections: Sequence[Section]) -> None:
     for section in sections:
         if section.table is not None:
             print(f"\n{section.title}. {section.text}".rstrip() + f"\n\n{section.table.text()}")
-            print(f"\n{section.note}" if section.note else "", end="")
+            if section.note:
+                print(f"\n{section.note}")
         elif section.text and not section.image:
             print(f"\n{section.title}\n{section.text}")
     print(f"\nreport  {path}")
