@@ -63,9 +63,14 @@ def test_damaged_shards_are_embedded_again(tmp_path):
     for part in range(3):
         with VectorStore(tmp_path) as store:
             store.add(KEYS[4 * part : 4 * part + 4], rows(4))
+    before = {*tmp_path.glob("*.keys.npy")}
     first, second, _ = sorted(tmp_path.glob("*.vectors.npy"))
     first.write_bytes(first.read_bytes()[:-30])
     second.unlink()
+    with VectorStore(tmp_path) as store:
+        store.add(KEYS[20:24], rows(4))
+    (new,) = {*tmp_path.glob("*.keys.npy")} - before
+    np.save(new, np.load(new)[:2])
     assert len(VectorStore(tmp_path)) == 4
 
 
@@ -148,25 +153,27 @@ def test_a_sum_is_of_parts_that_are_embedded_once(tmp_path):
 
     Image.new("RGB", (9, 9), "red").save(tmp_path / "a.png")
     Image.new("RGB", (9, 9), "red").save(tmp_path / "copy.png")
+    Image.new("RGB", (9, 9), "blue").save(tmp_path / "other.png")
     folder, items = ImageFolder(tmp_path), Items()
     items.add("a")
     for text, name in (("", "a.png"), ("a", "a.png"), ("a", "copy.png"), ("b", "gone.png")):
         items.add(text, folder(name))
+    items.add("", folder("other.png"))
     model = fake_models.FakeModel()
     encoder = fake_models.encoder_of(items, model, tmp_path / "cache", Wording(False, sum=True))
-    assert list(encoder.embed({"set": np.arange(5)})) == ["set"]
-    assert len(model.seen) == encoder.rows == 2
-    assert encoder.usable.tolist() == [True] * 4 + [False]
+    assert list(encoder.embed({"set": np.arange(6)})) == ["set"]
+    assert len(model.seen) == encoder.rows == 3
+    assert encoder.usable.tolist() == [True] * 4 + [False, True]
     assert "no such image" in encoder.reason(4) and encoder.reason(0) == ""
     text, image, both, copy = encoder.vectors(np.arange(4))
     expected = (text + image) / np.linalg.norm(text + image)
     np.testing.assert_allclose(both, expected, atol=1e-6)
     np.testing.assert_array_equal(both, copy)
-    assert encoder.canonical.tolist() == [0, 1, 2, 2, 4] and encoder.same.tolist()[:4] == [
+    assert encoder.canonical.tolist() == [0, 1, 2, 2, 4, 5] and encoder.same.tolist()[:4] == [
         0,
         1,
         2,
         2,
     ]
-    ((name, reason),) = encoder.problems(items, np.arange(5)).items()
+    ((name, reason),) = encoder.problems(items, np.arange(6)).items()
     assert name == "gone.png" and "no such image" in reason
