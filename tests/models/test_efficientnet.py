@@ -9,6 +9,7 @@ import tolerances
 import torch
 import torch.nn.functional as F  # noqa: N812
 from flax import nnx
+from torch_smol import torch_grid
 
 from unime_jax import models
 from unime_jax.models import efficientnet, hf, hf_read
@@ -18,42 +19,9 @@ from unime_jax.types import UserError, unflatten
 CONFIG = EfficientNetConfig.from_hf(parity.VISION)
 
 
-def torch_grid(state, tiles, config):
-    """The published network, written down once more: padding and strides as TensorFlow has them."""
-
-    def same(x, weight, stride, groups=1):
-        size = weight.shape[-1]
-        pads = []
-        for n in (x.shape[3], x.shape[2]):
-            total = max((-(-n // stride) - 1) * stride + size - n, 0)
-            pads += [total // 2, total - total // 2]
-        return F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
-
-    def norm(x, name):
-        names = ("running_mean", "running_var", "weight", "bias")
-        return F.batch_norm(x, *(state[f"{name}.{n}"] for n in names), eps=1e-3)
-
-    x = (torch.tensor(tiles).permute(0, 3, 1, 2).float() - 127) / 128
-    x = F.relu6(norm(same(x, state["_conv_stem.weight"], 2), "_bn0"))
-    number = 0
-    for _, stage_stride, expand, _, count in config.stages:
-        for n in range(count):
-            prefix, y = f"_blocks.{number}.", x
-            stride = stage_stride if n == 0 else 1
-            if expand != 1:
-                y = same(y, state[f"{prefix}_expand_conv.weight"], 1)
-                y = F.relu6(norm(y, f"{prefix}_bn0"))
-            weight = state[f"{prefix}_depthwise_conv.weight"]
-            y = F.relu6(norm(same(y, weight, stride, len(weight)), f"{prefix}_bn1"))
-            y = norm(same(y, state[f"{prefix}_project_conv.weight"], 1), f"{prefix}_bn2")
-            x = x + y if x.shape == y.shape and stride == 1 else y
-            number += 1
-    return F.relu6(norm(same(x, state["_conv_head.weight"], 1), "_bn1"))
-
-
 def torch_logits(state, tiles, config):
     return F.linear(
-        torch_grid(state, tiles, config).mean((2, 3)), state["_fc.weight"], state["_fc.bias"]
+        torch_grid(state, tiles, config.stages).mean((2, 3)), state["_fc.weight"], state["_fc.bias"]
     )
 
 
@@ -107,7 +75,7 @@ def tower(tmp_path_factory):
 def test_features_match(tower, count):
     state, model = tower
     tiles = tiles_of(count, 64)
-    grid = torch_grid(state, tiles, CONFIG)
+    grid = torch_grid(state, tiles, CONFIG.stages)
     expected = grid.permute(0, 2, 3, 1).reshape(count, 4, 24)
     assert (
         0.05 < float((expected > 0).float().mean()) and float((expected < 6).float().mean()) > 0.5
