@@ -104,9 +104,10 @@ def test_rows_are_what_they_are_alone_and_in_order(root, alone, tmp_path, capsys
 
 
 def test_fewer_numbers_of_fewer_bits(root, alone, tmp_path):
-    run(root, tmp_path / "v.npy", "--dim", 8, "--dtype", "int8")
+    run(root, tmp_path / "v.npy", "--dim", 8, "--dtype", "f16")
     raw = np.load(tmp_path / "v.npy")
-    assert raw.shape == (COUNT, 8) and raw.dtype == np.int8
+    assert raw.shape == (COUNT, 8) and raw.dtype == np.float16
+    np.testing.assert_allclose(np.linalg.norm(raw.astype(float), axis=1), 1, atol=1e-3)
     first = alone[:, :8] / np.linalg.norm(alone[:, :8], axis=1, keepdims=True)
     assert distance(vector_files.read(tmp_path / "v.npy").vectors, first) < 1e-3
     with pytest.raises(UserError, match="--dim 33: the vectors of .* have 32 numbers"):
@@ -216,6 +217,8 @@ def test_the_sum_of_text_and_image(root, tmp_path):
     run(root, tmp_path / "v.npz", "--fusion", "sum", input=root / "pairs" / "sum.jsonl")
     found = vector_files.read(tmp_path / "v.npz")
     assert found.rows.tolist() == [0, 2, 3]
+    raw = np.load(tmp_path / "v.npz")["vectors"]
+    np.testing.assert_allclose(np.linalg.norm(raw, axis=1), 1, atol=1e-6)
     both = found.vectors[1] + found.vectors[2]
     tolerances.assert_near(found.vectors[0], both / np.linalg.norm(both), 1e-5)
     errors = [json.loads(x) for x in open(tmp_path / "v.npz.errors.jsonl", encoding="utf-8")]

@@ -270,8 +270,10 @@ def _joined(
 
 def _summary(args: argparse.Namespace, about: dict[str, Any], done: int, seconds: float) -> str:
     state = "done" if about["complete"] else "stopped"
-    rate = f"{done} rows in {report.format_seconds(seconds)} ({done / max(seconds, 1e-3):.3g}/s)"
-    lines = [f"{state}: {args.output}, {about['vectors']} vectors ({about['dtype']}); {rate}"]
+    pace = f"{report.format_seconds(seconds)} ({done / max(seconds, 1e-3):.3g}/s)"
+    rate = f"{done} row{'s' * (done != 1)} in {pace}"
+    count = f"{about['vectors']} vector{'s' * (about['vectors'] != 1)}"
+    lines = [f"{state}: {args.output}, {count} ({about['dtype']}); {rate}"]
     if about["bad_rows"]:
         errors = embed_job.errors_of(pathlib.Path(args.output))
         lines.append(f"bad rows: {about['bad_rows']}, see {errors}")

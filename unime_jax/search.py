@@ -96,7 +96,8 @@ def _query(args: argparse.Namespace, about: dict[str, Any]) -> np.ndarray:
 def _draw(args, index: vector_files.Vectors, cosines, places) -> pathlib.Path:
     """Draws the pictures among the rows found."""
     path = pathlib.Path(args.sheet or f"{args.index}.search.png").expanduser()
-    hits = [(c, p) for c, p in zip(cosines, places, strict=True) if index.images[p]]
+    pairs = zip(cosines.tolist(), places.tolist(), strict=True)
+    hits = [(c, p) for c, p in pairs if index.images[p]]
     folder = index.about["folder"]
     found = {p: os.path.join(folder, os.path.expanduser(index.images[p])) for _, p in hits}
     missing = {int(index.rows[p]): p for p, name in found.items() if not os.path.isfile(name)}

@@ -1,0 +1,142 @@
+"""Search over files of vectors: the nearest rows, their pictures, and indices of other models."""
+
+import json
+import shutil
+
+import miniature
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tolerances
+from PIL import Image
+
+import unime_jax
+from unime_jax import embed, embedder, runtime, search
+from unime_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = miniature.write_all(tmp_path_factory.mktemp("search"))
+    lines = [{"id": "cat", "text": "a red cat"}, {"id": "both", "text": "a dog", "image": "1.png"},
+             {"id": "two", "image": "2.png"}, {"id": "long", "text": "a fox " * 50}]  # fmt: skip
+    (root / "pairs" / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    return unime_jax.load(root / "student", dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, model):
+    """Loads the model once for all, and leaves the compile cache of the tests alone."""
+    monkeypatch.setattr(runtime, "start", lambda: None)
+    load = embedder.load_weights
+    monkeypatch.setattr(
+        embedder, "load_weights",
+        lambda found, **how: model if found.directory == model.directory else load(found, **how),
+    )  # fmt: skip
+
+
+def write(root, output, *flags, input="pairs/items.jsonl"):
+    arguments = ["--model", root / "student", "--input", root / input, "--output", output, *flags]
+    embed.main(["embed", *map(str, arguments)])
+    return output
+
+
+def find(index, *flags):
+    embed.main(["embed", "search", "--index", str(index), *map(str, flags)])
+
+
+def test_the_nearest_rows_and_their_pictures(root, model, tmp_path, capsys):
+    index = write(root, tmp_path / "v.npz")
+    capsys.readouterr()
+    find(index, "--text", "a red cat", "-k", 3)
+    table = capsys.readouterr().out.split("\n")
+    assert table[0].split() == ["cosine", "id", "text", "image"] and len(table) == 7
+    assert table[2].split()[:3] == ["1", "1.000", "cat"]
+    pictures = [None, root / "pairs/1.png", root / "pairs/2.png", None]
+    texts = ["a red cat", "a dog", None, "a fox " * 50]
+    vectors = model.embed(texts=texts, images=pictures)
+    order = np.argsort(-(vectors @ vectors[0]))[:3]
+    ids = np.array(["cat", "both", "two", "long"])[order]
+    assert [line.split()[2] for line in table[2:5]] == ids.tolist()
+    assert table[5] == f"pictures: {index}.search.png"
+    with Image.open(f"{index}.search.png") as sheet:
+        shown = np.asarray(sheet.convert("RGB"))
+    for number in (1, 2):  # the pictures have one colour each
+        colour = np.asarray(Image.open(root / f"pairs/{number}.png"))[0, 0, :3]
+        assert ((np.abs(shown.astype(int) - colour).max(-1) < 3).mean() > 0.1) == (
+            ["both", "two"][number - 1] in ids
+        )
+    find(index, "--image", root / "pairs" / "2.png", "-k", 99, "--sheet", tmp_path / "my.png")
+    found = capsys.readouterr().out
+    assert found.split("\n")[2].split()[:3] == ["1", "1.000", "two"] and "my.png" in found
+    assert len(found.strip().split("\n")) == 2 + 4 + 1 and (tmp_path / "my.png").is_file()
+
+
+def test_fewer_numbers_and_the_index_own_instruction(root, tmp_path, capsys):
+    index = write(root, tmp_path / "v.safetensors", "--dim", 8, "--dtype", "f16",
+                  "--instruction", "Which animal?")  # fmt: skip
+    capsys.readouterr()
+    find(index, "--text", "a red cat", "-k", 1)
+    assert capsys.readouterr().out.split("\n")[2].split()[1:3] == ["1.000", "cat"]
+    find(index, "--text", "a red cat", "-k", 1, "--query-instruction", "Another word")
+    assert "1.000" not in capsys.readouterr().out
+    find(index, "--text", "a red cat", "-k", 1, "--instruction", "Which animal?")
+    with pytest.raises(UserError, match="made with the instruction 'Which animal.', not 'Which'"):
+        find(index, "--text", "a red cat", "--instruction", "Which")
+
+
+def test_pictures_inside_a_parquet_file(root, tmp_path, capsys):
+    images = [(root / "pairs" / f"{n}.png").read_bytes() for n in (4, 5)]
+    pq.write_table(pa.table({"image": images}), root / "in.parquet")
+    index = write(root, tmp_path / "v.parquet", input="in.parquet")
+    find(index, "--image", root / "pairs" / "5.png")
+    assert "image of row 1" in capsys.readouterr().out
+    colour = np.asarray(Image.open(root / "pairs/4.png"))[0, 0, :3]
+    with Image.open(f"{index}.search.png") as sheet:
+        shown = np.asarray(sheet.convert("RGB")).astype(int)
+    assert (np.abs(shown - colour).max(-1) < 3).mean() > 0.1
+
+
+def test_indices_of_other_models(root, tmp_path):
+    index = write(root, tmp_path / "v.npy")
+    with pytest.raises(UserError, match="v.npy was made with another model than .*teacher is"):
+        find(index, "--text", "a", "--model", root / "teacher")
+    moved = shutil.copytree(root / "student", tmp_path / "moved")
+    find(index, "--text", "a", "--model", moved)  # the same one elsewhere
+    (moved / "model.safetensors").write_bytes(
+        bytes(reversed((moved / "model.safetensors").read_bytes()[-4000:]))
+    )
+    with pytest.raises(UserError):
+        find(index, "--text", "a", "--model", moved)
+    beside = index.with_name("v.npy.items.jsonl")
+    beside.write_text(beside.read_text().replace(str(root / "student"), str(root / "gone")))
+    with pytest.raises(
+        UserError, match="gone, which made .*v.npy, is not there: name it with --mo"
+    ):
+        find(index, "--text", "a")
+
+
+def test_what_cannot_be_searched(root, tmp_path):
+    with pytest.raises(UserError, match="give --text, --image or both"):
+        find(tmp_path / "v.npz")
+    with pytest.raises(UserError, match="v.npz: no such file of vectors"):
+        find(tmp_path / "v.npz", "--text", "a")
+    (root / "none.jsonl").write_text("")
+    with pytest.raises(UserError, match="v.npz holds no vectors"):
+        find(write(root, tmp_path / "v.npz", input="none.jsonl"), "--text", "a")
+
+
+def test_the_search_is_exact():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((500, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines, places = search.nearest(vectors, vectors[7], 20)
+    expected = np.argsort(-(vectors @ vectors[7]))[:20]
+    np.testing.assert_array_equal(places, expected)
+    tolerances.assert_near(cosines, vectors[expected] @ vectors[7], 1e-5)
