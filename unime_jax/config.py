@@ -198,6 +198,21 @@ def validate_train(config: ConfigDict) -> None:
     """Checks a training run before any work.
 
     Raises:
+      UserError: the first impossible value or missing file, named with its key.
+    """
+    validate_values(config)
+    check_path(config, "model.path")
+    check_path(config, "data.path")
+    if config.stage == "distill":
+        check_path(config, "teacher.vectors")
+        if config.eval.every_steps:
+            check_path(config, "teacher.path")  # for the held-out sentences
+
+
+def validate_values(config: ConfigDict) -> None:
+    """Checks all that needs no file.
+
+    Raises:
       UserError: the first impossible value, named with its key.
     """
     check_choice(config, "stage", STAGES)
@@ -266,12 +281,6 @@ def validate_train(config: ConfigDict) -> None:
         "config.checkpoint: every_steps and every_seconds are both 0, nothing would be saved",
     )
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
-    check_path(config, "model.path")
-    check_path(config, "data.path")
-    if config.stage == "distill":
-        check_path(config, "teacher.vectors")
-        if config.eval.every_steps:
-            check_path(config, "teacher.path")  # for the held-out sentences
 
 
 def describe(config: ConfigDict) -> str:

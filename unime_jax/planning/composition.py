@@ -103,7 +103,7 @@ def _missing(settings: dict[str, Any], backbone: Backbone) -> str:
     return ""
 
 
-class _Unread(Embedder):
+class Unread(Embedder):
     """Gives vectors of the right shape without a model: plans need no more."""
 
     def embed(self, texts=None, images=None, instruction=None, **options) -> np.ndarray:
@@ -116,7 +116,7 @@ def _measured(settings: dict[str, Any], backbone: Backbone, model) -> Compositio
     features = bool(settings["data"]["features"])
     bare = {**settings, "data": {**settings["data"], "features": ""}}  # the tower is not run here
     preparation = {key: settings["data"][key] for key in PREPARATION}
-    embedder = _Unread(model, directory=backbone.directory, **preparation)
+    embedder = Unread(model, directory=backbone.directory, **preparation)
     with contextlib.redirect_stdout(sys.stderr):
         data = train_data.open_data(bare, embedder)
     info = data.info

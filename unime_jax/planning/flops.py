@@ -45,18 +45,22 @@ class Flops:
 
 def count(function, *arguments) -> Flops:
     """Counts the operations of `function(*arguments)`; arguments may be shapes."""
-    jaxpr = live(jax.make_jaxpr(function)(*arguments))
+    return count_jaxpr(trace(function, *arguments))
+
+
+def trace(function, *arguments) -> Any:
+    """Returns the jaxpr of `function(*arguments)` without what nobody uses."""
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def count_jaxpr(jaxpr) -> Flops:
     found: collections.Counter[tuple[str, bool]] = collections.Counter()
     _add(jaxpr, 1.0, "other", False, found)
     return Flops(
         {part: float(found[part, False]) for part in PARTS},
         {part: float(found[part, True]) for part in PARTS},
     )
-
-
-def live(closed) -> Any:
-    """Returns the jaxpr without operations whose results nobody uses."""
-    return partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0]
 
 
 def bodies(equation) -> Iterator[tuple[Any, float]]:

@@ -20,6 +20,7 @@ class Chip:
       platform: "tpu" or "gpu".
       flops: dense bf16 products, FLOP/s.
       memory: bytes that a program may use, as the compiler or the driver reports them.
+      bandwidth: bytes/s of its memory.
       link: bytes/s that a device sends to its neighbours (NVLink, ICI), one direction.
       source: where the rates are from.
       shape: numbers in the name of a topology: 2 or 3 sides of a TPU slice, 0 for GPUs.
@@ -31,6 +32,7 @@ class Chip:
     platform: str
     flops: float
     memory: float
+    bandwidth: float
     link: float
     source: str
     shape: int = 0
@@ -51,27 +53,27 @@ _A100_SHEET = "NVIDIA A100 data sheet (SXM, dense)"
 _H100_SHEET = "NVIDIA {} data sheet (SXM, dense)"
 # HBM of TPUs: what libtpu 0.0.42 lets a program have; of GPUs: what the driver reports.
 CHIPS: dict[str, Chip] = {
-    "v4": Chip("TPU v4", "tpu", 275e12, 30.75 * GIB, 150e9, _CLOUD, 3),
-    "v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * GIB, 200e9, _CLOUD, 2),
-    "v5p": Chip("TPU v5p", "tpu", 459e12, 95.74 * GIB, 600e9, _CLOUD, 3),
-    "v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * GIB, 400e9, _CLOUD, 2),
+    "v4": Chip("TPU v4", "tpu", 275e12, 30.75 * GIB, 1228e9, 150e9, _CLOUD, 3),
+    "v5e": Chip("TPU v5e", "tpu", 197e12, 15.75 * GIB, 819e9, 200e9, _CLOUD, 2),
+    "v5p": Chip("TPU v5p", "tpu", 459e12, 95.74 * GIB, 2765e9, 600e9, _CLOUD, 3),
+    "v6e": Chip("TPU v6e", "tpu", 918e12, 31.25 * GIB, 1640e9, 400e9, _CLOUD, 2),
     # Two devices a chip, each with half of its rates.
-    "tpu7x": Chip("TPU7x", "tpu", 1153e12, 94.75 * GIB, 300e9, _CLOUD, 3, 2),
+    "tpu7x": Chip("TPU7x", "tpu", 1153e12, 94.75 * GIB, 3690e9, 300e9, _CLOUD, 3, 2),
     "a100-40g": Chip(
-        "NVIDIA A100-SXM4-40GB", "gpu", 312e12, 39.39 * GIB, 300e9, _A100_SHEET,
-        target={**_A100, "bandwidth": 1555e9},
+        "NVIDIA A100-SXM4-40GB", "gpu", 312e12, 39.39 * GIB, 1555e9, 300e9,
+        _A100_SHEET, target=_A100,
     ),
     "a100-80g": Chip(
-        "NVIDIA A100-SXM4-80GB", "gpu", 312e12, 79.14 * GIB, 300e9, _A100_SHEET,
-        target={**_A100, "bandwidth": 2039e9},
+        "NVIDIA A100-SXM4-80GB", "gpu", 312e12, 79.14 * GIB, 2039e9, 300e9,
+        _A100_SHEET, target=_A100,
     ),
     "h100": Chip(
-        "NVIDIA H100 80GB HBM3", "gpu", 989e12, 79.11 * GIB, 450e9, _H100_SHEET.format("H100"),
-        target={**_H100, "bandwidth": 3350e9},
+        "NVIDIA H100 80GB HBM3", "gpu", 989e12, 79.11 * GIB, 3350e9, 450e9,
+        _H100_SHEET.format("H100"), target=_H100,
     ),
     "h200": Chip(
-        "NVIDIA H200", "gpu", 989e12, 139.7 * GIB, 450e9, _H100_SHEET.format("H200"),
-        target={**_H100, "bandwidth": 4800e9},
+        "NVIDIA H200", "gpu", 989e12, 139.7 * GIB, 4800e9, 450e9,
+        _H100_SHEET.format("H200"), target=_H100,
     ),
 }  # fmt: skip
 _LARGEST = {2: 256, 3: 9216}  # chips of a slice
@@ -240,7 +242,7 @@ def _target(chip: Chip) -> str:
       shared_memory_per_block: 49152 shared_memory_per_core: {gpu["shared"]}
       shared_memory_per_block_optin: {gpu["optin"]} core_count: {gpu["cores"]}
       fpus_per_core: {gpu["fpus"]} block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-      block_dim_limit_z: 65535 memory_bandwidth: {gpu["bandwidth"]:.0f}
+      block_dim_limit_z: 65535 memory_bandwidth: {chip.bandwidth:.0f}
       l2_cache_size: {gpu["cache"]} clock_rate_ghz: {gpu["clock"]}
       device_memory_size: {chip.memory:.0f} registers_per_core_limit: 65536
       registers_per_block_limit: 65536
@@ -248,3 +250,21 @@ def _target(chip: Chip) -> str:
       platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }}
       runtime_version {{ major: 12 minor: 9 patch: 0 }}
       device_description_str: "{chip.title}" """
+
+
+def mesh_shape(topology: Topology, data: int, fsdp: int, tensor: int) -> tuple[int, int, int]:
+    """Returns the sides of a mesh over the devices of a topology; -1 takes what is left.
+
+    Raises:
+      UserError: they do not multiply to the number of devices.
+    """
+    sizes, count = [data, fsdp, tensor], topology.devices
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) == 1 and known > 0 and count % known == 0:
+        sizes[sizes.index(-1)] = count // known
+    if math.prod(sizes) != count or min(sizes) < 1:
+        raise UserError(
+            f"config.mesh.data={data}, config.mesh.fsdp={fsdp}, config.mesh.tensor={tensor}: does "
+            f"not fit the {count} devices of {topology.name}; sizes are positive, at most one is -1"
+        )
+    return tuple(sizes)

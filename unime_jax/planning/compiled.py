@@ -1,0 +1,102 @@
+"""Compiles a step ahead of time, and reads what the compiler says of it."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import sys
+import time
+
+from unime_jax.planning import collectives
+from unime_jax.planning.abstract import Run
+from unime_jax.planning.topology import GIB
+from unime_jax.types import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler reports of one device; bytes.
+
+    Attributes:
+      seconds: that it took.
+      arguments: of the program.
+      temporaries: beside arguments and results.
+      peak: of all at once; where a program does not fit, what it would take.
+      moved: collectives of a step, the largest first.
+      counted: whether the trip count of every loop around a collective is known.
+      refusal: the compiler's reason why the program does not fit, "" if it does.
+    """
+
+    seconds: float
+    arguments: float
+    temporaries: float
+    peak: float
+    moved: list[collectives.Collective] = dataclasses.field(default_factory=list)
+    counted: bool = True
+    refusal: str = ""
+
+
+def compile_step(run: Run) -> Compiled:
+    """Compiles a step for the devices that its arguments are placed on.
+
+    Raises:
+      UserError: the compiler needs something that is not installed.
+    """
+    import jax
+
+    started = time.perf_counter()
+    try:
+        with _quiet():
+            program = run.step.lower(*run.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _refused(str(error), time.perf_counter() - started)
+    except RuntimeError as error:
+        if "cuDNN is not detected" not in str(error):
+            raise
+        raise UserError(
+            "--compile: attention on GPUs needs cuDNN to be compiled: pip install "
+            "'unime_jax[plan-gpu]', or plan with --config.model.attention=xla"
+        ) from None
+    seconds = time.perf_counter() - started
+    memory = program.memory_analysis()
+    moved, counted = collectives.read(program.as_text())
+    return Compiled(
+        seconds,
+        float(memory.argument_size_in_bytes),
+        float(memory.temp_size_in_bytes),
+        float(memory.peak_memory_in_bytes),
+        moved,
+        counted,
+    )
+
+
+_SIZE = r"\(?([\d.]+)([KMGT]?)i?B?\)?"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+
+
+def _refused(message: str, seconds: float) -> Compiled:
+    """Reads how much a program that does not fit would need."""
+    text = " ".join(message.split())
+    found = re.search(rf"{_SIZE} exceed\w* (?:the )?available HBM", text)
+    used = re.search(rf"Used {_SIZE} of {_SIZE} hbm", text)
+    found = used or found or re.search(rf"allocate {_SIZE}", text)
+    peak = float(found[1]) * _UNITS[found[2]] if found else float("inf")
+    start = max(text.find("CompileTimeHbmOom"), text.find("RESOURCE_EXHAUSTED"))
+    return Compiled(seconds, 0.0, 0.0, peak, refusal=text[start : start + 300])
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Holds back what compilers write about hardware that is not there; shown if they fail."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,236 @@
+"""Estimates of a step's time and memory, fast enough to compare many settings.
+
+Two probes, steps of the longest group of one device alone with one and with two rows a chunk, say
+what a row takes and what is computed again; everything else of a step is in proportion.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from unime_jax.planning import abstract, flops, liveness, memory
+from unime_jax.planning.composition import SIDES, Composition
+from unime_jax.planning.topology import GIB, Chip, Topology
+from unime_jax.types import flatten
+
+REMATS = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What one row of the longest group takes.
+
+    Attributes:
+      fixed: bytes of temporaries whatever the rows.
+      row: bytes of temporaries for each row that is encoded at a time.
+      again: operations computed again, as a share of those that the mathematics needs.
+    """
+
+    fixed: float
+    row: float
+    again: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A chunk and a remat, and what they are estimated to cost.
+
+    Attributes:
+      chunk, remat: of the configuration.
+      flops: of a step, all devices.
+      seconds: of a step.
+      peak: bytes on a device.
+      fits: whether the peak leaves the margin free.
+    """
+
+    chunk: int
+    remat: str
+    flops: float
+    seconds: float
+    peak: float
+    fits: bool
+
+
+def margin(chip: Chip) -> float:
+    """Returns bytes to leave free beside what a compiler counts.
+
+    On GPUs for the workspaces of cuBLAS and cuDNN, NCCL's buffers and fragmentation, which it does
+    not count; on TPUs it counts all that a program has.
+    """
+    return 0.1 * chip.memory + 2 * GIB if chip.platform == "gpu" else 0.05 * chip.memory
+
+
+def margin_words(chip: Chip) -> str:
+    return "10 % + 2 GiB" if chip.platform == "gpu" else "5 %"
+
+
+class Estimator:
+    """Estimates the settings of one configuration on one topology.
+
+    Args:
+      settings: the resolved configuration.
+      config: content of config.json.
+      composition: of a batch.
+      arguments: bytes of the step's arguments on a device.
+      model_flops: operations of a step, nothing counted twice.
+      topology, mesh: of the devices.
+      mfu: share of the peak rate that products run at.
+      flash: whether attention never holds the scores of all pairs of positions.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        config: dict[str, Any],
+        composition: Composition,
+        arguments: memory.Arguments,
+        model_flops: float,
+        *,
+        topology: Topology,
+        mesh,
+        mfu: float,
+        flash: bool,
+    ):
+        self._settings, self._config, self._composition = settings, config, composition
+        self._arguments, self._model_flops = arguments, model_flops
+        self._topology, self._mfu, self._flash = topology, mfu, flash
+        self._devices = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._tensor = mesh.shape["tensor"]
+        self.probe = functools.cache(self._probe)
+
+    @property
+    def limit(self) -> float:
+        """Bytes that a step may take, with the next batch on its way to the device."""
+        chip = self._topology.chip
+        return chip.memory - margin(chip) - self._arguments.batch
+
+    def setting(self, chunk: int, remat: str, *, exact: float | None = None) -> Setting:
+        """Estimates one setting; `exact` are its operations where they have been counted."""
+        probe = self.probe(remat, chunk > 0)
+        operations = self._model_flops * (1 + probe.again) if exact is None else exact
+        rows = self.rows_alive(chunk)
+        kept = self._features + self._arguments.batch if chunk else 0.0
+        peak = self._arguments.total + probe.fixed + rows * probe.row + kept
+        seconds = self.compute_seconds(operations) + self.weight_seconds(chunk, remat)
+        return Setting(chunk, remat, operations, seconds, peak, peak <= self.limit)
+
+    def compute_seconds(self, operations: float) -> float:
+        """Returns how long products take at the assumed share of the peak rate."""
+        return operations / self._topology.devices / (self._topology.chip.flops * self._mfu)
+
+    def weight_seconds(self, chunk: int, remat: str) -> float:
+        """Returns how long it takes to make floats of the codes of quantised weights."""
+        kind = self._settings["train"]["quantize"]
+        if kind is None:
+            return 0.0
+        passes = 2 + (chunk > 0) + (remat == "full")
+        codes = 0.5 if kind == "nf4" else 1.0
+        traffic = self._quantised * (codes + 2.0) / self._tensor
+        return self._chunks(chunk) * passes * traffic / self._topology.chip.bandwidth
+
+    def chunks(self) -> list[int]:
+        """Returns the values of config.train.chunk that are worth a try: rows of all devices."""
+        batch, largest = self._settings["train"]["batch_size"], 0
+        sides = (getattr(self._composition, side) for side in SIDES)
+        largest = max(rows for side in sides for rows, _, _ in side)
+        found, rows = [], 1
+        while rows * self._devices < largest:
+            if batch % (rows * self._devices) == 0:
+                found.append(rows * self._devices)
+            rows *= 2
+        return [*found, 0]
+
+    # ---- what a step is made of
+
+    def _groups(self):
+        for side in SIDES:
+            groups = getattr(self._composition, side)
+            longest = max((tokens for _, tokens, _ in groups), default=0)
+            for rows, tokens, tiles in groups:
+                yield -(-rows // self._devices), tokens, tiles, longest
+
+    def _chunks(self, chunk: int) -> int:
+        """Counts the passes over the layers, as `steps.encode_groups` divides the groups."""
+        total = 0
+        for share, tokens, _, longest in self._groups():
+            size = max(1, chunk * longest // tokens // self._devices) if chunk else share
+            total += -(-share // size)
+        return total
+
+    def rows_alive(self, chunk: int) -> float:
+        """Returns how many rows of the longest group one device has in work at a time."""
+        longest = self._longest[1]
+        if not chunk:
+            return sum(share * tokens for share, tokens, _, _ in self._groups()) / longest
+        return max(1.0, chunk / self._devices)
+
+    @functools.cached_property
+    def _longest(self) -> tuple[int, int, int]:
+        groups = [group for side in SIDES for group in getattr(self._composition, side)]
+        return max(groups, key=lambda group: group[1])
+
+    @functools.cached_property
+    def _model(self) -> nnx.Module:
+        return abstract.model(self._settings, self._config, "xla")
+
+    @functools.cached_property
+    def _quantised(self) -> float:
+        """Weights that are held as codes."""
+        flat = flatten(nnx.to_pure_dict(nnx.state(self._model)))
+        return float(sum(x.size for path, x in flat.items() if path.endswith("/kernel_codes")))
+
+    @functools.cached_property
+    def _features(self) -> float:
+        """Bytes of the frozen tower's features, which chunks keep for the way back."""
+        train = self._settings["train"]
+        trained = train["adapters"]["vision"] or any("vision" in p for p in train["trainable"])
+        spec = self._model.image_spec
+        if spec is None or trained or self._composition.features:
+            return 0.0
+        tiles = sum(share * tiles for share, _, tiles, _ in self._groups())
+        shape = jax.ShapeDtypeStruct((1, spec.size, spec.size, 3), jnp.uint8)
+        found = nnx.eval_shape(lambda model, x: model.featurise(x), self._model, shape)
+        return tiles * memory.size(found)
+
+    def _probe(self, remat: str, chunked: bool) -> Probe:
+        one, again = self._trace(remat, 1, chunked)
+        two, _ = self._trace(remat, 2, chunked)
+        row = max(two - one, 0.0)
+        return Probe(max(one - row, 0.0), row, again)
+
+    def _trace(self, remat: str, rows: int, chunked: bool) -> tuple[float, float]:
+        """Returns temporaries and the share computed again of a step of one group."""
+        _, tokens, tiles = self._longest
+        count = rows * (2 if chunked else 1)
+        composition = dataclasses.replace(
+            self._composition,
+            query=((count, tokens, tiles),),
+            target=((count, 8, 0),),
+            negative=((count * max(self._composition.judged, 1), 8, 0),)
+            if self._composition.negative
+            else (),
+            rows=count,
+        )
+        if self._composition.vectors is not None:
+            sides = 1 + bool(self._composition.target) + bool(self._composition.negative)
+            composition = dataclasses.replace(
+                composition,
+                target=composition.target if self._composition.target else (),
+                vectors=(count * sides, self._composition.vectors[1]),
+            )
+        settings = {
+            **self._settings,
+            "model": {**self._settings["model"], "remat": remat},
+            "train": {**self._settings["train"], "chunk": rows if chunked else 0},
+        }
+        run = abstract.run(settings, self._config, composition)
+        jaxpr = flops.trace(run.step, *run.arguments)
+        counted = flops.count_jaxpr(jaxpr)
+        return (
+            liveness.peak(jaxpr, flash=self._flash),
+            sum(counted.again.values()) / counted.model,
+        )

@@ -1,0 +1,295 @@
+"""Puts a plan together, part by part, the quick ones first."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from unime_jax import embedder, sharding
+from unime_jax.models import layers
+from unime_jax.planning import (
+    abstract,
+    backbones,
+    compiled,
+    composition,
+    estimate,
+    flops,
+    memory,
+    page,
+)
+from unime_jax.planning import topology as topologies
+from unime_jax.planning.topology import Topology
+
+_MOST_COMPILES = 4  # of a search: each takes a minute or more
+_OPTIMISM = 0.6  # an estimate this much too high would still be tried
+
+
+def make(
+    settings: dict[str, Any],
+    name: str,
+    topology: Topology,
+    *,
+    mfu: float,
+    compiles: bool,
+    searches: bool,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Plans a configuration.
+
+    Args:
+      settings: the resolved configuration.
+      name: of its file.
+      topology: what to plan for.
+      mfu: share of the peak rate that products run at.
+      compiles: compile the step.
+      searches: compare values of chunk and remat.
+      tell: gets the text of every part as soon as it is known.
+
+    Returns:
+      The plan, ready for JSON: bytes of one device, operations of all.
+    """
+    planner = _Planner(settings, name, topology, mfu)
+    plan = planner.head()
+    tell(page.head(plan))
+    plan |= planner.arguments()
+    tell(page.arguments(plan))
+    plan |= planner.operations()
+    tell(page.operations(plan))
+    plan |= planner.current()
+    tell(page.current(plan))
+    if searches:
+        plan |= planner.search(compiles, tell)
+        tell(page.search(plan))
+    elif compiles:
+        tell(page.compiling(plan))
+        plan |= planner.compile(planner.setting)
+        tell(page.compiled(plan["compiled"], plan))
+    return plan
+
+
+class _Planner:
+    def __init__(self, settings: dict[str, Any], name: str, topology: Topology, mfu: float):
+        self.settings, self.name, self.topology, self.mfu = settings, name, topology, mfu
+        self.backbone = backbones.find(settings, name)
+        model = abstract.model(settings, self.backbone.config, "xla")
+        self.composition = composition.find(settings, self.backbone, model)
+        sizes = topologies.mesh_shape(topology, **settings["mesh"])
+        self.mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+        self.setting = settings["train"]["chunk"], settings["model"]["remat"]
+
+    def head(self) -> dict[str, Any]:
+        """Says what is planned, for what, and what is assumed."""
+        chip, found, train = self.topology.chip, self.composition, self.settings["train"]
+        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        groups = [*found.query, *found.target, *found.negative]
+        padded = sum(-(-rows // devices) * devices * tokens for rows, tokens, _ in groups)
+        return {
+            "config": self.name,
+            "topology": {
+                "name": self.topology.name,
+                "title": self.topology.describe(),
+                "chips": self.topology.chips,
+                "devices": self.topology.devices,
+                "hosts": self.topology.hosts,
+                "device_memory": chip.memory,
+                "device_flops": chip.flops,
+                "device_bandwidth": chip.bandwidth,
+                "device_link": chip.link,
+                "source": chip.source,
+            },
+            "mesh": dict(self.mesh.shape),
+            "model": {
+                "title": self.backbone.title,
+                "dtype": self.settings["model"]["dtype"],
+                "quantize": train["quantize"],
+                "published_sizes": self.backbone.directory is None,
+                "config.model.path": self.settings["model"]["path"],
+            },
+            "batch": {
+                "rows": train["batch_size"],
+                "groups": {
+                    side: [list(group) for group in getattr(found, side)]
+                    for side in composition.SIDES
+                },
+                "tokens": found.real_tokens,
+                "padded_tokens": float(padded),
+                "padded_share": 1 - found.real_tokens / padded,
+                "source": found.source,
+            },
+            "steps": found.steps,
+            "chunk": self.setting[0],
+            "remat": self.setting[1],
+            "mfu": self.mfu,
+        }
+
+    def arguments(self) -> dict[str, Any]:
+        run = self._run(self.setting, self.mesh)
+        self._arguments = memory.arguments(run)
+        sizes = dataclasses.asdict(self._arguments)
+        return {"arguments": {**sizes, "total": self._arguments.total}}
+
+    def operations(self) -> dict[str, Any]:
+        counted = self._count(self.setting)
+        self.estimator = estimate.Estimator(
+            self.settings,
+            self.backbone.config,
+            self.composition,
+            self._arguments,
+            counted.model,
+            topology=self.topology,
+            mesh=self.mesh,
+            mfu=self.mfu,
+            flash=self._flash(),
+        )
+        self._exact = {self.setting: counted.total}
+        return {"flops": _operations(counted)}
+
+    def current(self) -> dict[str, Any]:
+        """Estimates peak and time of the configuration as it is."""
+        return {"estimate": self._estimated(self.setting), "limit": self._limit()}
+
+    def search(self, compiles: bool, tell: Callable[[str], None]) -> dict[str, Any]:
+        """Compares settings; compiles the fastest ones until one fits, if wanted."""
+        found = self._candidates()
+        tried = []
+        if compiles:
+            tell(page.searching(found, self._limit()))
+            tried = self._compile_in_turn(found, tell)
+            best = next((one for one in tried if one["fits"]), None)
+        else:
+            best = next((one for one in found if one["fits"]), None)
+        result: dict[str, Any] = {"search": found, "tried": tried, "recommended": None}
+        if best is not None:
+            setting = best["chunk"], best["remat"]
+            counted = self._count(setting)
+            self._exact[setting] = counted.total
+            result["recommended"] = {
+                **self._estimated(setting),
+                "flops_parts": _operations(counted),
+                "compiled": best.get("compiled"),
+            }
+            if best.get("compiled"):
+                result["compiled"] = best["compiled"]
+        return result
+
+    def compile(self, setting: tuple[int, str]) -> dict[str, Any]:
+        """Compiles one setting."""
+        devices = topologies.compile_devices(self.topology)
+        mesh = sharding.make_mesh(*self.mesh.shape.values(), devices=devices)
+        attention = embedder.resolve_attention(
+            self.settings["model"]["attention"], self.settings["model"]["dtype"], mesh
+        )
+        found = compiled.compile_step(self._run(setting, mesh, attention))
+        link = self.topology.chip.link
+        return {
+            "compiled": {
+                "chunk": setting[0],
+                "remat": setting[1],
+                "attention": attention,
+                "seconds": found.seconds,
+                "arguments": found.arguments,
+                "temporaries": found.temporaries,
+                "peak": found.peak,
+                "fits": not found.refusal and found.peak <= self.estimator.limit,
+                "refusal": found.refusal,
+                "arguments_match": bool(found.refusal) or found.arguments == self._arguments.total,
+                "collectives": [dataclasses.asdict(one) for one in found.moved],
+                "collective_bytes": sum(one.bytes for one in found.moved),
+                "collective_seconds": sum(one.sent for one in found.moved) / link,
+                "loops_known": found.counted,
+            }
+        }
+
+    # ---- parts
+
+    def _run(self, setting: tuple[int, str], mesh, attention: str = "xla") -> abstract.Run:
+        chunk, remat = setting
+        settings = {
+            **self.settings,
+            "model": {**self.settings["model"], "remat": remat},
+            "train": {**self.settings["train"], "chunk": chunk},
+        }
+        return abstract.run(
+            settings, self.backbone.config, self.composition, mesh=mesh, attention=attention
+        )
+
+    def _count(self, setting: tuple[int, str]) -> flops.Flops:
+        run = self._run(setting, self.mesh)
+        return flops.count(run.step, *run.arguments)
+
+    def _flash(self) -> bool:
+        """Says whether the platform's attention kernel keeps no scores of pairs of positions."""
+        attention, platform = self.settings["model"]["attention"], self.topology.chip.platform
+        kernel = {"gpu": "cudnn", "tpu": "splash"}[platform]
+        if attention == "auto":
+            return kernel in layers.ATTENTIONS and self.settings["model"]["dtype"] == "bfloat16"
+        return attention == kernel
+
+    def _estimated(self, setting: tuple[int, str]) -> dict[str, Any]:
+        found = self.estimator.setting(*setting, exact=self._exact.get(setting))
+        seconds = found.seconds
+        return {
+            **dataclasses.asdict(found),
+            "temporaries": found.peak - self._arguments.total,
+            "products_seconds": self.estimator.compute_seconds(found.flops),
+            "weights_seconds": self.estimator.weight_seconds(*setting),
+            "pairs_per_second": self.settings["train"]["batch_size"] / seconds,
+            "days": self.composition.steps * seconds / 86400,
+        }
+
+    def _limit(self) -> dict[str, Any]:
+        chip = self.topology.chip
+        return {
+            "bytes": self.estimator.limit,
+            "memory": chip.memory,
+            "margin": estimate.margin(chip),
+            "margin_words": estimate.margin_words(chip),
+            "next_batch": self._arguments.batch,
+        }
+
+    def _candidates(self) -> list[dict[str, Any]]:
+        """Estimates all settings that are worth it, the fastest first."""
+        settings = []
+        for remat in estimate.REMATS:
+            for chunk in self.estimator.chunks():
+                if chunk:
+                    settings.append(self.estimator.setting(chunk, remat))
+                elif self._whole_batch_may_fit(remat):
+                    settings.append(self.estimator.setting(0, remat))
+        # Of equal ones the larger chunk: fewer gathers. 0 is the largest of all.
+        settings.sort(key=lambda one: (one.seconds, -(one.chunk or np.inf)))
+        return [dataclasses.asdict(one) for one in settings]
+
+    def _whole_batch_may_fit(self, remat: str) -> bool:
+        """Says whether a probe without chunks is worth its time."""
+        chunked = self.estimator.probe(remat, True)
+        rows = self.estimator.rows_alive(0)
+        return self._arguments.total + _OPTIMISM * rows * chunked.row < self.estimator.limit
+
+    def _compile_in_turn(self, found: list[dict[str, Any]], tell) -> list[dict[str, Any]]:
+        tried: list[dict[str, Any]] = []
+        ratio: dict[str, float] = {}  # of compiled and estimated temporaries, by remat
+        for one in found:
+            base = self._arguments.total
+            expected = base + (one["peak"] - base) * ratio.get(one["remat"], _OPTIMISM)
+            if expected > self.estimator.limit or len(tried) == _MOST_COMPILES:
+                continue
+            result = self.compile((one["chunk"], one["remat"]))["compiled"]
+            tried.append({**one, "fits": result["fits"], "compiled": result})
+            tell(page.tried(result))
+            if result["fits"]:
+                break
+            if np.isfinite(result["peak"]):
+                ratio[one["remat"]] = (result["peak"] - base) / max(one["peak"] - base, 1.0)
+        return tried
+
+
+def _operations(counted: flops.Flops) -> dict[str, Any]:
+    return {
+        "needed": counted.parts,
+        "again": counted.again,
+        "model": counted.model,
+        "total": counted.total,
+    }
