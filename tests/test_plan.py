@@ -9,7 +9,7 @@ import pytest
 
 from unime_jax import config as config_lib
 from unime_jax import plan, sharding, steps, train_data
-from unime_jax.planning import abstract, backbones, composition, memory
+from unime_jax.planning import abstract, backbones, composition, flops, memory
 from unime_jax.types import UserError
 
 CONFIGS = miniature.ROOT / "configs"
@@ -35,7 +35,7 @@ def described(tree):
 def test_the_batch_is_the_one_that_training_reads(name):
     settings, backbone, model, made = found(f"{name}.py:smoke")
     assert "assumed" not in made.source
-    mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    mesh = sharding.make_mesh(data=4, fsdp=1, devices=jax.devices()[:4])
     run = abstract.run(settings, backbone.config, made, mesh=mesh)
     embedder = composition.Unread(
         model,
@@ -65,8 +65,11 @@ def test_bytes_are_those_of_the_compiled_program():
     mesh = sharding.make_mesh(**settings["mesh"])
     run = abstract.run(settings, config, made, mesh=mesh)
     counted = memory.arguments(run)
+    idle = memory.idle(run, flops.trace(run.step, *run.arguments)[1])
     program = run.step.lower(*run.arguments).compile()
-    assert counted.total == program.memory_analysis().argument_size_in_bytes
+    assert counted.total - idle == program.memory_analysis().argument_size_in_bytes
+    # Ids and places of images are not read by this loss, and the columns of the tiles are empty.
+    assert 0 < idle < counted.batch
     assert min(counted.base, counted.adapters, counted.optimiser, counted.batch) > 0
     shape = jax.sharding.AbstractMesh((4, 2, 1), sharding.AXES)
     assert memory.arguments(abstract.run(settings, config, made, mesh=shape)) == counted
@@ -93,7 +96,7 @@ def run_plan(capsys, *arguments: str) -> str:
 
 
 def test_a_plan_adds_up(capsys):
-    flags = (f"--config={CONFIGS}/phi35v_stage2.py:smoke", "--topology=a100-80g:2x2", "--search")
+    flags = (f"--config={CONFIGS}/phi35v_stage1.py:smoke", "--topology=a100-80g:2x2", "--search")
     text = run_plan(capsys, *flags, "--json")
     found = json.loads(text)
     sizes = found["arguments"]
@@ -102,7 +105,7 @@ def test_a_plan_adds_up(capsys):
     assert counted["total"] == pytest.approx(
         sum(counted["needed"].values()) + sum(counted["again"].values())
     )
-    assert counted["needed"]["decoder"] > counted["needed"]["vision"] > 0
+    assert counted["needed"]["decoder"] > counted["needed"]["loss"] > 0
     seconds = counted["total"] / 4 / (312e12 * 0.45)
     assert found["estimate"]["products_seconds"] == pytest.approx(seconds)
     assert found["estimate"]["days"] * 86400 == pytest.approx(
@@ -138,7 +141,7 @@ def test_faults_are_named(flags, message):
 def test_a_model_that_nobody_knows_is_named(tmp_path):
     settings = settings_of("llava16_stage2.py")
     settings["model"]["path"], settings["output"] = "runs/other", "runs/other"
-    settings["data"]["prompt"] = ""
+    settings["data"]["prompt"], settings["train"]["quantize"] = "", None
     with pytest.raises(UserError, match="config.model.path='runs/other'.*config.json"):
         backbones.find(settings, "other.py")
     (tmp_path / "config.json").write_text(json.dumps(llava_step.CONFIG))

@@ -15,7 +15,7 @@ PROGRAM = """HloModule jit_step
 
 %wrapped (a: bf16[64]) -> bf16[512] {
   %a = bf16[64]{0} parameter(0)
-  ROOT %x = bf16[512]{0} all-to-all(%a), replica_groups=[1,8]<=[8]
+  ROOT %x = bf16[512]{0} all-to-all(%a), replica_groups=mesh['a'=2,'b'=8] {'a', 'b':(1)4}, x={}
 }
 
 %forgotten (a: f32[8]) -> f32[8] {

@@ -150,6 +150,11 @@ def _group(rest: str) -> int:
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
     if counted:
         return int(counted[1])
+    named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest)
+    if named:  # mesh['a'=1,'b'=8] {'b'}; part of an axis is 'b':(1)4, the last number its size
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
     return max(2, pairs[1].count("{")) if pairs else 2
 

@@ -228,7 +228,7 @@ class Estimator:
             "train": {**self._settings["train"], "chunk": rows if chunked else 0},
         }
         run = abstract.run(settings, self._config, composition)
-        jaxpr = flops.trace(run.step, *run.arguments)
+        jaxpr, _ = flops.trace(run.step, *run.arguments)
         counted = flops.count_jaxpr(jaxpr)
         return (
             liveness.peak(jaxpr, flash=self._flash),

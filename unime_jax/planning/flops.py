@@ -45,13 +45,16 @@ class Flops:
 
 def count(function, *arguments) -> Flops:
     """Counts the operations of `function(*arguments)`; arguments may be shapes."""
-    return count_jaxpr(trace(function, *arguments))
+    return count_jaxpr(trace(function, *arguments)[0])
 
 
-def trace(function, *arguments) -> Any:
-    """Returns the jaxpr of `function(*arguments)` without what nobody uses."""
+def trace(function, *arguments) -> tuple[Any, list[bool]]:
+    """Returns the jaxpr of `function(*arguments)` without what nobody uses.
+
+    The second is which leaves of the arguments are used: `jax.jit` passes these alone.
+    """
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
+    return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
 
 
 def count_jaxpr(jaxpr) -> Flops:

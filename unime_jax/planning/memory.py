@@ -50,3 +50,12 @@ def arguments(run: Run) -> Arguments:
         optimiser=size((run.state.opt_state, run.state.step)),
         batch=size(run.batch),
     )
+
+
+def idle(run: Run, used: list[bool]) -> float:
+    """Returns the bytes of arguments that the step never reads, as the next-token head.
+
+    They lie on the device all the same; the compiled program does not know them.
+    """
+    leaves = jax.tree.leaves(run.arguments)
+    return float(sum(_leaf(x) for x, own in zip(leaves, used, strict=True) if not own))

@@ -145,6 +145,8 @@ def compiled(found: dict[str, Any], plan: dict[str, Any]) -> str:
             f"  {found['refusal']}"
         )
     same = "as above" if found["arguments_match"] else "NOT as above: please report this"
+    if found["idle"]:
+        same += f"; {_gib(found['idle'])} of the above are never read, but in the peak"
     lines = [
         f"{title}, GiB of a device",
         f"  arguments {_gib(found['arguments'])} ({same}), temporaries "

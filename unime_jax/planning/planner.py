@@ -131,7 +131,10 @@ class _Planner:
         return {"arguments": {**sizes, "total": self._arguments.total}}
 
     def operations(self) -> dict[str, Any]:
-        counted = self._count(self.setting)
+        run = self._run(self.setting, self.mesh)
+        jaxpr, used = flops.trace(run.step, *run.arguments)
+        counted = flops.count_jaxpr(jaxpr)
+        self._idle = memory.idle(run, used)
         self.estimator = estimate.Estimator(
             self.settings,
             self.backbone.config,
@@ -144,7 +147,7 @@ class _Planner:
             flash=self._flash(),
         )
         self._exact = {self.setting: counted.total}
-        return {"flops": _operations(counted)}
+        return {"flops": _operations(counted), "idle_arguments": self._idle}
 
     def current(self) -> dict[str, Any]:
         """Estimates peak and time of the configuration as it is."""
@@ -191,8 +194,9 @@ class _Planner:
                 "seconds": found.seconds,
                 "arguments": found.arguments,
                 "temporaries": found.temporaries,
-                "peak": found.peak,
-                "fits": not found.refusal and found.peak <= self.estimator.limit,
+                "idle": self._idle,
+                "peak": found.peak + self._idle,
+                "fits": not found.refusal and found.peak + self._idle <= self.estimator.limit,
                 "refusal": found.refusal,
                 "arguments_match": bool(found.refusal) or found.arguments == self._arguments.total,
                 "collectives": [dataclasses.asdict(one) for one in found.moved],
