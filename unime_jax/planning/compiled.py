@@ -12,6 +12,12 @@ from unime_jax.planning.abstract import Run
 from unime_jax.planning.topology import GIB
 from unime_jax.types import UserError
 
+# What makes compiling quicker and leaves memory and collectives as they are: nothing is run.
+_OPTIONS = {
+    "gpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+    "tpu": {"exec_time_optimization_effort": -1.0},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -36,8 +42,8 @@ class Compiled:
     refusal: str = ""
 
 
-def compile_step(run: Run) -> Compiled:
-    """Compiles a step for the devices that its arguments are placed on.
+def compile_step(run: Run, platform: str) -> Compiled:
+    """Compiles a step for the devices that its arguments are placed on, "tpu" or "gpu".
 
     Raises:
       UserError: the compiler needs something that is not installed.
@@ -47,7 +53,7 @@ def compile_step(run: Run) -> Compiled:
     started = time.perf_counter()
     try:
         with _quiet():
-            program = run.step.lower(*run.arguments).compile()
+            program = run.step.lower(*run.arguments).compile(_OPTIONS[platform])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -184,7 +184,9 @@ class _Planner:
         attention = embedder.resolve_attention(
             self.settings["model"]["attention"], self.settings["model"]["dtype"], mesh
         )
-        found = compiled.compile_step(self._run(setting, mesh, attention))
+        found = compiled.compile_step(
+            self._run(setting, mesh, attention), self.topology.chip.platform
+        )
         link = self.topology.chip.link
         return {
             "compiled": {
