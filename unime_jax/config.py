@@ -155,7 +155,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
     message = message.strip("'\"").replace("\\n", ". ").replace("\\'", "'")
     text = " ".join(message.split()) or type(error).__name__
     if "No such file" in text:
-        named = next((a for a in argv if ".py" in a), "--config").removeprefix("--config=")
+        named = next((a for a in argv[1:] if ".py" in a), "--config").removeprefix("--config=")
         return f"config file {named.split(':')[0]} not found; configs/ has one file per run"
     return f"config: {text}"
 
@@ -215,6 +215,7 @@ def validate_values(config: ConfigDict) -> None:
     Raises:
       UserError: the first impossible value, named with its key.
     """
+    check("stage" in config, "this is no configuration of a training run: it has no config.stage")
     check_choice(config, "stage", STAGES)
     check_choice(config, "model.dtype", ("float32", "bfloat16"))
     check_choice(config, "model.attention", ("auto", "xla", "cudnn", "splash"))

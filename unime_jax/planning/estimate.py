@@ -108,6 +108,16 @@ class Estimator:
         chip = self._topology.chip
         return chip.memory - margin(chip) - self._arguments.batch
 
+    @property
+    def rate(self) -> float:
+        """Peak FLOP/s of a device in the dtype of the computation.
+
+        JAX multiplies f32 in one bf16 pass on TPUs, in TF32 on GPUs unless it is told otherwise.
+        """
+        chip = self._topology.chip
+        half = chip.platform == "gpu" and self._settings["model"]["dtype"] == "float32"
+        return chip.flops / 2 if half else chip.flops
+
     def setting(self, chunk: int, remat: str, *, exact: float | None = None) -> Setting:
         """Estimates one setting; `exact` are its operations where they have been counted."""
         probe = self.probe(remat, chunk > 0)
@@ -120,7 +130,7 @@ class Estimator:
 
     def compute_seconds(self, operations: float) -> float:
         """Returns how long products take at the assumed share of the peak rate."""
-        return operations / self._topology.devices / (self._topology.chip.flops * self._mfu)
+        return operations / self._topology.devices / (self.rate * self._mfu)
 
     def weight_seconds(self, chunk: int, remat: str) -> float:
         """Returns how long it takes to make floats of the codes of quantised weights."""

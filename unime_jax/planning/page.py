@@ -34,7 +34,13 @@ def _time(seconds: float) -> str:
 def _length(days: float) -> str:
     if days >= 2:
         return f"{days:.1f} days"
-    return f"{24 * days:.1f} hours" if days >= 1 / 12 else f"{1440 * days:.0f} minutes"
+    if days >= 1 / 12:
+        return f"{24 * days:.1f} hours"
+    return f"{1440 * days:.0f} minutes" if days >= 1 / 720 else f"{86400 * days:.3g} s"
+
+
+def _rate(rows: float) -> str:
+    return f"{rows:,.0f}" if rows >= 100 else f"{rows:.1f}"
 
 
 def head(plan: dict[str, Any]) -> str:
@@ -123,10 +129,10 @@ def _timing(plan: dict[str, Any], found: dict[str, Any]) -> list[str]:
     if found["weights_seconds"]:
         codes = f" + {_time(found['weights_seconds'])} to make floats of 4- or 8-bit weights"
     return [
-        f"Time, if products run at {plan['mfu']:.0%} of {hardware['device_flops'] / 1e12:.0f} "
+        f"Time, if products run at {plan['mfu']:.0%} of {found['rate'] / 1e12:.0f} "
         "TFLOP/s a device (--mfu) and gathers hide behind them",
         f"  {_time(found['products_seconds'])} of products{codes} = "
-        f"{_time(found['seconds'])} a step, {found['pairs_per_second']:.1f} rows/s, "
+        f"{_time(found['seconds'])} a step, {_rate(found['pairs_per_second'])} rows/s, "
         f"{_length(found['days'])} for {plan['steps']} steps",
         f"  peak rate: {hardware['source']}",
     ]

@@ -239,6 +239,7 @@ class _Planner:
         return {
             **dataclasses.asdict(found),
             "temporaries": found.peak - self._arguments.total,
+            "rate": self.estimator.rate,
             "products_seconds": self.estimator.compute_seconds(found.flops),
             "weights_seconds": self.estimator.weight_seconds(*setting),
             "pairs_per_second": self.settings["train"]["batch_size"] / seconds,
