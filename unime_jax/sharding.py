@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unime_jax.types import UserError
@@ -67,7 +67,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -
     return Mesh(np.asarray(devices).reshape(sizes), AXES)
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=None) -> P:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules=None) -> P:
     """Returns the spec of one parameter; `rules` are RULES unless others are given.
 
     Raises:
@@ -92,12 +92,12 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh, rules=None) -> P:
     return spec
 
 
-def sharding_of(mesh: Mesh, rules=None):
+def sharding_of(mesh: Mesh | AbstractMesh, rules=None):
     """Returns `(path, shape) -> NamedSharding` for loaders."""
     return lambda path, shape: NamedSharding(mesh, spec_of(path, shape, mesh, rules))
 
 
-def state_shardings(tree, mesh: Mesh):
+def state_shardings(tree, mesh: Mesh | AbstractMesh):
     """Returns the sharding of every leaf of a training state.
 
     The key of a leaf's innermost dict is its parameter's path, so that moments lie where their
@@ -114,7 +114,7 @@ def state_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def gathered(path: str, x, mesh: Mesh, rules=None):
+def gathered(path: str, x, mesh: Mesh | AbstractMesh, rules=None):
     """Gathers a parameter over fsdp, as the layer that uses it needs it; tensor stays split."""
     spec = spec_of(path, x.shape, mesh, rules)
     spec = P(*(None if axis == "fsdp" else axis for axis in spec))
