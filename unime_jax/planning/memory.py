@@ -25,7 +25,7 @@ def itemsize(dtype) -> float:
     """Returns the bytes of an element."""
     if dtype in (jnp.uint4, jnp.int4):
         return 0.5
-    return getattr(dtype, "itemsize", 4)  # keys of random numbers have none
+    return float(getattr(dtype, "itemsize", 4))  # keys of random numbers have none
 
 
 @dataclasses.dataclass(frozen=True)
