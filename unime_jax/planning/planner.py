@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unime_jax import embedder, sharding
+from unime_jax import runtime, sharding
 from unime_jax.models import layers
 from unime_jax.planning import (
     abstract,
@@ -181,7 +181,7 @@ class _Planner:
         """Compiles one setting."""
         devices = topologies.compile_devices(self.topology)
         mesh = sharding.make_mesh(*self.mesh.shape.values(), devices=devices)
-        attention = embedder.resolve_attention(
+        attention = runtime.resolve_attention(
             self.settings["model"]["attention"], self.settings["model"]["dtype"], mesh
         )
         found = compiled.compile_step(
