@@ -1,4 +1,4 @@
-"""Starts a training run as several processes over loopback, as a cluster would."""
+"""Starts an entry as several processes over loopback, as a cluster would."""
 
 import os
 import pathlib
@@ -10,8 +10,10 @@ from unime_jax import runtime
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def start(flags, cache, *, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
-    """Starts `python -m unime_jax.train`, with so many virtual CPU devices in each process."""
+def start(
+    flags, cache, *, processes: int = 1, devices: int = 1, entry: str = "train"
+) -> list[subprocess.Popen]:
+    """Starts `python -m unime_jax.ENTRY`, with so many virtual CPU devices in each process."""
     env = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -24,7 +26,7 @@ def start(flags, cache, *, processes: int = 1, devices: int = 1) -> list[subproc
         where = [place, f"--processes={processes}", f"--process={number}"] if processes > 1 else []
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "unime_jax.train", *where, *flags],
+                [sys.executable, "-m", f"unime_jax.{entry}", *where, *flags],
                 cwd=ROOT,
                 env=env,
                 stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ import time
 import jax
 import miniature
 import numpy as np
+import processes
 import pytest
 import tolerances
 
@@ -287,3 +288,17 @@ def test_kill_9_and_a_broken_pipe(root, alone, tmp_path):
     subprocess.run(["bash", "-c", pipe], env=env, cwd=root / "pairs", check=True)
     found = vector_files.read(tmp_path / "v.npz")
     assert len(found.vectors) == COUNT and distance(found.vectors, alone) < ROW
+
+
+@pytest.mark.slow
+def test_two_processes_of_two_devices(root, alone, tmp_path):
+    flags = ["--model", root / "student", "--input", root / "pairs" / "items.jsonl",
+             "--output", tmp_path / "v.npz"]  # fmt: skip
+    started = processes.start(
+        list(map(str, flags)), tmp_path / "cache", processes=2, devices=2, entry="embed"
+    )
+    said = processes.finish(started)
+    assert "done: " in said[0] and "done: " not in said[1]
+    found = vector_files.read(tmp_path / "v.npz")
+    assert len(found.vectors) == COUNT and distance(found.vectors, alone) < ROW
+    assert len(open(tmp_path / "v.npz.errors.jsonl").readlines()) == 4

@@ -11,7 +11,8 @@ left out and listed with their reasons in OUTPUT.errors.jsonl.
 
 Memory does not grow with the input. Killed or interrupted, the same command goes on where it
 stopped; after Ctrl-C the output holds what is done so far. All devices of this machine share the
-rows; started as several processes (jax.distributed), so do they.
+rows; several processes, told of each other by --coordinator=HOST:PORT --processes=N --process=I or
+by the cluster, do so as well.
 """
 
 import argparse
@@ -107,17 +108,17 @@ def embed(args: argparse.Namespace) -> None:
     with job as job:
         before = job.finished
         stopped = _run(model, source, job, settings, process, processes)
-        if processes > 1 and not stopped:
+        if processes > 1:
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("unime_jax.embed")
         if process == 0:
-            about = job.write(complete=not stopped)
-            if not stopped:
+            about = job.write(complete=stopped is None)
+            if stopped is None:
                 job.remove()
             _say(_summary(args, about, job.finished - before, time.perf_counter() - started))
-    if stopped:
-        raise KeyboardInterrupt
+    if stopped is not None:
+        stopped.leave()
     if process == 0 and about["rows"] and not about["vectors"]:
         raise UserError(
             f"none of the {about['rows']} rows could be embedded: {embed_job.errors_of(output)} "
@@ -192,8 +193,8 @@ def _run(
     settings: dict[str, Any],
     process: int,
     processes: int,
-) -> bool:
-    """Embeds what is not done; returns whether it was told to stop."""
+) -> runtime.StopRequest | None:
+    """Embeds what is not done; returns what told it to stop, if something did."""
     total = source.count()
     names: dict[int, str] = {}  # ids of the rows on their way
 
@@ -215,25 +216,33 @@ def _run(
 
     stream = Stream(model.preprocessor, pending(), instruction=settings["instruction"], bad=fail)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(runtime.StopRequest())
+        stop = runtime.StopRequest()
+        if processes == 1:  # of several each ends at once: what is done is on the disk
+            stack.enter_context(stop)
+        share = None if total is None else -(-total // processes)
+        before = job.finished - job.finished // processes  # what others have done
         progress = None
         if process == 0:
-            share = None if total is None else -(-total // processes)
-            before = job.finished - job.finished // processes  # what others have done
             progress = report.Progress(share, "embedding", start=job.finished - before, unit="row")
             stack.enter_context(progress)
+
+        def show() -> None:
+            if progress is not None:
+                done = job.finished - before
+                failed = f"{job.failed} bad" if job.failed else ""
+                progress.update(done if share is None else min(done, share), failed)
+
         halves: dict[int, np.ndarray] = {}
         for keys, vectors in model.run(stream):
             rows, vectors = _joined(keys, vectors, halves, names)
             job.add(rows, vectors)
             for row in rows:
                 names.pop(row)
-            if progress is not None:
-                failed = f"{job.failed} bad" if job.failed else ""
-                progress.update(job.finished - before, failed)
+            show()
             if stop.signal is not None:
-                return True
-    return False
+                return stop
+        show()
+    return None
 
 
 def _parts(entry: items.Entry, fusion: str) -> Iterator[Item]:
