@@ -11,10 +11,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "unime_jax"
 
 ENTRIES = {"train", "evaluate", "embed", "teach", "convert", "prepare", "plan", "inspect"}
-ENTRIES |= {"integrations"}
+ENTRIES |= {"ablate", "integrations"}
 STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
 STEP |= {"embed_job", "evaluation", "loop", "model_card", "planning", "search", "text_side"}
-STEP |= {"predictions", "tiny", "train_data", "weights"}
+STEP |= {"ablation", "predictions", "tiny", "train_data", "weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "runtime"}
 LEVELS = {

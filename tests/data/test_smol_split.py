@@ -79,6 +79,18 @@ def test_the_split_does_not_depend_on_order_or_on_other_sources(decoded, words, 
     assert [p.key for p in again["test"]] == [p.key for p in pairs["test"]]
 
 
+def test_another_number_holds_out_others(decoded, words, splits):
+    other, guard, _ = split_pairs(decoded, words, test=12, validation=6, number=2)
+    held, before = ({p.key for p in found["test"]} for found in (other, splits[0]))
+    assert len(held) == 12 and held != before
+    drawn = [
+        smol_split.split_sentences(words, other, guard, train=20, held_out=4, number=number)
+        for number in (1, 2)
+    ]
+    first, second = ({row.text for row in rows["heldout"]} for rows in drawn)
+    assert first and second and first != second
+
+
 def test_captions_of_several_pictures_are_not_held_out(decoded, words):
     more = [raw(f"The {animal}s!") for animal in packages.ANIMALS]
     rows = decoded + [(pair, bytes([200 + i])) for i, pair in enumerate(more)]

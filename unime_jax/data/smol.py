@@ -183,7 +183,13 @@ def miniature(pairs: list[RawPair]) -> list[RawPair]:
     ]
 
 
-def split(decoded: list[smol_split.Decoded], words: wordnet.WordNet | None, *, smoke: bool):
+def split(
+    decoded: list[smol_split.Decoded],
+    words: wordnet.WordNet | None,
+    *,
+    smoke: bool,
+    number: int = 1,
+):
     """Splits pairs and sentences; see `smol_split`."""
     sizes = SMOKE_SIZES if smoke else SIZES
     test, validation = sizes["test"], sizes["validation"]
@@ -192,10 +198,15 @@ def split(decoded: list[smol_split.Decoded], words: wordnet.WordNet | None, *, s
         held_source = "pairs"
         test, validation = min(test, len(decoded) // 5), min(validation, len(decoded) // 10)
     pairs, guard, dropped = smol_split.split_pairs(
-        decoded, words, held_source=held_source, test=test, validation=validation
+        decoded,
+        words,
+        held_source=held_source,
+        test=test,
+        validation=validation,
+        number=number,
     )
     sentences = smol_split.split_sentences(
-        words, pairs, guard, train=sizes["train"], held_out=sizes["held_out"]
+        words, pairs, guard, train=sizes["train"], held_out=sizes["held_out"], number=number
     )
     return pairs, sentences, dropped
 

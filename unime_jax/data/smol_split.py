@@ -98,9 +98,9 @@ def _runs(words: list[str], longest: int) -> Iterator[list[str]]:
             yield words[start:stop]
 
 
-def _draw(text: str) -> str:
-    """Gives a text its place in the lottery: the same on every machine, whatever else is there."""
-    return hashlib.sha256(("unime smol split 1 " + text).encode()).hexdigest()
+def _draw(text: str, number: int) -> str:
+    """Gives a text its place in a lottery: the same on every machine, whatever else is there."""
+    return hashlib.sha256((f"unime smol split {number} " + text).encode()).hexdigest()
 
 
 _TOPICS = {
@@ -162,6 +162,7 @@ def split_pairs(
     held_source: str = "tuxpaint",
     test: int,
     validation: int,
+    number: int = 1,
 ) -> tuple[dict[str, list[Pair]], Guard, collections.Counter]:
     """Splits decoded pairs; returns the splits, the guard and what was dropped, by source.
 
@@ -175,6 +176,7 @@ def split_pairs(
       words: for definitions; None does without.
       held_source: the source that test and validation come from.
       test, validation: pairs to hold out.
+      number: of the split; another number holds out others.
 
     Raises:
       UserError: too few captions to hold any out.
@@ -194,7 +196,7 @@ def split_pairs(
             f"{len(candidates)} {held_source} pictures with a caption of their own are too few "
             f"to hold out {test} for test and {validation} for validation"
         )
-    candidates.sort(key=lambda found: _draw(text_keys.compact_key(found.raw.caption)))
+    candidates.sort(key=lambda found: _draw(text_keys.compact_key(found.raw.caption), number))
     held = {"test": candidates[:test], "validation": candidates[test : test + validation]}
     held_out = [*held["test"], *held["validation"]]
     guard = Guard(found.raw.caption for found in held_out)
@@ -244,6 +246,7 @@ def split_sentences(
     *,
     train: int,
     held_out: int,
+    number: int = 1,
 ) -> dict[str, list[Sentence]]:
     """Draws sentences of WordNet for stage 1; held-out ones share no synset with training.
 
@@ -257,7 +260,7 @@ def split_sentences(
         return {"train": captions[:train], "heldout": rows[:held_out], "captions": captions}
     used = {pair.gloss for pair in pairs["train"] if pair.gloss}
     allowed = [synset for synset in words.synsets.values() if guard.allows_synset(synset)]
-    allowed.sort(key=lambda synset: _draw(synset.name))
+    allowed.sort(key=lambda synset: _draw(synset.name, number))
     with_example = [s for s in allowed if _usable(s.gloss) and any(map(_usable, s.examples))]
     visible = [
         s for s in allowed if s.name[0] == "n" and s.lexfile in wordnet.VISIBLE and not s.examples
@@ -280,7 +283,7 @@ def split_sentences(
         row for row in trained if guard.allows_text(row.text) and row.text not in taken_texts
     ]
     rows["captions"] = captions
-    return {name: sorted(r, key=lambda row: _draw(row.text)) for name, r in rows.items()}
+    return {name: sorted(r, key=lambda row: _draw(row.text, number)) for name, r in rows.items()}
 
 
 def _caption_rows(pairs: list[Pair]) -> list[Sentence]:

@@ -1,6 +1,7 @@
 """What a run tells its user: progress, metrics files, tables, plots and the report."""
 
 from unime_jax.report.contact_sheet import plot_contact_sheet
+from unime_jax.report.differences import plot_differences
 from unime_jax.report.metrics_log import MetricsWriter, read_metrics
 from unime_jax.report.plots import (
     plot_cosine_matrices,
@@ -24,6 +25,7 @@ __all__ = [
     "format_seconds",
     "plot_contact_sheet",
     "plot_cosine_matrices",
+    "plot_differences",
     "plot_dumbbells",
     "plot_groups",
     "plot_losses",
