@@ -100,6 +100,7 @@ class _Work:
         self._number = 0
         self._clock = ablation.Clock()
         self._left: list[str] = []
+        self._learning_rates: dict[str, float] = {}  # of the stages' configs
         self._measures: dict[int, _Measure] = {}
 
     def expect(self, stages: Sequence[str]) -> None:
@@ -162,13 +163,16 @@ class _Work:
     def _flags(self, run: Run, base: str) -> list[str]:
         """Returns what a run changes in the config of its stage."""
         stage, assets = run.variant.stage, self._assets(run.split)
-        default = parse(["ablate", *self._stage_config(stage)], "")
+        if stage not in self._learning_rates:
+            default = parse(["ablate", *self._stage_config(stage)], "")
+            self._learning_rates[stage] = default.optim.learning_rate
+        learning_rate = self._learning_rates[stage] * run.rate
         values: dict[str, Any] = {
             "seed": run.seed,
             "output": run.directory(self._output),
             "model.path": base,
             "data.path": assets / "data",
-            "optim.learning_rate": float(f"{default.optim.learning_rate * run.rate:.4g}"),
+            "optim.learning_rate": float(f"{learning_rate:.4g}"),
             "eval.every_steps": 0,
             "checkpoint.keep": 1,
         }
@@ -264,11 +268,14 @@ def _call(command: Sequence[str], directory: pathlib.Path) -> None:
     log = directory / f"{command[2].rpartition('.')[2]}.log"
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file)
+        stopped = False
         with _passing_on(process):
             while process.poll() is None:
-                with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C reaches the child as well
+                try:
                     process.wait()
-    if process.returncode == 130 or process.returncode < 0:
+                except KeyboardInterrupt:  # Ctrl-C reaches the child as well: it saves and ends
+                    stopped = True
+    if stopped or process.returncode < 0:
         raise KeyboardInterrupt
     if process.returncode:
         raise UserError(
@@ -279,8 +286,13 @@ def _call(command: Sequence[str], directory: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _passing_on(process: subprocess.Popen):
-    """Passes SIGTERM on to a child, which saves and stops."""
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    """Passes SIGTERM on to a child, and takes it as Ctrl-C."""
+
+    def stop(*_):
+        process.terminate()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:

@@ -129,6 +129,9 @@ def test_instructions_by_task_type_and_side(model):
     given = MTEBEncoder(model, prompts=prompts, instructions=True)
     assert given.instruction_of(task, query) == "Search."
     assert given.instruction_of(task, document) == "A page."
+    plain = metadata("Plain", "Retrieval", "t2t", ["text"], "recall_at_5", prompt="Find it.")
+    assert asked.instruction_of(plain, query) == "Find it."
+    assert asked.instruction_of(plain, document) is None
     sts = metadata("Similar", "STS", "t2t", ["text"], "cosine_spearman")
     assert given.instruction_of(sts, None) is None
     assert asked.instruction_of(sts, None)
