@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +187,17 @@ def test_a_command_that_fails_is_named(tmp_path):
     with pytest.raises(UserError, match="unime_jax.train --config=none.py failed with exit code 2"):
         ablate._call([sys.executable, "-m", "unime_jax.train", "--config=none.py"], tmp_path / "a")
     assert (tmp_path / "a" / "train.log").is_file()
+
+
+def test_sigterm_is_passed_on_and_stops_the_whole(tmp_path):
+    """A child that saves and ends with 0 has not finished its work."""
+    child = "import os, signal, time; signal.signal(15, lambda *_: os._exit(0)); "
+    child += "os.kill(os.getppid(), 15); time.sleep(60)"
+    before = signal.getsignal(signal.SIGTERM)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ablate._call([sys.executable, "-c", child], tmp_path)
+    assert time.monotonic() - started < 50 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_differences_are_drawn(tmp_path):

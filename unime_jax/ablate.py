@@ -11,6 +11,7 @@ every split and seed.
 
 import contextlib
 import itertools
+import os
 import pathlib
 import shutil
 import signal
@@ -42,6 +43,8 @@ METRICS = ("i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", MAIN, "Spearman", "glos
 def main(argv: list[str]) -> None:
     config = parse(argv, __doc__)
     validate(config)
+    # A GPU is shared with the training processes: nobody takes all of its memory beforehand.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     runtime.start()
     run(config)
 
