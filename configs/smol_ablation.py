@@ -30,6 +30,12 @@ VARIANTS = (
     ),
     *((f"k {k}", "k", "stage 1", "stage2", {"loss.k": k}) for k in (1, 2, 32, 127)),
 )
+# What "both" is among them, by the config of stage 2.
+REFERENCE = (
+    ("negatives", "hard negatives (both)"),
+    ("margin", "margin 0.1 (both)"),
+    ("k", "k 8 (both)"),
+)
 SMOKE = ("distilled", "none", "stage 1", "stage 2", "both", "random negatives")
 
 
@@ -51,5 +57,6 @@ def get_config(arg: str = ""):
         for name, family, base, stage, changes in VARIANTS
         if name in wanted
     )
+    c.reference = REFERENCE
     c.steps = 2 if smoke else 0  # of every stage; 0: as its config says
     return c

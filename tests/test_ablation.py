@@ -91,9 +91,10 @@ def test_every_variant_chooses_its_rate_once_by_validation_alone(machine, assets
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     rows = {row["variant"]: row for row in content["tables"]["Negatives"]}
     assert rows["easy negatives"]["mean R@10 - both"] == "-3.0 ± 0.0"
-    assert rows["both"]["mean R@10 - both"] is None and rows["both"]["rate"] == "x 3"
+    both = rows["hard negatives (both)"]
+    assert both["mean R@10 - both"] is None and both["rate"] == "x 3"
     values = [40 + split + seed for split in (1, 2) for seed in (0, 1)]
-    assert rows["both"]["i2t R@1"] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    assert both["i2t R@1"] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
     with Image.open(tmp_path / "out" / "differences.png") as image:
         assert image.width > 900
     assert "[1/" in capsys.readouterr().out

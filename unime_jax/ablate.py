@@ -315,15 +315,16 @@ def _report(
     """Writes the report of what is there so far, and prints its tables."""
     (reference,) = (v.name for v in variants if v.family == ablation.REFERENCE)
     cells = list(dict.fromkeys(cell for found in scores.values() for cell in found))
-    sections, panels = [], {}
+    sections, panels, titles = [], {}, dict(config.reference)
     for family, title in FAMILIES.items():
         members = [v for v in variants if v.family in (family, ablation.REFERENCE)]
         if len(members) < 2:
             continue
-        table = ablation.table(members, scores, rates, METRICS, MAIN)
+        own = titles.get(family, reference)
+        table = ablation.table(members, scores, rates, METRICS, MAIN, own)
         sections.append(report.Section(title, table=table))
         panels[title] = [
-            (v.name, found.values, found.mean, found.error)
+            (own if v.name == reference else v.name, found.values, found.mean, found.error)
             for v in members
             if (found := ablation.paired(scores, v.name, reference, MAIN))
         ]

@@ -161,15 +161,25 @@ def table(
     rates: Mapping[str, float],
     metrics: Sequence[str],
     main: str,
+    title: str = "",
 ) -> report.Table:
-    """Has a line for each variant: its rate, its metrics, and its paired difference in `main`."""
+    """Has a line for each variant: its rate, its metrics, and its paired difference in `main`.
+
+    Args:
+      variants: with the reference.
+      scores: of them.
+      rates: that they chose.
+      metrics: columns; main: one of them.
+      title: of the reference among these variants; "": its name.
+    """
     (reference,) = (variant.name for variant in variants if variant.family == REFERENCE)
     rows = []
     for variant in variants:
         cells = scores.get(variant.name, {})
         if not cells:
             continue
-        line: list[str | float | None] = [variant.name, f"x {rates[variant.name]:.3g}"]
+        name = title if title and variant.name == reference else variant.name
+        line: list[str | float | None] = [name, f"x {rates[variant.name]:.3g}"]
         for metric in metrics:
             values = [cell[metric] for cell in cells.values() if metric in cell]
             line.append(spread(values) if values else None)

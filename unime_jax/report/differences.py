@@ -35,8 +35,8 @@ def plot_differences(
                     linewidth=1.4,
                 )  # fmt: skip
                 ax.annotate(
-                    f"{mean:+.1f}", (mean, place), (0, 6), textcoords="offset points",
-                    ha="center", fontsize=6.5, color=MUTED,
+                    f"{mean:+.1f}" if any(values) else "", (mean, place), (0, 6),
+                    textcoords="offset points", ha="center", fontsize=6.5, color=MUTED,
                 )  # fmt: skip
             ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
             ax.set_ylim(len(rows) - 0.4, -0.6)
