@@ -201,10 +201,11 @@ def start(*, preemptible: bool = False) -> None:
     _PLACE = (jax.process_index(), jax.process_count())
     if not (preemptible and _together()):
         signal.signal(signal.SIGTERM, handler)  # JAX took it; nobody would ask for it
-    if _together():
-        print(f"{_PLACE[1]} processes, {len(devices)} {devices[0].device_kind} devices", flush=True)
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
+    elif _together():
+        kind = devices[0].device_kind
+        print(f"{_PLACE[1]} processes, {len(devices)} {kind} devices", flush=True)
 
 
 # Collectives run beside products, also those of the next layer of a loop.
