@@ -73,6 +73,19 @@ def test_a_stop_by_sigterm_is_no_failure_unless_told_so(wanted, code, monkeypatc
         stop.leave()
 
 
+def test_an_entry_may_start_where_jax_is_at_work_already(monkeypatch):
+    jax.devices()
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the cache of the tests stays
+    before = signal.getsignal(signal.SIGTERM)
+    runtime.start()
+    assert runtime.is_main() and signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    with pytest.raises(UserError, match="not found.*before"):
+        runtime.start()
+
+
 def test_flags_that_place_a_process_are_taken_by_every_entry(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.setenv(name, "")

@@ -261,12 +261,14 @@ def _join() -> None:
         address = f"127.0.0.1:{free_port()}"
         jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address)
     except RuntimeError as error:
+        if "must be called before" in str(error) and not any(given.values()):
+            return  # JAX is at work already, in a notebook for instance: alone
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the other processes are not found: {reason}") from None
 
 
 @contextlib.contextmanager
-def _told_to_wait(seconds: float):
+def _told_to_wait(seconds: int | float):
     """Says after a while that the other processes are missing, and ends when they stay away.
 
     Left alone, JAX would end the process with a stack trace.
