@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import unime_jax
-from unime_jax import weights
+from unime_jax import checkpoint, weights
 
 # Raise it when the same weights begin to embed differently: stored vectors are then left alone.
 FORMAT = 1
@@ -92,7 +92,8 @@ def of_model(found: weights.Weights, hashes: FileHashes, settings: dict[str, Any
     version = [FORMAT, unime_jax.__version__]
     digest.update(json.dumps([version, settings], sort_keys=True).encode())
     root = found.directory
-    paths = sorted(p for p in root.rglob("*") if p.is_file() and _matters(p.relative_to(root)))
+    inside = root.rglob("*") if checkpoint.is_model(root) else root.glob("*")
+    paths = sorted(p for p in inside if p.is_file() and _matters(p.relative_to(root)))
     with ThreadPoolExecutor(4) as pool:
         for path, content in zip(paths, pool.map(hashes, paths), strict=True):
             digest.update(str(path.relative_to(root)).encode() + b"\0" + content)

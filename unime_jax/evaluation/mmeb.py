@@ -48,6 +48,8 @@ def validate(config) -> None:
         f"config.data.path={config.data.path}: give the directory of MMEB-eval's sets",
     )
     check_path(config, "images")
+    if config.before and mmeb_report.read_results(config.before)["results"]["benchmark"] != "mmeb":
+        raise UserError(f"config.before={config.before}: not the output of an evaluation on MMEB")
 
 
 def run(config) -> dict[str, Any]:
