@@ -83,9 +83,9 @@ def test_the_model_card(tmp_path):
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     card = (export(run, tmp_path / "out") / "README.md").read_text()
     for words in (
-        'base_model: "base"',
+        "Base: base.",
         "vectors of 32 numbers and length 1 (unime_smol)",
-        "| 2, contrastive with hard negatives | pairs.jsonl | 7 | 12 | 0.02 | LoRA of rank 3 |",
+        "| 2, contrastive with hard negatives | data/pairs.jsonl | 7 | 12 | 0.02 | LoRA ",
         "| run | 0.500 |",
         r"text  = '{text}\nSummary above sentence in one word:'",
         "Pooling: last token",
@@ -93,6 +93,9 @@ def test_the_model_card(tmp_path):
         "resized to 224 x 224",
     ):
         assert words in card, words
+    assert "base_model" not in card  # a directory of this machine
+    text = (export(run, tmp_path / "text", "--text-only") / "README.md").read_text()
+    assert "SentenceTransformer" in text and "AutoModel" in text and "image" not in text
     # An export of an export says what that was.
     again = (export(tmp_path / "out", tmp_path / "again") / "README.md").read_text()
     assert "nothing was trained" in again and np.all([w in again for w in ("## How to load",)])

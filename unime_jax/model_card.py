@@ -1,5 +1,6 @@
 """Writes the model card that goes with exported weights."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -8,7 +9,7 @@ from unime_jax import checkpoint, report, weights
 from unime_jax.data import prompts
 from unime_jax.report import Table
 
-_LANGUAGE_LIKE = ("llama", "mistral", "phi3")
+_TEXT_ALONE = ("llama", "mistral", "phi3")
 _STAGES = {
     "distill": "1, distillation of a text teacher",
     "align": "alignment of the projector",
@@ -44,6 +45,14 @@ vectors = torch.nn.functional.normalize(hidden[:, -1], dim=-1)
 ```"""
 
 
+_SENTENCES = """```python
+from sentence_transformers import SentenceTransformer
+
+vectors = SentenceTransformer(".").encode([{text!r}])
+```
+"""
+
+
 def write(directory: pathlib.Path, found: weights.Weights, *, pooling: str, width: int) -> None:
     """Writes README.md: what the model is, how it was trained, and how to load it.
 
@@ -52,7 +61,11 @@ def write(directory: pathlib.Path, found: weights.Weights, *, pooling: str, widt
       found: what was exported.
       pooling, width: of its embeddings.
     """
-    (directory / "README.md").write_text(card(found, pooling=pooling, width=width), "utf-8")
+    text = card(found, pooling=pooling, width=width)
+    if (directory / "modules.json").is_file():
+        words = _template(found).text.replace("{text}", "a puppy")
+        text += "\nWith sentence-transformers:\n\n" + _SENTENCES.format(text=words)
+    (directory / "README.md").write_text(text, encoding="utf-8")
 
 
 def card(found: weights.Weights, *, pooling: str, width: int) -> str:
@@ -60,10 +73,14 @@ def card(found: weights.Weights, *, pooling: str, width: int) -> str:
     kind = found.config["model_type"]
     template = _template(found)
     runs = [pathlib.Path(change.name) for change in found.changes]
-    base = pathlib.Path(found.base_name).name or found.base_name
+    base, named = found.base_name, ""
+    if pathlib.Path(base).is_dir():
+        base = pathlib.Path(base).name
+    else:
+        named = f"base_model: {json.dumps(base)}\n"  # the hub follows it
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: feature-extraction\n"
-        f"base_model: {json.dumps(base)}\ntags: [embeddings, unime, unime_jax]\n---",
+        f"{named}tags: [embeddings, unime, unime_jax]\n---",
         f"# Embeddings from {base}",
         f"Turns texts{', images, and both together' if template.image else ''} into vectors of "
         f"{width} numbers and length 1 ({kind}). Made with unime_jax, which implements UniME "
@@ -86,8 +103,11 @@ def card(found: weights.Weights, *, pooling: str, width: int) -> str:
 
 
 def _template(found: weights.Weights) -> prompts.Template:
-    name = found.preparation.get("prompt") or prompts.name_for(found.config["model_type"])
-    return prompts.TEMPLATES[name]
+    kind = found.config["model_type"]
+    template = prompts.TEMPLATES[found.preparation.get("prompt") or prompts.name_for(kind)]
+    if kind in _TEXT_ALONE:
+        template = dataclasses.replace(template, image="", both="")
+    return template
 
 
 def _stage(run: pathlib.Path) -> tuple:
@@ -97,7 +117,7 @@ def _stage(run: pathlib.Path) -> tuple:
     trained = [f"LoRA of rank {rank}"] if rank else []
     trained += [f"`{rule}`" for rule in train.get("trainable") or []]
     temperature = loss.get("temperature")
-    data = pathlib.Path(str(config["data"].get("path") or "")).name
+    data = "/".join(pathlib.Path(str(config["data"].get("path") or "")).parts[-2:])
     stage = config.get("stage", "")
     return (
         _STAGES.get(stage, stage),
@@ -152,7 +172,7 @@ def _loading(found: weights.Weights, template: prompts.Template) -> str:
         '```python\nimport unime_jax\n\nembedder = unime_jax.load(".")\n'
         f'vectors = embedder.embed(texts=["a puppy"{second})\n```'
     ]
-    if kind in _LANGUAGE_LIKE:
+    if kind in _TEXT_ALONE:
         words = f"texts = [{template.text!r}.format(text=text) for text in ('a puppy', 'a car')]"
         parts += ["With transformers:", _PYTORCH.format(prompt=words)]
     elif kind == "llava_next":
@@ -160,13 +180,18 @@ def _loading(found: weights.Weights, template: prompts.Template) -> str:
         size = found.preparation.get("image_size")
         resize = f".resize(({size}, {size}))" if size else ""
         parts += ["With transformers:", _LLAVA.format(image=image, resize=resize)]
+    elif kind == "unime_smol":
+        parts.append(
+            "transformers does not know this type of model; `python -m unime_jax.convert export "
+            "--text-only` writes its language model as a Llama."
+        )
     elif kind == "phi3_v":
         parts.append(
             "With transformers, the model's own code (the .py files of the base) is needed: "
             "`AutoModelForCausalLM.from_pretrained('.', trust_remote_code=True)`; the embedding is "
             "the last hidden state of the last token, scaled to length 1."
         )
-    if kind in ("llava_next", *_LANGUAGE_LIKE):
+    if kind in ("llava_next", *_TEXT_ALONE):
         parts.append(
             "With vLLM: `vllm serve . --runner pooling --convert embed`, pooling the last token "
             "and normalising; requests carry the prompt above."
