@@ -11,11 +11,17 @@ import torch
 import transformers
 
 import unime_jax
-from unime_jax import convert, models, tiny
+from unime_jax import convert, models, runtime, tiny
 from unime_jax.types import UserError
 
 TEXTS = ["a red cat", "a much longer sentence about a green fox"]
 SAME = 1e-5  # embeddings of the exported model and ours
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """JAX is at work already, with the compile cache of the tests."""
+    monkeypatch.setattr(runtime, "start", lambda: None)
 
 
 def export(model, output, *flags):

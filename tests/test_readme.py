@@ -15,11 +15,17 @@ import pytest
 import tolerances
 
 import unime_jax
-from unime_jax import convert, embedder, models, tiny
+from unime_jax import convert, embedder, models, runtime, tiny
 from unime_jax.types import flatten
 
 README = (miniature.ROOT / "README.md").read_text(encoding="utf-8")
 SAME = 1e-5  # embeddings of two ways
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """JAX is at work already, with the compile cache of the tests."""
+    monkeypatch.setattr(runtime, "start", lambda: None)
 
 
 def blocks(title: str) -> list[str]:
