@@ -94,6 +94,12 @@ def test_alignment_refuses_a_model_without_projector(root, tmp_path):
         train.run(c)
 
 
+def test_models_that_drop_no_features_say_so(root, tmp_path):
+    changes = {"output": tmp_path, "train.feature_dropout": 0.5}
+    with pytest.raises(UserError, match="feature_dropout=0.5: only the projector of a unime_smol"):
+        train.run(miniature.config("smol_stage1", root, **changes))
+
+
 def test_vectors_of_other_sentences_are_refused(root, tmp_path):
     miniature.write_pairs(tmp_path / "pairs")
     path = tmp_path / "pairs" / "pairs.jsonl"

@@ -78,6 +78,7 @@ def base_config() -> ConfigDict:
     c.train.trainable = ()  # regexes on parameter paths, besides the adapters
     # The frozen decoder in 4 or 8 bits (QLoRA): nf4 or int8; None: in model.dtype.
     c.train.quantize = config_dict.placeholder(str)
+    c.train.feature_dropout = 0.0  # on the vision features that a unime_smol's projector reads
     c.train.adapters = ConfigDict()
     c.train.adapters.rank = 16  # 0: no adapters
     c.train.adapters.alpha = 64.0  # the update is scaled by alpha / rank
@@ -243,6 +244,7 @@ def validate_values(config: ConfigDict) -> None:
         check(value >= 0, f"config.{key}={value}: must not be negative")
     for key in (
         "train.adapters.dropout",
+        "train.feature_dropout",
         "optim.warmup_share",
         "data.extra_texts",
         "data.max_bad_share",

@@ -352,7 +352,8 @@ def from_settings(
         schedule=schedule,
         seed=settings["seed"],
         chunk=train["chunk"],
-        dropout=train["adapters"]["rank"] > 0 and train["adapters"]["dropout"] > 0,
+        dropout=train["feature_dropout"] > 0
+        or (train["adapters"]["rank"] > 0 and train["adapters"]["dropout"] > 0),
         mesh=mesh,
     )
     return optimizer, step

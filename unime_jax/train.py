@@ -20,7 +20,7 @@ from unime_jax import checkpoint, embedder, loop, optim, runtime, sharding, step
 from unime_jax.config import describe, parse, validate_train
 from unime_jax.evaluation import smol
 from unime_jax.train_data import open_data, reads_images
-from unime_jax.types import flatten, unflatten
+from unime_jax.types import UserError, flatten, unflatten
 
 
 def main(argv: list[str]) -> None:
@@ -55,6 +55,7 @@ def run(config) -> dict[str, float]:
     data = open_data(settings, base)
     print(data.describe())
     embedder.attach_adapters(model, settings["train"]["adapters"], seed=config.seed)
+    _set_feature_dropout(model, config.train.feature_dropout)
     graphdef, state = nnx.split(model)
     trainable, frozen = optim.split_by_settings(flatten(nnx.to_pure_dict(state)), settings["train"])
     del model, state
@@ -73,6 +74,17 @@ def run(config) -> dict[str, float]:
     validate = _validation(config, graphdef, {**frozen, **trainable}, directory, mesh)
     state = steps.create_state(trainable, optimizer, mesh=mesh)
     return loop.Loop(settings, train_step, frozen, data, saves, validate, mesh).run(state)
+
+
+def _set_feature_dropout(model: nnx.Module, rate: float) -> None:
+    projector = getattr(model, "multi_modal_projector", None)
+    if hasattr(projector, "dropout"):
+        projector.dropout = rate
+    elif rate:
+        raise UserError(
+            f"config.train.feature_dropout={rate}: only the projector of a unime_smol drops "
+            "features; set it to 0"
+        )
 
 
 def _validation(config, graphdef, flat, directory, mesh):

@@ -70,6 +70,21 @@ def test_features_stand_where_the_index_says(model):
             tolerances.assert_near(embeds[row, position], expected, tolerances.MODULE)
 
 
+def test_dropout_is_for_training_and_follows_the_row(model):
+    projector = model.multi_modal_projector
+    x, keys = jnp.ones((4, 2, 24)), jax.random.split(jax.random.key(0), 4)
+    x = x.at[..., ::2].set(-1)
+    whole = projector(x, keys)
+    projector.dropout = 0.5
+    try:
+        tolerances.assert_near(projector(x), whole, tolerances.MODULE)
+        dropped = projector(x, keys)
+        assert (np.abs(dropped - whole).max(axis=(1, 2)) > 1e-2).all()
+        tolerances.assert_near(projector(x[1:3], keys[1:3]), dropped[1:3], tolerances.MODULE)
+    finally:
+        projector.dropout = 0.0
+
+
 def test_several_tiles_of_a_row_are_counted_through(model):
     first = with_features(model, parity.image_inputs())
     both = np.concatenate([first.features[::-1], first.features], axis=1)

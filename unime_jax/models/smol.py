@@ -36,7 +36,7 @@ from unime_jax.models import decoder, efficientnet
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from unime_jax.models.hf import KeyMap, Rule
-from unime_jax.models.layers import LayerNorm, Linear
+from unime_jax.models.layers import LayerNorm, Linear, dropout
 from unime_jax.models.multimodal import FEATURES, Multimodal
 from unime_jax.types import Array, ImageSpec, Inputs, UserError
 
@@ -83,7 +83,11 @@ class SmolConfig:
 
 
 class Projector(nnx.Module):
-    """Turns the tower's features into vectors of the decoder's input space."""
+    """Turns the tower's features into vectors of the decoder's input space.
+
+    Attributes:
+      dropout: rate on the normalised features, in training only.
+    """
 
     def __init__(self, config: SmolConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
         inputs, hidden = config.vision.head, config.projector_hidden
@@ -93,10 +97,13 @@ class Projector(nnx.Module):
         )
         self.linear_1 = Linear(inputs, hidden, **options)
         self.linear_2 = Linear(hidden, config.text.hidden_size, **options)
+        self.dropout = 0.0
 
-    def __call__(self, x: Float[Array, "*G Dv"]) -> Float[Array, "*G D"]:
+    def __call__(self, x: Float[Array, "*G Dv"], key: Array | None = None) -> Float[Array, "*G D"]:
         if self.norm is not None:
             x = self.norm(x)
+        if key is not None and self.dropout > 0:
+            x = dropout(x, key, self.dropout)
         return self.linear_2(jax.nn.gelu(self.linear_1(x), approximate=False))
 
 
@@ -129,14 +136,13 @@ class Smol(Multimodal):
         return self.vision_tower(tiles)
 
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
-        del key  # nothing here takes adapters
         features = inputs.features
         if features is None:
             tiles = inputs.tiles.reshape(-1, *inputs.tiles.shape[2:])
             features = checkpoint_name(self.featurise(tiles), FEATURES)
         # [G, C, P, Dv] or [G * C, P, Dv] -> [G, C * P, Dv]; f16 features are converted here.
         features = features.reshape(inputs.rows, -1, features.shape[-1])
-        return self.multi_modal_projector(features.astype(self.language_model.dtype))
+        return self.multi_modal_projector(features.astype(self.language_model.dtype), key)
 
     @staticmethod
     def key_map(config: SmolConfig) -> KeyMap:
