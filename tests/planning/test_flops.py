@@ -111,6 +111,7 @@ def test_xla_counts_the_same_on_an_unrolled_model(monkeypatch):
         },
         "train": {
             "chunk": 2, "trainable": (), "quantize": None,
+            "feature_dropout": 0.0,
             "adapters": {**llava_step.ADAPTERS, "dropout": 0.0},
         },
     }  # fmt: skip
