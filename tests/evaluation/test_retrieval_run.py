@@ -66,6 +66,11 @@ def test_an_oracle_finds_all_and_embeds_every_row_once(captions, tmp_path):
         assert (tmp_path / "out" / name).is_file(), name
     text = (tmp_path / "out/report.md").read_text()
     assert "difference" in text and "both stages (Phi-3.5-V)" in text
+    path = compare.compare([str(tmp_path / "out"), f"again={tmp_path / 'out'}"], tmp_path / "both")
+    rows = json.loads(path.with_suffix(".json").read_text())["tables"]["Retrieval"]
+    assert [row["score"] for row in rows][:2] == ["Flickr30K t2i", "Flickr30K i2t"]
+    assert len(rows) == 11 and {row["again minus out"] for row in rows} == {"+0.0"}
+    assert rows[-1]["UniME (Phi-3.5-V)"] == 93.3
 
 
 def test_a_constant_embedding_finds_nothing(captions, tmp_path, monkeypatch):

@@ -1,0 +1,65 @@
+"""How a model is prompted on a benchmark, from its config, its training and the published way."""
+
+import dataclasses
+
+import pytest
+from test_mmeb_run import config_of
+
+from unime_jax import tiny, weights
+from unime_jax.evaluation import opening
+from unime_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return weights.find(tiny.backbone("phi35v", tmp_path_factory.mktemp("models") / "phi"))
+
+
+STAGE1 = {"prompt": "phi35v_stage1", "image_size": 0, "image_crops": 0, "fusion": "sum"}
+STAGE2 = {"prompt": "mmeb", "image_size": 336, "image_crops": 1, "fusion": "together"}
+
+
+@pytest.mark.parametrize(
+    "kind, trained, benchmark, expected",
+    [
+        # Published checkpoints: as the published evaluation.
+        ("phi3_v", {}, "mmeb", ("mmeb", "together", 0, 4)),
+        ("phi3_v", {}, "retrieval", ("phi35v_eval", "together", 0, 4)),
+        ("llava_next", {}, "mmeb", ("mmeb", "together", 336, 0)),
+        ("llava_next", {}, "retrieval", ("llava16", "together", 336, 0)),
+        # Runs of ours: as they were trained; a model of stage 1 reads image and text apart.
+        ("phi3_v", STAGE1, "mmeb", ("phi35v_stage1", "sum", 0, 0)),
+        ("phi3_v", STAGE1, "retrieval", ("phi35v_stage1", "sum", 0, 0)),
+        ("phi3_v", STAGE2, "mmeb", ("mmeb", "together", 336, 1)),
+        ("phi3_v", STAGE2, "retrieval", ("phi35v_eval", "together", 336, 1)),
+        ("unime_smol", {}, "retrieval", ("plain", "together", 0, 0)),
+    ],
+)
+def test_what_the_config_leaves_open(found, kind, trained, benchmark, expected, tmp_path):
+    model = dataclasses.replace(
+        found, config={**found.config, "model_type": kind}, preparation=trained
+    )
+    made = opening.settings_of(model, config_of("data", "images", tmp_path), benchmark=benchmark)
+    prepared = made.preparation
+    if kind == "unime_smol":
+        expected = (opening.prompts.name_for(kind), *expected[1:])
+    assert tuple(prepared[key] for key in ("prompt", "fusion", "image_size", "image_crops")) == (
+        expected
+    )
+    assert made.wording.raw == (prepared["prompt"] == "mmeb")
+    assert made.wording.sum == (prepared["fusion"] == "sum")
+
+
+def test_the_config_goes_first(found, tmp_path):
+    config = config_of("data", "images", tmp_path)
+    config.data.image_size, config.data.image_crops = 0, 16
+    config.data.prompt, config.data.fusion = "phi35v", "sum"
+    made = opening.settings_of(
+        dataclasses.replace(found, preparation=STAGE2), config, benchmark="mmeb"
+    )
+    assert made.preparation == {
+        "prompt": "phi35v", "fusion": "sum", "image_size": 0, "image_crops": 16,
+    }  # fmt: skip
+    config.data.prompt = "phi36v"
+    with pytest.raises(UserError, match="config.data.prompt=phi36v: choose one of"):
+        opening.settings_of(found, config, benchmark="mmeb")
