@@ -111,7 +111,7 @@ def test_models_stand_side_by_side_and_bad_rows_are_named(root, tmp_path, capsys
     assert [p["token"] for p in first["run"]] == [p.token for p in expected]
     assert_near([p["probability"] for p in first["run"]], [p.probability for p in expected], 1e-6)
     shown = report.visible(first["run"][0]["text"])
-    assert shown in out and "1 more rows" in out and "row 4" not in out
+    assert shown in out and "and 1 more in" in out and "row 4" not in out
     with Image.open(tmp_path / "inspect.png") as image:
         assert image.width > 800 and image.height > 400
 
@@ -123,6 +123,8 @@ def test_nothing_to_show_is_an_error(root, tmp_path):
     with pytest.raises(UserError, match="none of its 2 rows"):
         inspect.main([*model, *rest])
     assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="is a file; give a directory"):
+        inspect.main([*model, *rest[:2], "--output", rest[1]])
     with pytest.raises(UserError, match="has 512 tokens"):
         inspect.main([*model, "-k", "513", "--input", str(root / "items.jsonl"), *rest[2:]])
     with pytest.raises(UserError, match="same directory twice"):

@@ -46,6 +46,9 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv[1:])
     if args.k < 1 or args.show < 1:
         raise UserError("-k and --show are counts: give 1 or more")
+    output = pathlib.Path(args.output).expanduser()
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {args.output} is a file; give a directory")
     names = _names(args.model, args.name)
     found = [weights.find(path) for path in args.model]  # all are looked for before one is loaded
     entries = list(items.Input(args.input))
@@ -59,7 +62,6 @@ def main(argv: list[str]) -> None:
     kept = [entry for entry in entries if any(entry.row in m.found for m in inspected)]
     if not kept:
         raise UserError(f"{args.input}: none of its {len(entries)} rows can be read")
-    output = pathlib.Path(args.output).expanduser()
     output.mkdir(parents=True, exist_ok=True)
     written = _write(output, args, kept, inspected, faults)
     shown = kept[: args.show]
@@ -67,7 +69,7 @@ def main(argv: list[str]) -> None:
         print(f"\n{_title(entry)}\n\n{_table(entry.row, inspected).text()}")
     plot = _plot(output / "inspect.png", shown, inspected)
     if len(shown) < len(kept):
-        print(f"\n{len(kept) - len(shown)} more rows are in {written}; --show N prints and draws N")
+        print(f"\nand {len(kept) - len(shown)} more in {written}; --show N prints and draws N")
     print(f"\nwritten  {written}\nplot     {plot}")
 
 
