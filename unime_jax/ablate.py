@@ -227,15 +227,23 @@ class _Measure:
         self._pairs = {part: smol.read_pairs(data, part) for part in ("validation", "test")}
         self._heldout = smol.read_heldout(data, teacher=str(assets / "teacher"))
         self._glosses = sources.split_sentences(data, "gloss_to_example")
+        self._loaded: tuple[pathlib.Path, embedder.Embedder] | None = None
+
+    def _model(self, directory: pathlib.Path) -> embedder.Embedder:
+        """Loads a run; the last one is kept, for its tests mostly follow its validation."""
+        if self._loaded is None or self._loaded[0] != directory:
+            self._loaded = None  # before the next one is in memory
+            self._loaded = directory, embedder.load(directory, dtype="float32")
+        return self._loaded[1]
 
     def validation(self, directory: pathlib.Path, stage: str) -> float:
-        model = embedder.load(directory, dtype="float32")
+        model = self._model(directory)
         if stage == "stage1":
             return self._spearman(model, first=0)
         return self._recalls(model, "validation")[MAIN]
 
     def test(self, directory: pathlib.Path, stage: str) -> dict[str, float]:
-        model = embedder.load(directory, dtype="float32")
+        model = self._model(directory)
         found = {} if stage == "stage1" else self._recalls(model, "test")
         found["Spearman"] = self._spearman(model, first=1)
         definitions = model.embed(texts=[row["text"] for row in self._glosses])
