@@ -258,11 +258,16 @@ def test_memory_is_bounded_by_the_rows_that_wait(root, monkeypatch):
             yield stream.Item(number, "a" * (1 + 40 * (number % 3)))
 
     seen, most = [], 0
-    for inputs, keys in stream.Stream(model, rows(), instruction=None, bad=pytest.fail):
+    made = stream.Stream(model, rows(), instruction=None, bad=pytest.fail)
+    positions = real = 0
+    for inputs, keys in made:
+        positions += inputs.tokens.shape[1] << (inputs.rows - 1).bit_length()
+        real += int(inputs.lengths.sum())
         assert inputs.rows == len(keys)
         seen += keys
         most = max(most, len(read) - len(seen))
     assert sorted(seen) == list(range(200)) and most < 10 + 3 * stream._CHUNK
+    assert made.padded_share == pytest.approx(1 - real / positions) and real < positions
     waiting = stream.Stream(model, rows(), instruction=None, bad=pytest.fail)
     assert max(len(keys) for _, keys in waiting) <= 11
 

@@ -242,6 +242,8 @@ def _run(
             if stop.signal is not None:
                 return stop
         show()
+    if process == 0 and stream.positions:
+        _say(f"{stream.padded_share:.1%} of the positions were padding")
     return None
 
 

@@ -54,6 +54,9 @@ class Stream:
       items: in any number.
       instruction: put before every text.
       bad: called with the key of a row that cannot be embedded, and with the reason.
+
+    Attributes:
+      positions, real: of the groups so far, padding and padded rows included, and without.
     """
 
     def __init__(
@@ -67,11 +70,20 @@ class Stream:
         self._model, self._items = model, iter(items)
         self._instruction, self._bad = instruction, bad
         self._waiting: dict[int, _Waiting] = {}
+        self.positions = self.real = 0
+
+    @property
+    def padded_share(self) -> float:
+        """Of all positions, 0 to 1."""
+        return 1 - self.real / self.positions if self.positions else 0.0
 
     def __iter__(self) -> Iterator[tuple[Inputs, list[Hashable]]]:
         with ThreadPoolExecutor() as pool:
             found = buckets.prepared(self._buckets(pool), self._prepare, self._pack, bad=self._fail)
             for inputs, members in found:
+                rows = buckets.padded_rows(inputs.rows, self._model.devices)
+                self.positions += rows * inputs.tokens.shape[1]
+                self.real += int(inputs.lengths.sum())
                 yield inputs, [self._waiting.pop(member).item.key for member in members]
 
     def _buckets(self, pool: ThreadPoolExecutor) -> Iterator[buckets.Bucket]:
