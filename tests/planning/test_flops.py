@@ -94,6 +94,31 @@ def test_remat_dots_keeps_products_with_weights(kind):
     assert count("dots").model == count("full").model == count("none").total
 
 
+def test_floats_of_quantised_weights_stay_in_their_layer():
+    """Else all layers' are held at once: the loop over chunks does not change them."""
+    codes, scales = quant.shapes((DEPTH, WIDTH, WIDTH), "nf4")
+
+    def loss(bias, codes, scales, chunks):
+        def layer(x, weights):
+            return jnp.tanh(quant.matmul(x, *weights) + bias), None
+
+        encode = jax.checkpoint(
+            lambda x: jax.lax.scan(layer, x, (codes, scales))[0],
+            policy=jax.checkpoint_policies.save_only_these_names("nothing"),
+        )
+        return jnp.sum(jax.lax.map(encode, chunks))
+
+    def results(jaxpr):
+        for equation in jaxpr.eqns:
+            yield from (var.aval for var in equation.outvars)
+            for body, _ in flops.bodies(equation):
+                yield from results(body)
+
+    jaxpr, _ = flops.trace(jax.grad(loss), shape(WIDTH), codes, scales, shape(2, ROWS, WIDTH))
+    floats = [a for a in results(jaxpr) if a.shape == codes.shape and a.dtype == jnp.float32]
+    assert not floats
+
+
 def test_xla_counts_the_same_on_an_unrolled_model(monkeypatch):
     """A step of LLaVA, adapters, chunks and all, without a loop in its program."""
     text = {**llava_step.CONFIG["text_config"], "hidden_size": 512, "intermediate_size": 1024}

@@ -328,7 +328,10 @@ def _all_but_placed(primitive, *_, **params) -> bool:
 
 _REMAT_POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(quant.PRODUCT),
+    ),
 }
 REMATS = ("none", *_REMAT_POLICIES)
 
