@@ -200,7 +200,8 @@ class _Planner:
                 "peak": found.peak + self._idle,
                 "fits": not found.refusal and found.peak + self._idle <= self.estimator.limit,
                 "refusal": found.refusal,
-                "arguments_match": bool(found.refusal) or found.arguments == self._arguments.total,
+                "arguments_match": bool(found.refusal)
+                or found.arguments + self._idle == self._arguments.total,
                 "collectives": [dataclasses.asdict(one) for one in found.moved],
                 "collective_bytes": sum(one.bytes for one in found.moved),
                 "collective_seconds": sum(one.sent for one in found.moved) / link,
