@@ -1,6 +1,7 @@
 """Plans: shapes and bytes are those of a run, the tables add up, faults are named."""
 
 import json
+import types
 
 import jax
 import llava_step
@@ -9,7 +10,16 @@ import pytest
 
 from unime_jax import config as config_lib
 from unime_jax import plan, sharding, steps, train_data
-from unime_jax.planning import abstract, backbones, composition, estimate, flops, memory, planner
+from unime_jax.planning import (
+    abstract,
+    backbones,
+    compiled,
+    composition,
+    estimate,
+    flops,
+    memory,
+    planner,
+)
 from unime_jax.types import UserError
 
 CONFIGS = miniature.ROOT / "configs"
@@ -154,3 +164,42 @@ def test_a_model_that_nobody_knows_is_named(tmp_path):
     model = abstract.model(settings, backbone.config, "xla")
     made = composition.find(settings, backbone, model)
     assert "tokenizer" in made.source or "data.path" in made.source
+
+
+def test_the_fastest_settings_are_compiled_until_one_fits():
+    """Those that are far too large are left out, and what was measured corrects the estimates."""
+    made = object.__new__(planner._Planner)
+    made._arguments = memory.Arguments(1.0, 0.0, 0.0, 0.0)
+    made.estimator = types.SimpleNamespace(limit=10.0)
+    asked = []
+
+    def compile(setting):
+        asked.append(setting)
+        peak = {(32, "none"): 14.0, (16, "dots"): 9.0}[setting]
+        return {"compiled": {"peak": peak, "fits": peak < 10, "seconds": 1.0,
+                             "chunk": setting[0], "remat": setting[1]}}  # fmt: skip
+
+    made.compile = compile
+    found = [
+        {"chunk": 64, "remat": "none", "peak": 25.0},  # no error of an estimate helps
+        {"chunk": 32, "remat": "none", "peak": 12.0},
+        {"chunk": 16, "remat": "none", "peak": 9.0},  # too large after the one before
+        {"chunk": 16, "remat": "dots", "peak": 9.5},
+        {"chunk": 16, "remat": "full", "peak": 2.0},
+    ]
+    said = []
+    tried = made._compile_in_turn(found, said.append)
+    assert asked == [(32, "none"), (16, "dots")]
+    assert [one["fits"] for one in tried] == [False, True]
+    assert "does not fit" in said[0] and "chunk 16, remat dots" in said[1]
+
+
+def test_what_a_compiler_says_of_too_large_a_program():
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of "
+        "memory in memory space hbm. Used 63.80G of 15.75G hbm. Exceeded hbm capacity by 48.05G."
+    )
+    found = compiled._refused(message, 3.0)
+    assert found.peak == pytest.approx(63.8 * 2**30) and found.refusal.startswith("CompileTimeHbm")
+    other = compiled._refused("RESOURCE_EXHAUSTED: temporaries (63.80G) exceeds available HBM", 1.0)
+    assert other.peak == pytest.approx(63.8 * 2**30)
