@@ -74,7 +74,7 @@ class Loop:
             state = self._steps(state, first, total, stop)
             self._saves.close()
         self._progress.close()
-        if stop.signal is not None:
+        if int(state.step) < total:
             print(f"saved after step {int(state.step)}; the same command goes on from there")
             stop.leave()
         print(f"done: {self._output}" + self._data.summary())

@@ -86,7 +86,7 @@ class StopRequest:
     """Turns SIGINT and SIGTERM into an answer that a loop asks for between steps.
 
     The first signal asks the loop to save and stop; a second SIGINT interrupts at once. Of several
-    processes any may be told; all of them stop after the same step.
+    processes that were started `preemptible` any may be told; all stop after the same step.
 
     Attributes:
       signal: what asked this process, or made all stop; None before.
@@ -98,8 +98,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            # Where there are several, JAX has its own handler of SIGTERM, which tells the others.
-            numbers = (signal.SIGINT,) if _together() else (signal.SIGINT, signal.SIGTERM)
+            # Where all stop together, JAX's own handler of SIGTERM tells the others.
+            numbers = (signal.SIGINT,) if _STOP_TOGETHER else (signal.SIGINT, signal.SIGTERM)
             for number in numbers:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
@@ -113,12 +113,12 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         print(f"\n{self.signal.name}: stopping after this step ...", file=sys.stderr, flush=True)
-        if _together():
+        if _STOP_TOGETHER:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def reached(self, step: int) -> bool:
         """Says whether to stop after this step; to be asked after every one, by all processes."""
-        if not _together():
+        if not _STOP_TOGETHER:
             return self.signal is not None
         from jax.experimental import multihost_utils
 
@@ -136,8 +136,9 @@ class StopRequest:
         sys.exit(int(os.environ.get(STOP_VARIABLE, "0")))
 
 
-# Number of this process, and how many there are.
+# Number of this process, and how many there are; whether they all stop after the same step.
 _PLACE = (0, 1)
+_STOP_TOGETHER = False
 
 
 def is_main() -> bool:
@@ -197,9 +198,10 @@ def start(*, preemptible: bool = False) -> None:
             f"JAX_PLATFORMS={asked}: no such devices here ({reason}); install the extra cuda12 or "
             "tpu, or unset it"
         ) from None
-    global _PLACE
+    global _PLACE, _STOP_TOGETHER
     _PLACE = (jax.process_index(), jax.process_count())
-    if not (preemptible and _together()):
+    _STOP_TOGETHER = preemptible and _together()
+    if not _STOP_TOGETHER:
         signal.signal(signal.SIGTERM, handler)  # JAX took it; nobody would ask for it
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
