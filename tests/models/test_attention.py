@@ -94,10 +94,12 @@ def test_blocks(tokens, found):
     assert splash.block_of(tokens) == found
 
 
-def lowered(platform, implementation, dtype=jnp.bfloat16, *, width=64, causal=True, tokens=577):
+def lowered(
+    platform, implementation, dtype=jnp.bfloat16, *, width=64, causal=True, tokens=577, lengths=None
+):
     shapes = [(2, tokens, n, width) for n in (4, 2, 2)]
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    run = attend(implementation, causal=causal)
+    run = attend(implementation, causal=causal, lengths=lengths)
     return run.trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -113,9 +115,10 @@ def test_cudnn_lowers_for_gpu_without_one(monkeypatch):
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused, "check_compute_capability", lambda *_: True)
-    text = lowered("cuda", "cudnn")
+    text = lowered("cuda", "cudnn", lengths=(577, 100))
     assert "cudnn$fmha" in text.lower() or "__cudnn" in text.lower()
-    assert "577x577" not in text, "causal rows need no mask"
+    assert "577x577" not in text and "PADDING" not in text, "causal rows need no mask"
+    assert "PADDING" in lowered("cuda", "cudnn", lengths=(577, 100), causal=False)
     assert "cudnn" not in lowered("cuda", "cudnn", width=256).lower(), "heads too wide for it"
 
 
