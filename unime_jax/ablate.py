@@ -290,8 +290,8 @@ def _call(command: Sequence[str], directory: pathlib.Path) -> None:
         raise KeyboardInterrupt
     if process.returncode:
         raise UserError(
-            f"{' '.join(command[1:4])} failed with exit code {process.returncode}: see above and "
-            f"{log}"
+            f"python {' '.join(command[1:4])} failed with exit code {process.returncode}, see "
+            f"above and {log}"
         )
 
 
