@@ -98,6 +98,7 @@ def embed(args: argparse.Namespace) -> None:
         return
     started = time.perf_counter()
     model = embedder.load_weights(found, dtype=settings["compute_dtype"], mesh=_mesh(args.fsdp))
+    del found  # with the files that it holds mapped, which count as memory
     width = model.embedding_width
     if args.dim is not None and args.dim > width:
         raise UserError(f"--dim {args.dim}: the vectors of {args.model} have {width} numbers")
