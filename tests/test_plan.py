@@ -105,6 +105,7 @@ def run_plan(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_plan_adds_up(capsys, monkeypatch):
     monkeypatch.setattr(estimate, "REMATS", ("none", "full"))  # every probe takes seconds
     monkeypatch.setattr(planner._Planner, "_whole_batch_may_fit", lambda self, remat: False)
