@@ -84,6 +84,46 @@ def test_faults_are_named(tmp_path, columns, named):
         read(path)
 
 
+def test_files_of_one_set_have_columns_of_one_kind(tmp_path):
+    columns = {"qry_text": ["q"], "qry_img_path": [""], "tgt_img_path": [[""]]}
+    files = [
+        write(tmp_path / "A" / "1.parquet", tgt_text=[["a"]], **columns),
+        write(tmp_path / "A" / "2.parquet", tgt_text=["a"], **columns),
+    ]
+    with pytest.raises(UserError, match=f"{tmp_path / 'A'}: files of different kinds of columns"):
+        mmeb_eval.read(files, Items(), ImageFolder(tmp_path))
+
+
+def test_columns_of_queries_that_are_no_text_are_named(tmp_path):
+    rest = {"tgt_text": [["a"]], "tgt_img_path": [[""]]}
+    path = write(tmp_path / "X.parquet", qry_text=[5], qry_img_path=[""], **rest)
+    with pytest.raises(UserError, match=f"{path}: column qry_text holds int64"):
+        read(path)
+    text = pyarrow.Array.from_buffers(
+        TEXT, 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
+    )
+    path = write(tmp_path / "Y.parquet", qry_text=text, qry_img_path=[""], **rest)
+    with pytest.raises(UserError, match=f"{path}: column qry_text holds text that is not UTF-8"):
+        read(path)
+
+
+def test_damaged_captions_of_parquet_files_are_named(tmp_path):
+    images = [{"bytes": b"x", "path": None}] * 2000
+    path = write(
+        tmp_path / "test-0.parquet", text=[f"caption {i}" for i in range(2000)], image=images
+    )
+    place = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    start = place.dictionary_page_offset or place.data_page_offset
+    content[start : start + 200] = b"\xff" * 200
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path} row 0: damaged"):
+        caption_sets.read_parquet(tmp_path, Items())
+    write(path, text=[1, 2], image=images[:2])
+    with pytest.raises(UserError, match=f"{path} row 0: text is not text"):
+        caption_sets.read_parquet(tmp_path, Items())
+
+
 def test_a_limit_takes_queries_from_all_over_the_set(tmp_path):
     count = 10
     path = write(
@@ -157,6 +197,45 @@ def test_a_long_json_list_is_read_as_far_as_it_is_needed(tmp_path, monkeypatch):
     path.write_text("{}")
     with pytest.raises(UserError, match="not a JSON list"):
         caption_sets.read_sharegpt4v(tmp_path, tmp_path, Items())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"caption": ["a"]}, "stands where a text should"),
+        ({"filename": 5}, "stands where a text should"),
+        ({"negative_caption": "\ud800"}, "half a surrogate pair"),
+        ({"filename": "\ud800.jpg"}, "half a surrogate pair"),
+    ],
+)
+def test_rows_that_hold_no_text_are_named(tmp_path, change, message):
+    row = {"filename": "a.jpg", "caption": "a", "negative_caption": "b"}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([row, row | change]))
+    with pytest.raises(UserError, match=f"{path} row 1: .*{message}"):
+        caption_sets.read_sugarcrepe(path, tmp_path, Items())
+    fields = {"filename": "image", "caption": "value", "negative_caption": "value"}
+    ((name, value),) = change.items()
+    entry = {"image": "a.jpg", "conversations": [{}, {"value": "a"}]}
+    (entry if fields[name] == "image" else entry["conversations"][1])[fields[name]] = value
+    path.write_text(json.dumps([entry]))
+    with pytest.raises(UserError, match=f"{path} entry 0: .*{message}"):
+        caption_sets.read_sharegpt4v(tmp_path, tmp_path, Items())
+
+
+def test_files_may_start_with_a_byte_order_mark(captions, tmp_path):
+    names = ("ShareGPT4V/*.json", "sugar_crepe/add_obj.json", "Urban1k/caption/1.txt")
+    for name in names:
+        (source,) = captions.glob(name)
+        copy = tmp_path / source.relative_to(captions)
+        copy.parent.mkdir(parents=True)
+        copy.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    items = Items()
+    assert len(caption_sets.read_sharegpt4v(tmp_path / "ShareGPT4V", tmp_path, items).images) == 6
+    path = tmp_path / "sugar_crepe/add_obj.json"
+    assert len(caption_sets.read_sugarcrepe(path, tmp_path, items, limit=2).images) == 2
+    found = caption_sets.read_urban1k(tmp_path / "Urban1k", items)
+    assert not items[int(found.captions[0])].text.startswith("\ufeff")
 
 
 def test_items_are_numbered_once():

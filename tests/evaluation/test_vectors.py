@@ -1,5 +1,6 @@
 """Vectors on disk, hashes of models and files, and how items become rows."""
 
+import errno
 import json
 import os
 import pathlib
@@ -74,6 +75,37 @@ def test_damaged_shards_are_embedded_again(tmp_path):
     assert len(VectorStore(tmp_path)) == 4
 
 
+def test_any_number_of_shards_needs_few_descriptors(tmp_path):
+    code = (
+        "import pathlib, resource, sys, numpy as np\n"
+        "from unime_jax.evaluation.store import VectorStore\n"
+        "keys = [bytes([i]) * 16 for i in range(60)]\n"
+        "expected = np.arange(300, dtype=np.float32).reshape(60, 5)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))\n"
+        "store = VectorStore(pathlib.Path(sys.argv[1]))\n"
+        "for i in range(60):\n"
+        "    store.add(keys[i:i + 1], expected[i:i + 1])\n"
+        "    store.flush()\n"
+        "for found in (store, VectorStore(store.directory)):\n"
+        "    assert len(found) == 60\n"
+        "    np.testing.assert_array_equal(found.vectors(keys[::-1]), expected[::-1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert done.returncode == 0
+
+
+def test_a_system_without_descriptors_is_no_damaged_shard(tmp_path, monkeypatch):
+    with VectorStore(tmp_path) as store:
+        store.add(KEYS[:4], rows(4))
+
+    def load(*args, **kwargs):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(np, "load", load)
+    with pytest.raises(OSError, match="Too many open files"):
+        VectorStore(tmp_path)
+
+
 def test_two_processes_see_each_others_rows(tmp_path):
     one, two = VectorStore(tmp_path), VectorStore(tmp_path)
     one.add(KEYS[:2], rows(2))
@@ -146,6 +178,21 @@ def test_texts_without_image_stay_as_they_are():
     assert Wording(True).rows(Item(" a\n b ")) == [(" a\n b ", None)]
     with pytest.raises(UserError, match="but there is no image"):
         Wording(True).rows(Item(f"{SLOT} a"))
+
+
+def test_images_of_other_roots_are_others_whatever_their_names(tmp_path):
+    from PIL import Image
+
+    items = Items()
+    for root, color in (("a", "red"), ("b", "blue")):
+        (tmp_path / root).mkdir()
+        Image.new("RGB", (9, 9), color).save(tmp_path / root / "1.png")
+        items.add("what?", ImageFolder(tmp_path / root)("1.png"))
+    model = fake_models.FakeModel()
+    encoder = fake_models.encoder_of(items, model, tmp_path / "cache")
+    assert list(encoder.embed({"set": np.arange(len(items))})) == ["set"]
+    assert len(items) == encoder.rows == 2 and encoder.canonical.tolist() == [0, 1]
+    assert not np.array_equal(*encoder.vectors(np.arange(2)))
 
 
 def test_a_sum_is_of_parts_that_are_embedded_once(tmp_path):

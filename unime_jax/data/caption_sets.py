@@ -6,6 +6,7 @@ Images are read when they are asked for; what is missing of them shows then.
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import threading
 from collections.abc import Iterator
@@ -51,9 +52,14 @@ def find_folder(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | No
     if not root.is_dir():
         return None
     for folder in sorted(root.iterdir()):
-        if folder.is_dir() and _plain(folder.name) in names:
+        if folder.is_dir() and is_named(folder, names):
             return folder
     return None
+
+
+def is_named(folder: pathlib.Path, names: tuple[str, ...]) -> bool:
+    """Tells whether a directory has one of these names, whatever its case and dashes."""
+    return _plain(os.path.basename(os.path.abspath(folder))) in names
 
 
 def _plain(name: str) -> str:
@@ -96,9 +102,8 @@ class _ParquetImages:
         try:
             self._file = pyarrow.parquet.ParquetFile(path)
         except (OSError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{path}: not a readable parquet file ({reason}); fetch it again"
+                f"{path}: not a readable parquet file ({_first_line(error)}); fetch it again"
             ) from None
         names = self._file.schema_arrow.names
         self._text = next((name for name in ("text", "caption", "captions") if name in names), None)
@@ -111,9 +116,22 @@ class _ParquetImages:
         self._lock = threading.Lock()
 
     def captions(self) -> Iterator[list[str]]:
-        for batch in self._file.iter_batches(1024, columns=[self._text]):
-            for value in batch.column(0).to_pylist():
-                yield [value] if isinstance(value, str) else [text for text in value or [] if text]
+        import pyarrow
+
+        row = 0
+        try:
+            for batch in self._file.iter_batches(1024, columns=[self._text]):
+                for value in batch.column(0).to_pylist():
+                    texts = value if isinstance(value, list) else [value]
+                    texts = [text for text in texts if text]
+                    if not all(isinstance(text, str) for text in texts):
+                        raise UserError(f"{self._path} row {row}: {self._text} is not text")
+                    yield texts
+                    row += 1
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(
+                f"{self._path} row {row}: damaged ({_first_line(error)}); fetch it again"
+            ) from None
 
     def image(self, row: int) -> ImageRef:
         return ImageRef(-1, f"{self._path} row {row}", lambda: self._read(row))
@@ -126,14 +144,20 @@ class _ParquetImages:
             if self._held[0] != group:
                 try:
                     column = self._file.read_row_group(group, columns=["image"]).column(0)
-                except (OSError, pyarrow.ArrowException) as error:
-                    raise UserError(f"{self._path} row {row}: damaged ({error})") from None
-                self._held = group, column.to_pylist()
+                    self._held = group, column.to_pylist()
+                except (OSError, ValueError, pyarrow.ArrowException) as error:
+                    raise UserError(
+                        f"{self._path} row {row}: damaged ({_first_line(error)})"
+                    ) from None
             value = self._held[1][row - int(self._starts[group])]
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes) or not content:
             raise UserError(f"{self._path} row {row}: no image in it")
         return content
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _caption_set(images: list[int], captions: list[int], owner: list[int]) -> CaptionSet:
@@ -160,11 +184,12 @@ def read_sharegpt4v(
     count = min(limit or SHAREGPT4V_ROWS, SHAREGPT4V_ROWS)
     for row, entry in enumerate(itertools.islice(_entries(path), count)):
         try:
-            caption = entry["conversations"][1]["value"].replace("\n", " ")
-            pictures.append(items.add("", open_image(entry["image"])))
-        except (KeyError, IndexError, TypeError, AttributeError):
+            image, caption = entry["image"], entry["conversations"][1]["value"]
+        except (KeyError, IndexError, TypeError):
             raise UserError(f"{path} entry {row}: no image, or no conversations[1].value") from None
-        captions.append(items.add(caption))
+        _check_texts(f"{path} entry {row}", image, caption)
+        pictures.append(items.add("", open_image(image)))
+        captions.append(items.add(caption.replace("\n", " ")))
     return _caption_set(pictures, captions, list(range(len(pictures))))
 
 
@@ -188,7 +213,7 @@ def _entries(path: pathlib.Path) -> Iterator[dict]:
     """Reads a JSON list entry by entry: the published one has 1.2 million, of which few count."""
     decoder, text, started = json.JSONDecoder(), "", False
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             while True:
                 text = (text.lstrip().removeprefix(",") if started else text).lstrip()
                 if not started and text:
@@ -206,8 +231,21 @@ def _entries(path: pathlib.Path) -> Iterator[dict]:
                     continue
                 yield entry
                 text = text[end:]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _check_texts(where: str, *values) -> None:
+    """Refuses what JSON may hold in a text's place: numbers, lists, halves of surrogate pairs."""
+    for value in values:
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {str(value)[:60]!r} stands where a text should")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where}: half a surrogate pair in it, which is no character"
+            ) from None
 
 
 def read_urban1k(folder: pathlib.Path, items: Items, *, limit: int = 0) -> CaptionSet:
@@ -219,7 +257,7 @@ def read_urban1k(folder: pathlib.Path, items: Items, *, limit: int = 0) -> Capti
     pictures, captions = [], []
     for path in found[: limit or None]:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
         pictures.append(items.add("", open_image(f"{path.stem}.jpg")))
@@ -251,6 +289,7 @@ def read_sugarcrepe(
             raise UserError(
                 f"{path} row {number}: no filename, caption or negative_caption"
             ) from None
+        _check_texts(f"{path} row {number}", image, *texts)
         found.append([items.add("", open_image(image)), *map(items.add, texts)])
     return Triples(*np.array(found, np.int64).reshape(-1, 3).T)
 
@@ -264,8 +303,8 @@ def first_filename(path: pathlib.Path) -> str:
 
 def _rows(path: pathlib.Path) -> list:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable JSON ({error})") from None
     rows = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(rows, list):

@@ -17,7 +17,7 @@ class Items(Sequence[Item]):
 
     def __init__(self):
         self._items: list[Item] = []
-        self._numbers: dict[tuple[str, str], int] = {}
+        self._numbers: dict[tuple[str, pathlib.Path | str], int] = {}
 
     def __len__(self) -> int:
         return len(self._items)
@@ -26,12 +26,17 @@ class Items(Sequence[Item]):
         return self._items[number]
 
     def add(self, text: str, image: ImageRef | None = None) -> int:
-        """Returns the item's number; images are told apart by their names."""
-        key = text, image.name if image else ""
+        """Returns the item's number; images are told apart by `identity`."""
+        key = text, identity(image) if image else ""
         if key not in self._numbers:
             self._numbers[key] = len(self._items)
             self._items.append(Item(text or None, image))
         return self._numbers[key]
+
+
+def identity(image: ImageRef) -> pathlib.Path | str:
+    """Returns what is equal for the same image: sets of different roots may share names."""
+    return image.file or image.name
 
 
 class ImageFolder:

@@ -67,7 +67,7 @@ def read(
     total = table.num_rows
     if limit and limit < total:
         table = table.take(np.unique(np.linspace(0, total - 1, limit).round().astype(int)))
-    texts, paths = (_strings(table[column]) for column in COLUMNS[:2])
+    texts, paths = (_strings(files[0], table, column) for column in COLUMNS[:2])
     queries = np.array(
         [
             items.add(text, image(path) if path else None)
@@ -103,11 +103,27 @@ def _table(files: list[pathlib.Path]):
             raise UserError(
                 f"{path}: not a readable parquet file ({reason}); fetch it again"
             ) from None
-    return pyarrow.concat_tables(tables, promote_options="permissive")
+    try:
+        return pyarrow.concat_tables(tables, promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{files[0].parent}: files of different kinds of columns ({reason})"
+        ) from None
 
 
-def _strings(column) -> list[str]:
-    return [value or "" for value in column.to_pylist()]
+def _strings(path: pathlib.Path, table, name: str) -> list[str]:
+    found = [value or "" for value in _values(path, table[name], name)]
+    if not all(isinstance(value, str) for value in found):
+        raise UserError(f"{path}: column {name} holds {table[name].type}, not strings")
+    return found
+
+
+def _values(path: pathlib.Path, column, name: str) -> list:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: column {name} holds text that is not UTF-8 ({error})") from None
 
 
 def _candidates(
@@ -165,6 +181,6 @@ def _lists(path: pathlib.Path, table, name: str) -> tuple[np.ndarray, np.ndarray
     if not (pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type)):
         raise UserError(f"{path}: column {name} holds {kind}, not strings or lists of strings")
     encoded = pyarrow.compute.fill_null(values, "").dictionary_encode()
-    found = encoded.dictionary.to_pylist()
+    found = _values(path, encoded.dictionary, name)
     found += [] if "" in found else [""]
     return lengths, encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 
 from unime_jax import report
 from unime_jax.data import prompts
+from unime_jax.data.eval_items import identity
 from unime_jax.data.sources import ImageRef, Item
 from unime_jax.data.stream import Item as Row
 from unime_jax.evaluation import content, hosts
@@ -125,9 +127,9 @@ class Encoder:
         """Counts the rows that have neither a vector nor a fault."""
         return len(self._pending)
 
-    def _digests(self, items: Iterable[Item]) -> dict[str, bytes | str]:
+    def _digests(self, items: Iterable[Item]) -> dict[pathlib.Path | str, bytes | str]:
         """Hashes every image once; where one cannot be read, says why."""
-        images = {item.image.name: item.image for item in items if item.image is not None}
+        images = {identity(item.image): item.image for item in items if item.image is not None}
 
         def digest(image: ImageRef) -> bytes | str:
             try:
@@ -139,26 +141,26 @@ class Encoder:
             except OSError as error:
                 return f"{image.name}: cannot be read ({error.strerror})"
 
-        found: dict[str, bytes | str] = {}
+        found: dict[pathlib.Path | str, bytes | str] = {}
         if images:
             with (
                 ThreadPoolExecutor(_READERS) as pool,
                 report.Progress(len(images), "looking through images", unit="image") as progress,
             ):
-                for name, value in zip(images, pool.map(digest, images.values()), strict=True):
-                    found[name] = value
+                for image, value in zip(images, pool.map(digest, images.values()), strict=True):
+                    found[image] = value
                     progress.advance()
         return found
 
     def _key(
-        self, item: Item, wording: Wording, digests: dict[str, bytes | str]
+        self, item: Item, wording: Wording, digests: Mapping[pathlib.Path | str, bytes | str]
     ) -> tuple[bytes, ...]:
         keys = []
         try:
             rows = wording.rows(item)
         except UserError as error:
             return (self._fail(item, str(error)),)
-        found = b"" if item.image is None else digests[item.image.name]
+        found = b"" if item.image is None else digests[identity(item.image)]
         if isinstance(found, str):
             return (self._fail(item, found),)
         for text, image in rows:
@@ -173,7 +175,8 @@ class Encoder:
         return tuple(keys)
 
     def _fail(self, item: Item, reason: str) -> bytes:
-        name = f"{item.text}\0{item.image.name if item.image else ''}".encode()
+        name = f"{item.text}\0{identity(item.image) if item.image else ''}"
+        name = name.encode(errors="surrogatepass")  # a file's name need not be UTF-8
         key = hashlib.blake2b(name, digest_size=KEY_BYTES, person=b"failed").digest()
         self.failed[key] = reason
         return key
@@ -275,7 +278,9 @@ class Encoder:
         groups = [self._keys[i] for i in numbers.tolist()]
         if all(len(keys) == 1 for keys in groups):
             return self._store.vectors([keys[0] for keys in groups])
-        sums = np.stack([self._store.vectors(keys).sum(axis=0) for keys in groups])
+        starts = np.cumsum([0, *map(len, groups[:-1])])
+        rows = self._store.vectors([key for keys in groups for key in keys])
+        sums = np.add.reduceat(rows, starts, axis=0)
         return sums / np.linalg.norm(sums, axis=1, keepdims=True)
 
     def _note(self, numbers: Int[np.ndarray, "N"]) -> None:

@@ -1,5 +1,6 @@
 """Runs zero-shot retrieval: Flickr30K, COCO, ShareGPT4V, Urban1K, SugarCrepe."""
 
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def read(config) -> tuple[Items, dict[str, Data], dict[str, str]]:
     items, sets, problems = Items(), {}, {}
     for each in caption_retrieval.choose(config.sets):
         folder = caption_sets.find_folder(root, each.folders)
-        if folder is None and caption_sets.find_folder(root.parent, each.folders) == root:
+        if folder is None and caption_sets.is_named(root, each.folders):
             folder = root  # the directory of one set was given
         try:
             if folder is None:
@@ -113,7 +114,7 @@ def _images(config, root: pathlib.Path, folder: pathlib.Path, first: str) -> pat
     bases = [*given, folder, folder.parent, root]
     for base in bases:
         for place in _PLACES:
-            if (base / place / first).is_file():
+            if os.path.isfile(base / place / first):  # False as well for names no file can have
                 return base / place
     return bases[0]
 

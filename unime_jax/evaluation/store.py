@@ -5,6 +5,7 @@ A directory belongs to one model. It holds shards of two files each, written who
 vector. A killed process loses the rows since its last shard; several processes may write at once.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from jaxtyping import Float, UInt64
 KEY_BYTES = 16
 FLUSH_ROWS, FLUSH_SECONDS = 1024, 5.0
 _ABOUT = "about.json"
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class VectorStore:
@@ -35,7 +37,7 @@ class VectorStore:
         self.directory.mkdir(parents=True, exist_ok=True)
         if about is not None:
             _replace(directory / _ABOUT, json.dumps(about, indent=2).encode())
-        self._shards: list[np.ndarray] = []
+        self._shards: list[str] = []  # by name: a map that stays open is a descriptor for good
         self._read: set[str] = set()
         self._places: dict[bytes, tuple[int, int]] = {}
         self._hashes: dict[bytes, int] = {}
@@ -44,20 +46,25 @@ class VectorStore:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads shards that were written since, by any process."""
+        """Reads shards that were written since, by any process.
+
+        Raises:
+          OSError: the system has no descriptors or memory left; of a damaged shard nothing.
+        """
         for path in sorted(self.directory.glob("*.keys.npy")):
             name = path.name.removesuffix(".keys.npy")
             if name in self._read:
                 continue
             self._read.add(name)
             try:
-                keys = np.load(path)
-                vectors = np.load(self.directory / f"{name}.vectors.npy", mmap_mode="r")
+                keys, vectors = np.load(path), self._map(name)
                 if keys.shape != (len(vectors), KEY_BYTES + 8) or vectors.dtype != np.float32:
                     raise ValueError
-            except (OSError, ValueError, EOFError):
+            except (OSError, ValueError, EOFError) as error:
+                if getattr(error, "errno", None) in _EXHAUSTED:
+                    raise
                 continue  # damaged: its rows are embedded again
-            self._shards.append(vectors)
+            self._shards.append(name)
             for row, line in enumerate(keys):
                 key = line[:KEY_BYTES].tobytes()
                 self._places[key] = len(self._shards) - 1, row
@@ -98,24 +105,30 @@ class VectorStore:
                 os.fsync(file.fileno())
             os.replace(part, path)
         self._read.add(name)
-        self._shards.append(np.load(self.directory / f"{name}.vectors.npy", mmap_mode="r"))
+        self._shards.append(name)
         for row, key in enumerate(keys):
             self._places[key] = len(self._shards) - 1, row
         self._waiting.clear()
 
     def vectors(self, keys: Sequence[bytes]) -> Float[np.ndarray, "N E"]:
         """Reads vectors; every key must be there."""
-        out = None
+        found: list[np.ndarray | None] = [self._waiting.get(key) for key in keys]
+        stored: dict[int, list[tuple[int, int]]] = {}  # shard -> place in keys, row
         for place, key in enumerate(keys):
-            if key in self._waiting:
-                row = self._waiting[key]
-            else:
-                shard, number = self._places[key]
-                row = self._shards[shard][number]
-            if out is None:
-                out = np.empty((len(keys), len(row)), np.float32)
-            out[place] = row
-        return np.zeros((0, 0), np.float32) if out is None else out
+            if found[place] is None:
+                shard, row = self._places[key]
+                stored.setdefault(shard, []).append((place, row))
+        for shard, wanted in stored.items():
+            places, numbers = zip(*wanted, strict=True)
+            for place, row in zip(
+                places, self._map(self._shards[shard])[list(numbers)], strict=True
+            ):
+                found[place] = row
+        return np.stack(found) if found else np.zeros((0, 0), np.float32)
+
+    def _map(self, name: str) -> Float[np.ndarray, "N E"]:
+        """Maps a shard's vectors into memory until the array is let go."""
+        return np.load(self.directory / f"{name}.vectors.npy", mmap_mode="r")
 
     def hashes(self, keys: Iterable[bytes]) -> UInt64[np.ndarray, "N"]:
         """Returns a number for each vector; equal numbers are equal vectors."""
