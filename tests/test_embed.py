@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import tolerances
 
 import unime_jax
 from unime_jax import embed, embedder, runtime
-from unime_jax.data import stream, vector_files
+from unime_jax.data import prompts, stream, vector_files
 from unime_jax.types import UserError
 
 ROW = 1e-5  # cosine distance of a row on one device and on eight, alone and among others
@@ -187,6 +188,10 @@ def test_ctrl_c_leaves_what_is_done(root, alone, tmp_path, monkeypatch, capsys):
     places = [good.index(row) for row in part.rows]
     assert distance(part.vectors, alone[places]) < ROW
     assert "the same command goes on from there" in capsys.readouterr().out
+    job = (tmp_path / "v.parquet.job").rename(tmp_path / "away")
+    with pytest.raises(UserError, match="v.parquet holds .* of a job that was stopped, and .*gone"):
+        run(root, tmp_path / "v.parquet")
+    job.rename(tmp_path / "v.parquet.job")
     monkeypatch.setattr(embed_job.Job, "add", add)
     run(root, tmp_path / "v.parquet")
     whole = vector_files.read(tmp_path / "v.parquet")
@@ -226,6 +231,48 @@ def test_the_sum_of_text_and_image(root, tmp_path):
     assert [error["row"] for error in errors] == [1, 4]
 
 
+def test_a_model_trained_with_a_raw_prompt(root, tmp_path):
+    """As stage 2 leaves it: texts, pictures and both are taken without a word of the data's."""
+    model = shutil.copytree(root / "student", tmp_path / "mmeb")
+    (model / "preparation.json").write_text('{"prompt": "mmeb"}')
+    lines = [{"text": "a"}, {"image": "1.png"}, {"text": "a", "image": "1.png"}]
+    source = root / "pairs" / "mmeb.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    embed.main(["embed", *map(str, ("--model", model, "--input", source, "--output",
+                                    tmp_path / "v.npz"))])  # fmt: skip
+    found = vector_files.read(tmp_path / "v.npz")
+    assert found.rows.tolist() == [0, 1, 2] and found.about["bad_rows"] == 0
+    texts = ["a", prompts.Slotted("", ""), prompts.Slotted("", "\na")]
+    images = [None, *[root / "pairs" / "1.png"] * 2]
+    expected = embedder.load(model, dtype="float32").embed(texts=texts, images=images)
+    assert distance(found.vectors, expected) < ROW
+
+
+def test_vectors_that_are_not_finite_are_bad_rows(root, tmp_path, monkeypatch):
+    def run_with_faults(self, groups, apply=None):
+        for _, keys in groups:  # the text of row 1 and the picture of row 2 overflow
+            vectors = np.eye(32, dtype=np.float32)[: len(keys)]
+            for place, (row, part) in enumerate(keys):
+                if (row, part) in ((1, ""), (2, "image")):
+                    vectors[place] = np.nan
+                if row == 3:  # nothing is left of it in eight numbers
+                    vectors[place] = np.eye(32)[9]
+            yield keys, vectors
+
+    monkeypatch.setattr(embedder.Embedder, "run", run_with_faults)
+    lines = [{"text": "a"}, {"text": "b", "id": "b"}, {"text": "c", "image": "1.png"},
+             {"text": "d"}, {"text": "e", "image": "1.png"}]  # fmt: skip
+    source = root / "pairs" / "overflow.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--fusion", "sum", "--dtype", "int8", "--dim", "8")
+    run(root, tmp_path / "v.npz", *flags, input=source)
+    found = vector_files.read(tmp_path / "v.npz")
+    assert found.rows.tolist() == [0, 4] and np.isfinite(found.vectors).all()
+    errors = [json.loads(x) for x in open(tmp_path / "v.npz.errors.jsonl", encoding="utf-8")]
+    assert [(e["row"], e["id"]) for e in errors] == [(1, "b"), (2, "2"), (3, "3")]
+    assert {e["error"] for e in errors} == {"the model gave no finite vector"}
+
+
 def test_nothing_and_nothing_good(root, tmp_path):
     (tmp_path / "none.jsonl").write_text("\n")
     run(root, tmp_path / "v.npz", input=tmp_path / "none.jsonl")
@@ -234,6 +281,8 @@ def test_nothing_and_nothing_good(root, tmp_path):
     with pytest.raises(
         UserError, match="none of the 2 rows could be embedded: .*errors.jsonl says"
     ):
+        run(root, tmp_path / "w.npz", input=tmp_path / "bad.jsonl")
+    with pytest.raises(UserError, match="none of the 2 rows could be embedded"):  # the same again
         run(root, tmp_path / "w.npz", input=tmp_path / "bad.jsonl")
 
 

@@ -1,7 +1,9 @@
 """Search over files of vectors: the nearest rows, their pictures, and indices of other models."""
 
 import json
+import os
 import shutil
+import sys
 
 import miniature
 import numpy as np
@@ -109,10 +111,12 @@ def test_indices_of_other_models(root, tmp_path):
         find(index, "--text", "a", "--model", root / "teacher")
     moved = shutil.copytree(root / "student", tmp_path / "moved")
     find(index, "--text", "a", "--model", moved)  # the same one elsewhere
-    (moved / "model.safetensors").write_bytes(
-        bytes(reversed((moved / "model.safetensors").read_bytes()[-4000:]))
-    )
-    with pytest.raises(UserError):
+    with open(moved / "model.safetensors", "r+b") as file:  # as a merged adapter would
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    with pytest.raises(UserError, match="v.npy was made with another model than .*moved is"):
         find(index, "--text", "a", "--model", moved)
     beside = index.with_name("v.npy.items.jsonl")
     beside.write_text(beside.read_text().replace(str(root / "student"), str(root / "gone")))
@@ -140,3 +144,12 @@ def test_the_search_is_exact():
     expected = np.argsort(-(vectors @ vectors[7]))[:20]
     np.testing.assert_array_equal(places, expected)
     tolerances.assert_near(cosines, vectors[expected] @ vectors[7], 1e-5)
+    vectors[:499] = np.nan  # of a file that others wrote
+    cosines, places = search.nearest(vectors, vectors[499], 20)
+    assert places.tolist() == [499] and cosines == pytest.approx(1)
+
+
+def test_missing_faiss_is_told_before_the_model_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"search needs FAISS: pip install -e '.\[search\]'"):
+        find(tmp_path / "none.npz", "--text", "a")

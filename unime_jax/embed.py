@@ -21,7 +21,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -120,11 +120,8 @@ def embed(args: argparse.Namespace) -> None:
             _say(_summary(args, about, job.finished - before, time.perf_counter() - started))
     if stopped is not None:
         stopped.leave()
-    if process == 0 and about["rows"] and not about["vectors"]:
-        raise UserError(
-            f"none of the {about['rows']} rows could be embedded: {embed_job.errors_of(output)} "
-            "says why"
-        )
+    if process == 0:
+        _check_any(output, about)
 
 
 def _settings(
@@ -170,7 +167,7 @@ def _check_finished(output: pathlib.Path, settings: dict[str, Any], source: item
     """Says that there is nothing to do.
 
     Raises:
-      UserError: the output is something else than this command would write.
+      UserError: the output is something else than this command would write, or lacks vectors.
     """
     about = vector_files.read_about(output)
     if not about:
@@ -184,7 +181,23 @@ def _check_finished(output: pathlib.Path, settings: dict[str, Any], source: item
             f"{output} was made from other rows than {source.name} has now: remove it, or choose "
             "another --output"
         )
-    _say(f"{output}: all {about['vectors']} vectors are there")
+    if not about["complete"]:
+        raise UserError(
+            f"{output} holds {about['vectors']} vectors of a job that was stopped, and "
+            f"{embed_job.directory_of(output)}, which it would go on from, is gone: remove {output}"
+        )
+    _check_any(output, about)
+    bad = f"; bad rows: {about['bad_rows']}, see {embed_job.errors_of(output)}"
+    _say(f"{output}: all {about['vectors']} vectors are there{bad * bool(about['bad_rows'])}")
+
+
+def _check_any(output: pathlib.Path, about: dict[str, Any]) -> None:
+    """Raises where there were rows and none of them could be embedded."""
+    if about["rows"] and not about["vectors"]:
+        raise UserError(
+            f"none of the {about['rows']} rows could be embedded: {embed_job.errors_of(output)} "
+            "says why"
+        )
 
 
 def _run(
@@ -198,6 +211,7 @@ def _run(
     """Embeds what is not done; returns what told it to stop, if something did."""
     total = source.count()
     names: dict[int, str] = {}  # ids of the rows on their way
+    halves: dict[int, np.ndarray] = {}  # of rows that are the sum of two vectors
 
     def pending() -> Iterator[Item]:
         for entry in source:
@@ -212,6 +226,7 @@ def _run(
         job.log.end()
 
     def fail(key: tuple[int, str], reason: str) -> None:
+        halves.pop(key[0], None)
         if key[0] in names:  # not the other half of a row that failed
             job.fail(key[0], names.pop(key[0]), reason)
 
@@ -233,9 +248,9 @@ def _run(
                 failed = f"{job.failed} bad" if job.failed else ""
                 progress.update(done if share is None else min(done, share), failed)
 
-        halves: dict[int, np.ndarray] = {}
         for keys, vectors in model.run(stream):
             rows, vectors = _joined(keys, vectors, halves, names)
+            rows, vectors = _finite(rows, _first(vectors, job.width), fail)
             job.add(rows, vectors)
             for row in rows:
                 names.pop(row)
@@ -267,17 +282,36 @@ def _joined(
     rows, found = [], []
     for (row, part), vector in zip(keys, vectors, strict=True):
         if row not in names:  # its other half failed
-            halves.pop(row, None)
             continue
         if part and row not in halves:
             halves[row] = vector
             continue
         if part:
             vector = vector + halves.pop(row)
-            vector = vector / np.linalg.norm(vector)
+            with np.errstate(invalid="ignore"):  # two that cancel out: told as not finite
+                vector = vector / np.linalg.norm(vector)
         rows.append(row)
         found.append(vector)
     return rows, np.array(found, np.float32).reshape(len(rows), vectors.shape[1])
+
+
+def _first(vectors: np.ndarray, width: int) -> np.ndarray:
+    """Returns the first numbers of unit vectors, scaled to length 1."""
+    if width == vectors.shape[1]:
+        return vectors
+    vectors = vectors[:, :width]
+    with np.errstate(invalid="ignore"):  # a length of 0 is told as a vector that is not finite
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def _finite(
+    rows: list[int], vectors: np.ndarray, fail: Callable[[tuple[int, str], str], None]
+) -> tuple[list[int], np.ndarray]:
+    """Returns the rows that can be compared with others; the rest has failed."""
+    good = np.isfinite(vectors).all(axis=1)
+    for place in np.flatnonzero(~good):
+        fail((rows[place], ""), "the model gave no finite vector")
+    return [row for row, fine in zip(rows, good, strict=True) if fine], vectors[good]
 
 
 def _summary(args: argparse.Namespace, about: dict[str, Any], done: int, seconds: float) -> str:

@@ -91,11 +91,8 @@ class Job:
         return row < len(self._done) and self._done[row] > 0
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
-        """Keeps the vectors of some rows."""
+        """Keeps the unit vectors of some rows."""
         self.log.flush()
-        if self.width < vectors.shape[1]:
-            vectors = vectors[:, : self.width]
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors = vector_files.stored(vectors, self.dtype)
         size = self.width * self.dtype.itemsize
         for row, vector in zip(rows, vectors, strict=True):

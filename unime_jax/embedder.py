@@ -150,8 +150,8 @@ class Embedder:
         """Embeds rows of any mixture of text, image and both.
 
         Args:
-          texts: a text or None per row; with the prompt "mmeb", `prompts.Slotted` for rows with an
-            image.
+          texts: a text or None per row; with the prompt "mmeb", `prompts.Slotted` says where the
+            image stands, a plain text stands behind it.
           images: None, a PIL image, encoded bytes or a path per row.
           instruction: put before every text.
           fusion: a row of image and text is read in one prompt ("together"), or is the sum of the

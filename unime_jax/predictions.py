@@ -68,7 +68,10 @@ def predict(
     stream = Stream(model.preprocessor, items, instruction=instruction, bad=bad)
     for keys, (probabilities, tokens) in model.run(stream, apply):
         for key, chances, ids in zip(keys, probabilities, tokens, strict=True):
-            yield key, _read(model, ids, chances)
+            if np.isfinite(chances).all():
+                yield key, _read(model, ids, chances)
+            else:
+                bad(key, "the model gave no finite probabilities")
 
 
 def _read(model: Embedder, ids: np.ndarray, chances: np.ndarray) -> list[Prediction]:

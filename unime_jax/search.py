@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the nearest rows and draws their pictures."""
     if args.text is None and args.image is None:
         raise UserError("search: give --text, --image or both")
+    _faiss()  # missing ones are told before the model is loaded
     index = vector_files.read(pathlib.Path(args.index).expanduser())
     if not len(index.vectors):
         raise UserError(f"{args.index} holds no vectors")
@@ -90,7 +91,10 @@ def _query(args: argparse.Namespace, about: dict[str, Any]) -> np.ndarray:
         fusion=about["fusion"],
     )[0]
     vector = vector[: about["dim"]]
-    return vector / np.linalg.norm(vector)
+    length = np.linalg.norm(vector)
+    if not (np.isfinite(length) and length):
+        raise UserError(f"{name} gave no finite vector for what is looked for")
+    return vector / length
 
 
 def _draw(args, index: vector_files.Vectors, cosines, places) -> pathlib.Path:
@@ -144,17 +148,22 @@ def nearest(
 ) -> tuple[Float32[np.ndarray, "K"], Int64[np.ndarray, "K"]]:
     """Returns cosines and places of the k nearest of unit rows (all, if fewer), best first.
 
-    The search is exact.
+    The search is exact; rows that are not finite are never among them.
 
     Raises:
       UserError: FAISS is not installed.
     """
-    try:
-        import faiss
-    except ImportError:
-        raise UserError("search needs FAISS: pip install 'unime_jax[search]'") from None
-
+    faiss = _faiss()
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(np.ascontiguousarray(vectors))
     cosines, places = index.search(np.ascontiguousarray(query[None]), min(k, len(vectors)))
-    return cosines[0], places[0].astype(np.int64)
+    found = places[0] >= 0
+    return cosines[0][found], places[0][found].astype(np.int64)
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError:
+        raise UserError("search needs FAISS: pip install -e '.[search]'") from None
+    return faiss

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,6 @@ PREPARATION = ("prompt", "image_size", "image_crops", "fusion")
 PREPARATION_FILE = "preparation.json"
 _READ_WHOLE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
 _TREES = ("params", "unused")  # of a model directory of ours
-_HEAD_BYTES = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,19 +63,15 @@ class Weights:
     def fingerprint(self) -> str:
         """Tells models apart that embed differently, wherever they lie: 16 hex digits.
 
-        Reads settings, tokenizer and what runs and adapters changed as a whole; of the base's
-        weights names, sizes and the start of each file.
+        Reads every byte of settings, tokenizer and weights: a model that was merged from its base
+        and an adapter differs from the base in any of them.
         """
         digest = hashlib.blake2b(digest_size=8)
         digest.update(json.dumps([self.config, self.preparation], sort_keys=True).encode())
-        for path in sorted(self.directory.rglob("*")):
-            name = path.relative_to(self.directory)
-            if path.name in _READ_WHOLE:
-                digest.update(path.read_bytes())
-            elif path.is_file() and (path.suffix == ".safetensors" or name.parts[0] in _TREES):
-                digest.update(f"{name}:{path.stat().st_size}:".encode())
-                with open(path, "rb") as file:
-                    digest.update(file.read(_HEAD_BYTES))
+        paths = sorted(path for path in self.directory.rglob("*") if self._counts(path))
+        with ThreadPoolExecutor(4) as pool:
+            for path, content in zip(paths, pool.map(_digest, paths), strict=True):
+                digest.update(f"{path.relative_to(self.directory)}:".encode() + content)
         for change in self.changes:
             for key, low_rank in sorted(change.low_rank.items()):
                 digest.update(f"{key}:{low_rank.scale}:".encode())
@@ -84,6 +80,12 @@ class Weights:
             for key, value in sorted(change.replaced.items()):
                 digest.update(key.encode() + np.ascontiguousarray(value).tobytes())
         return digest.hexdigest()
+
+    def _counts(self, path: pathlib.Path) -> bool:
+        """Says whether a file is part of the model."""
+        parts = path.relative_to(self.directory).parts
+        here = len(parts) == 1 and (path.suffix == ".safetensors" or path.name in _READ_WHOLE)
+        return (here or parts[0] in _TREES) and path.is_file()
 
     def fill(self, abstract: Params, key_map: hf.KeyMap | None = None, finish=None) -> Params:
         """Returns the parameters in the dtypes and on the shardings asked for.
@@ -96,6 +98,12 @@ class Weights:
         if isinstance(self.base, Stored) and not self.changes and finish is None:
             return checkpoint.read_model(self.directory, abstract)
         return hf.fill(self.source, key_map or self.key_map, abstract, finish=finish)
+
+
+def _digest(path: pathlib.Path) -> bytes:
+    """Returns 16 bytes of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def find(name: str | os.PathLike, adapter: str | os.PathLike | None = None) -> Weights:

@@ -144,7 +144,7 @@ def encode(encoder, batches):
     return encoder.encode(batches, task_metadata=task, hf_split="test", hf_subset="default")
 
 
-def test_rows_that_cannot_be_embedded_become_zeros(model, caplog):
+def test_rows_that_cannot_be_embedded_become_zeros(model, caplog, monkeypatch):
     encoder = MTEBEncoder(model)
     texts = ["a cat", " ", "a dog", "an owl"]
     with caplog.at_level(logging.WARNING, logger="unime_jax"):
@@ -161,6 +161,10 @@ def test_rows_that_cannot_be_embedded_become_zeros(model, caplog):
     with pytest.raises(UserError, match="asks for audio"):
         encode(encoder, [{"audio": [1]}])
     assert encode(encoder, []).shape == (0, 32)
+    vectors = np.where(np.arange(2)[:, None] == 1, np.nan, np.ones((2, 32), np.float32))
+    monkeypatch.setattr(model, "embed", lambda *_, **__: vectors)
+    found = encode(encoder, [{"text": ["a", "b"]}])
+    assert found[0].all() and not found[1].any() and "row 1: the model gave no fin" in caplog.text
 
 
 def test_the_model_tells_mteb_what_it_is(tmp_path):

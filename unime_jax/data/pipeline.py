@@ -246,14 +246,12 @@ class Batches:
     # ---- one row
 
     def _tokenize(self, text: Text, has_image: bool) -> Row:
-        row = self._preprocessor.tokenize(self._worded(text, has_image), has_image)
+        row = self._preprocessor.tokenize(self._worded(text), has_image)
         positions = self._positions(has_image)
         return row.cut(self._max_tokens + positions, positions)
 
-    def _worded(self, text: Text, has_image: bool) -> Text:
-        """Puts the image's place into a text, or takes it out, as the prompt needs it."""
-        if self._raw and has_image and not isinstance(text, prompts.Slotted):
-            return prompts.Slotted("", f"\n{text}" if text else "")
+    def _worded(self, text: Text) -> Text:
+        """Takes the image's place out of a text where the prompt has its own."""
         if not self._raw and isinstance(text, prompts.Slotted):
             return f"{text.before}{text.after}".strip() or None
         return text

@@ -35,7 +35,7 @@ class Template:
       skip_instruction: whether a mean over tokens leaves the instruction out.
       model_types: values of `model_type` in config.json that this is the default of.
       raw: texts are taken as they are: blanks at their ends stay, and an image stands where the
-        text says (`Slotted`).
+        text says (`Slotted`), or on a line of its own before a text that does not say.
     """
 
     text: str
@@ -192,14 +192,13 @@ def _words(
     name: str, template: Template, text: str | Slotted | None, has_image: bool
 ) -> list[Segment]:
     """Returns the segments of the user's text, in a raw prompt with the image among them."""
-    if isinstance(text, Slotted) != (template.raw and has_image):
-        if template.raw:
-            raise UserError(
-                f"prompt {name!r}: the text of a row with an image is prompts.Slotted(before, "
-                "after), that of any other row a string"
-            )
-        raise UserError(f"prompt {name!r} has its own place for the image: give a plain text")
+    if template.raw and has_image and not isinstance(text, Slotted):
+        text = Slotted("", f"\n{text}" if text else "")
     if isinstance(text, Slotted):
+        if not template.raw:
+            raise UserError(f"prompt {name!r} has its own place for the image: give a plain text")
+        if not has_image:
+            raise UserError(f"prompt {name!r}: prompts.Slotted is for rows with an image")
         parts = [Segment("text", text.before), Segment("image"), Segment("text", text.after)]
         return [part for part in parts if part.role == "image" or part.value]
     text = text or ""

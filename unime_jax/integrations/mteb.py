@@ -26,7 +26,7 @@ try:
     from mteb.models.abs_encoder import AbsEncoder, get_prompt
     from mteb.types import PromptType
 except ImportError as error:
-    raise ImportError(f"{error}; install the extra: pip install 'unime_jax[mteb]'") from error
+    raise ImportError(f"{error}; install the extra: pip install -e '.[mteb]'") from error
 
 logger = logging.getLogger(__name__)
 # Rows embedded in one call: enough to sort them by length, few enough to hold their pictures.
@@ -158,6 +158,9 @@ class MTEBEncoder(AbsEncoder):
         faults += [f"row {first + place} is empty" for place in empty]
         if places:
             fill(places)
+        for place in np.flatnonzero(~np.isfinite(vectors).all(axis=1)):
+            faults.append(f"row {first + place}: the model gave no finite vector")
+            vectors[place] = 0
         return vectors
 
 

@@ -63,7 +63,7 @@ def compile_step(run: Run, platform: str) -> Compiled:
             raise
         raise UserError(
             "--compile: attention on GPUs needs cuDNN to be compiled: pip install "
-            "'unime_jax[plan-gpu]', or plan with --config.model.attention=xla"
+            "-e '.[plan-gpu]', or plan with --config.model.attention=xla"
         ) from None
     seconds = time.perf_counter() - started
     memory = program.memory_analysis()

@@ -209,7 +209,7 @@ def compile_devices(topology: Topology) -> list:
     )
     if not _installed(module):
         raise UserError(
-            f"--compile for {chip.title} needs its compiler: pip install 'unime_jax[{extra}]' (no "
+            f"--compile for {chip.title} needs its compiler: pip install -e '.[{extra}]' (no "
             "such hardware is needed), or plan without --compile"
         )
     if chip.platform == "gpu":
