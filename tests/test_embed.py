@@ -17,7 +17,7 @@ import tolerances
 
 import unime_jax
 from unime_jax import embed, embedder, runtime
-from unime_jax.data import prompts, stream, vector_files
+from unime_jax.data import items, prompts, stream, vector_files
 from unime_jax.types import UserError
 
 ROW = 1e-5  # cosine distance of a row on one device and on eight, alone and among others
@@ -135,15 +135,18 @@ def die_after(monkeypatch, groups):
 
 
 def test_a_killed_job_goes_on(root, alone, tmp_path, monkeypatch):
-    done = []
+    job, done = tmp_path / "v.npz.job", []
     for groups in (0, 2, 1):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             die_after(patch, groups)
             run(root, tmp_path / "v.npz", "--instruction", "")
         assert not (tmp_path / "v.npz").exists()
-        done.append((tmp_path / "v.npz.job" / "done-0.bin").stat().st_size // 8)
+        done.append((job / "done-0.bin").stat().st_size // 8)
     assert done[0] == 0 < done[1] < done[2] < COUNT
-    job = tmp_path / "v.npz.job"
+    vectors = (job / "vectors.bin").rename(tmp_path / "vectors.bin")
+    with pytest.raises(UserError, match="vectors.bin lacks vectors that are counted as done: rem"):
+        run(root, tmp_path / "v.npz")
+    vectors.rename(job / "vectors.bin")
     # What a torn write leaves.
     for name, torn in (("done-0.bin", b"\1\2"), ("items.jsonl", b'["ab'), ("errors-0.jsonl", b"{")):
         with open(job / name, "ab") as file:
@@ -158,11 +161,15 @@ def test_a_killed_job_goes_on(root, alone, tmp_path, monkeypatch):
     other.write_text("\n".join(lines[:5]))
     with pytest.raises(UserError, match=r"the input has fewer rows \(5\) than when this job"):
         run(root, tmp_path / "v.npz", input=other)
-    run(root, tmp_path / "v.npz")
+    with monkeypatch.context() as patch:  # killed while the job is being removed
+        patch.setattr(shutil, "rmtree", lambda path, **_: (path / "vectors.bin").unlink(True))
+        run(root, tmp_path / "v.npz")
     found = vector_files.read(tmp_path / "v.npz")
     assert len(found.vectors) == COUNT and distance(found.vectors, alone) < ROW
     assert len(open(tmp_path / "v.npz.errors.jsonl").readlines()) == 4
     assert not job.exists()
+    run(root, tmp_path / "v.npz")  # sees that all is there, and sweeps
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["v.npz", "v.npz.errors.jsonl"]
     other.write_text("\n".join(lines[:5]))
     with pytest.raises(UserError, match="v.npz was made from other rows"):
         run(root, tmp_path / "v.npz", input=other)
@@ -196,6 +203,26 @@ def test_ctrl_c_leaves_what_is_done(root, alone, tmp_path, monkeypatch, capsys):
     run(root, tmp_path / "v.parquet")
     whole = vector_files.read(tmp_path / "v.parquet")
     assert distance(whole.vectors, alone) < ROW and whole.about["complete"] is True
+
+
+def test_ctrl_c_while_stdin_has_nothing(root, tmp_path, monkeypatch):
+    real = items.select.select
+
+    def interrupt(*files):
+        ready = real(*files[:3], 0.01)
+        if not ready[0]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return ready
+
+    monkeypatch.setattr(items.select, "select", interrupt)
+    out, into = os.pipe()
+    with open(out) as file, open(into, "wb", buffering=0) as pipe, monkeypatch.context() as patch:
+        patch.setattr("sys.stdin", file)
+        pipe.write(b'{"text": "a"}\n{"text": "b"}\n{"te')
+        with pytest.raises(KeyboardInterrupt):
+            run(root, tmp_path / "v.npz", input="-")
+    found = vector_files.read(tmp_path / "v.npz")
+    assert found.texts == ["a", "b"] and found.about["complete"] is False
 
 
 def test_processes_share_the_rows(root, alone, tmp_path, monkeypatch):
@@ -315,6 +342,7 @@ def test_memory_is_bounded_by_the_rows_that_wait(root, monkeypatch):
         assert inputs.rows == len(keys)
         seen += keys
         most = max(most, len(read) - len(seen))
+        assert all(row.item.text is None for row in made._waiting.values())
     assert sorted(seen) == list(range(200)) and most < 10 + 3 * stream._CHUNK
     assert made.padded_share == pytest.approx(1 - real / positions) and real < positions
     waiting = stream.Stream(model, rows(), instruction=None, bad=pytest.fail)

@@ -1,5 +1,6 @@
 """Exported models as PyTorch users hold them: README's examples, the text side, the model card."""
 
+import dataclasses
 import json
 
 import fabricated
@@ -11,7 +12,7 @@ import torch
 import transformers
 
 import unime_jax
-from unime_jax import convert, models, runtime, tiny
+from unime_jax import convert, model_card, models, runtime, tiny, weights
 from unime_jax.types import UserError
 
 TEXTS = ["a red cat", "a much longer sentence about a green fox"]
@@ -100,6 +101,14 @@ def test_the_model_card(tmp_path):
     ):
         assert words in card, words
     assert "base_model" not in card  # a directory of this machine
+    # A prompt without a wording: images stand before their text.
+    found = dataclasses.replace(weights.find(run), preparation={"prompt": "mmeb"})
+    card = model_card.card(found, pooling="last token", width=32)
+    for words in ("Turns texts, images, and both together", "image = '{image}'",
+                  r"both  = '{image}\n{text}'", 'images=[None, "cat.png"]'):  # fmt: skip
+        assert words in card, words
+    found = dataclasses.replace(found, config={"model_type": "llava_next"})
+    assert "prompt = '<image>'" in model_card.card(found, pooling="last token", width=32)
     text = (export(run, tmp_path / "text", "--text-only") / "README.md").read_text()
     assert "SentenceTransformer" in text and "AutoModel" in text and "image" not in text
     # An export of an export says what that was.

@@ -3,6 +3,8 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -38,6 +40,17 @@ def test_exit_codes(error, code, message, capsys):
         runtime.run_entry(raising(error), ["x"])
     assert caught.value.code == code
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_output_that_nobody_reads_any_more():
+    """As after `| head -1`: an end without a traceback."""
+    program = "from unime_jax import runtime; runtime.run_entry(lambda argv: print('x' * 9**6))"
+    for code in (program, program.replace("9**6", "9")):  # printed at once, and at the end
+        out, into = os.pipe()
+        os.close(out)
+        found = subprocess.run([sys.executable, "-c", code], stdout=into, stderr=subprocess.PIPE)
+        os.close(into)
+        assert (found.returncode, found.stderr) == (141, b"")
 
 
 def test_our_own_bugs_keep_their_traceback():

@@ -14,7 +14,7 @@ import tolerances
 from PIL import Image
 
 import unime_jax
-from unime_jax import embed, embedder, runtime, search
+from unime_jax import embed, embedder, runtime, search, weights
 from unime_jax.types import UserError
 
 
@@ -124,6 +124,17 @@ def test_indices_of_other_models(root, tmp_path):
         UserError, match="gone, which made .*v.npy, is not there: name it with --mo"
     ):
         find(index, "--text", "a")
+
+
+def test_fingerprints_read_every_byte(tmp_path):
+    moved = shutil.copytree(miniature.ROOT / "tests" / "golden" / "phi3v_tiny", tmp_path / "model")
+    before = weights.find(moved).fingerprint
+    with open(moved / "model.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert weights.find(moved).fingerprint != before
 
 
 def test_what_cannot_be_searched(root, tmp_path):

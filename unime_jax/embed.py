@@ -135,10 +135,12 @@ def _settings(
         compute_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     path = pathlib.Path(args.model).expanduser()
     preparation = found.preparation
+    prompt = preparation.get("prompt") or prompts.name_for(found.config["model_type"])
     return {
         "model": str(path.resolve()) if path.is_dir() else str(args.model),
         "fingerprint": found.fingerprint,
-        "prompt": preparation.get("prompt") or prompts.name_for(found.config["model_type"]),
+        "prompt": prompt,
+        "wording": prompts.digest(prompt),
         "fusion": args.fusion or preparation.get("fusion") or embedder.FUSIONS[0],
         "instruction": args.instruction or None,
         "dim": args.dim,
@@ -187,6 +189,7 @@ def _check_finished(output: pathlib.Path, settings: dict[str, Any], source: item
             f"{embed_job.directory_of(output)}, which it would go on from, is gone: remove {output}"
         )
     _check_any(output, about)
+    embed_job.sweep(output)
     bad = f"; bad rows: {about['bad_rows']}, see {embed_job.errors_of(output)}"
     _say(f"{output}: all {about['vectors']} vectors are there{bad * bool(about['bad_rows'])}")
 
@@ -210,11 +213,16 @@ def _run(
 ) -> runtime.StopRequest | None:
     """Embeds what is not done; returns what told it to stop, if something did."""
     total = source.count()
+    is_cut = False  # rows were left unread
+    stop = runtime.StopRequest()
     names: dict[int, str] = {}  # ids of the rows on their way
     halves: dict[int, np.ndarray] = {}  # of rows that are the sum of two vectors
 
     def pending() -> Iterator[Item]:
-        for entry in source:
+        nonlocal is_cut
+        for entry in source.read(stopped=lambda: stop.signal is not None):
+            if stop.signal is not None:
+                break
             job.log.add(entry)
             if entry.row % processes != process or job.is_done(entry.row):
                 continue
@@ -223,7 +231,9 @@ def _run(
                 continue
             names[entry.row] = entry.id
             yield from _parts(entry, settings["fusion"])
-        job.log.end()
+        is_cut = stop.signal is not None
+        if not is_cut:
+            job.log.end()
 
     def fail(key: tuple[int, str], reason: str) -> None:
         halves.pop(key[0], None)
@@ -232,7 +242,6 @@ def _run(
 
     stream = Stream(model.preprocessor, pending(), instruction=settings["instruction"], bad=fail)
     with contextlib.ExitStack() as stack:
-        stop = runtime.StopRequest()
         if processes == 1:  # of several each ends at once: what is done is on the disk
             stack.enter_context(stop)
         share = None if total is None else -(-total // processes)
@@ -260,7 +269,7 @@ def _run(
         show()
     if process == 0 and stream.positions:
         _say(f"{stream.padded_share:.1%} of the positions were padding")
-    return None
+    return stop if is_cut else None
 
 
 def _parts(entry: items.Entry, fusion: str) -> Iterator[Item]:

@@ -64,6 +64,12 @@ class Job:
             for line in _whole_lines(path):
                 self._mark(line["row"], 2)
         self._vectors = os.open(self._directory / "vectors.bin", os.O_RDWR | os.O_CREAT, 0o644)
+        needed = (self._done.rfind(1) + 1) * width * dtype.itemsize
+        if os.fstat(self._vectors).st_size < needed:
+            raise UserError(
+                f"{self._directory}/vectors.bin lacks vectors that are counted as done: remove "
+                f"{self._directory} and start again"
+            )
         self._numbers = open(self._torn(f"done-{process}.bin", 8), "ab", buffering=0)
         self._faults = open(self._torn(f"errors-{process}.jsonl"), "a", encoding="utf-8")
         self.log = ItemLog(self._directory / "items.jsonl", writes=process == 0)
@@ -147,7 +153,10 @@ class Job:
 
     def remove(self) -> None:
         """Removes what is needed no more once the output is complete."""
-        shutil.rmtree(self._directory, ignore_errors=True)
+        sweep(self._output)
+        # Renamed as a whole first: what a kill leaves of it is never taken for a job.
+        os.rename(self._directory, _removed(self._output))
+        sweep(self._output)
 
 
 class ItemLog:
@@ -300,6 +309,15 @@ def check_settings(place, there: dict[str, Any], now: dict[str, Any]) -> None:
 
 def directory_of(output: pathlib.Path) -> pathlib.Path:
     return output.with_name(f"{output.name}.job")
+
+
+def sweep(output: pathlib.Path) -> None:
+    """Removes what is left of a job that was being removed."""
+    shutil.rmtree(_removed(output), ignore_errors=True)
+
+
+def _removed(output: pathlib.Path) -> pathlib.Path:
+    return output.with_name(f".{output.name}.job.removed")
 
 
 def errors_of(output: pathlib.Path) -> pathlib.Path:

@@ -106,7 +106,9 @@ def _template(found: weights.Weights) -> prompts.Template:
     kind = found.config["model_type"]
     template = prompts.TEMPLATES[found.preparation.get("prompt") or prompts.name_for(kind)]
     if kind in _TEXT_ALONE:
-        template = dataclasses.replace(template, image="", both="")
+        return dataclasses.replace(template, image="", both="")
+    if template.raw:  # what `embed` makes of rows that do not say where their image stands
+        return dataclasses.replace(template, image="{image}", both="{image}\n{text}")
     return template
 
 

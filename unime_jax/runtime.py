@@ -16,6 +16,7 @@ import mmap
 import os
 import pathlib
 import re
+import select
 import signal
 import socket
 import sys
@@ -42,9 +43,13 @@ def smol_name(*, smoke: bool, split: int = 1) -> str:
 
 
 def run_entry(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
-    """Runs an entry point and exits: 0 done, 2 bad input (one line), 130 interrupted, 1 our bug."""
+    """Runs an entry point and exits: 0 done, 2 bad input (one line), 130 interrupted, 1 our bug.
+
+    Also 141: nobody reads the output any more.
+    """
     try:
         main(_take_flags(list(sys.argv if argv is None else argv)))
+        sys.stdout.flush()
     except SystemExit:
         raise
     except BaseException as error:
@@ -67,6 +72,10 @@ def _say(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+        for fd in (1, 2):  # what is still to be flushed goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+        return 128 + signal.SIGPIPE  # as the shell says of programs that end so
     message = str(error) if isinstance(error, UserError) else ""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         message = f"no space left on the disk{_of(error)}; free some and start again"
@@ -76,6 +85,14 @@ def _say(error: BaseException) -> int:
         return 1
     print(f"error{where}: {message}", file=sys.stderr)
     return 2
+
+
+def _nobody_reads() -> bool:
+    """Says whether stdout or stderr is a pipe whose reader has gone, as after `| head`."""
+    poll = select.poll()
+    for fd in (1, 2):
+        poll.register(fd, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _of(error: OSError) -> str:

@@ -47,6 +47,12 @@ def test_lines_of_json(tmp_path):
         (b'{"text": "a", "id": {}}', "id is an object; give a string or a number"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b'{"image": "\\ud800.png"}', "half a surrogate pair"),
+        (b'{"image": {"path": "\\ud800.png"}}', "half a surrogate pair"),
+        (b'{"\\ud800": "a"}', "neither text nor image among \\?"),
+        (b'{"text": "a", "id": "b\\u0000"}', "id has a NUL character"),
+        (b'{"image": "a\\u0000.png"}', "image has a NUL character"),
+        (b'{"text": "a", "id": "%s"}' % (b"x" * 4097), "id has 4097 letters; 4096 are the most"),
+        (b'{"image": {"path": "%s"}}' % (b"x" * 5000), "image has 5000 letters"),
         (b'{"image": "https://x.org/a.png"}', "https://x.org/a.png: pictures are not downloaded"),
     ],
 )
@@ -63,6 +69,16 @@ def test_stdin(tmp_path, monkeypatch):
     with open(tmp_path / "x") as file:
         monkeypatch.setattr("sys.stdin", file)
         a, b = read("-")
+    out, into = os.pipe()
+    with open(out) as file, open(into, "wb", buffering=0) as pipe:
+        monkeypatch.setattr("sys.stdin", file)
+        pipe.write(b'\n{"text": "' + b"x" * 9000 + b'"}\n{"te')
+        monkeypatch.setattr(items, "_WAIT", 0.01)
+        rows = items.Input("-").read(stopped=lambda: True)
+        assert next(rows).text == "x" * 9000
+        pipe.write(b'xt": "b"}\n{')
+        assert next(rows).text == "b"
+        assert list(rows) == []  # does not wait for the rest of a line
         assert (a.text, b.image, b.label) == ("a", "./b.png", "b.png")
     assert items.Input("-").count() is None and not items.Input("-").is_repeatable
 
@@ -121,4 +137,6 @@ def test_digests_tell_rows_apart():
         items.Entry(0, "a", fault="x"),
     ]
     assert len({row.digest for row in rows}) == len(rows)
+    moved = [items.Entry(0, "a", None, f"/{place}/x.png", "x.png") for place in "ab"]
+    assert moved[0].digest == moved[1].digest
     assert rows[0].digest == items.Entry(9, "a", "x").digest

@@ -1,5 +1,7 @@
 """Prompts to the character."""
 
+import dataclasses
+
 import pytest
 
 from unime_jax.data import prompts
@@ -94,6 +96,13 @@ def test_a_data_sets_slot_is_read_on_request_alone():
     assert flat("mmeb", text, False) == text
     with pytest.raises(UserError, match="more than one <|image_1|>"):
         prompts.slotted(text + text)
+
+
+def test_another_wording_is_another_prompt(monkeypatch):
+    before = prompts.digest("smol")
+    template = dataclasses.replace(prompts.TEMPLATES["smol"], image="{image}\nIn one word:")
+    monkeypatch.setitem(prompts.TEMPLATES, "smol", template)
+    assert prompts.digest("smol") != before and len(before) == 8
 
 
 @pytest.mark.parametrize(

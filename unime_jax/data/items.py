@@ -1,20 +1,24 @@
 """Reads what is to be embedded, row by row: JSON lines, Parquet, a folder of pictures, stdin."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import pathlib
+import select
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from unime_jax.types import UserError
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LINES = (".jsonl", ".ndjson")
+_WAIT = 0.5  # seconds between looks at whether to go on waiting for stdin
+LETTERS = 4096  # of an id or a path: .npz has strings of one length alone, that of the longest
 _ROWS = 64  # of a Parquet file at a time: they may hold images
 
 
@@ -50,8 +54,8 @@ class Entry:
     def digest(self) -> str:
         """Tells rows apart: 16 hex digits of all that the row says."""
         image = self.image or b""
-        if isinstance(image, str):
-            image = os.fsencode(image)
+        if isinstance(image, str):  # as the row calls it: inputs and their pictures may be moved
+            image = os.fsencode(self.label or image)
         parts = (self.id.encode(), repr(self.text).encode(), image, self.fault.encode())
         found = hashlib.blake2b(digest_size=8)
         for part in parts:
@@ -119,11 +123,15 @@ class Input:
             return sum(1 for line in file if line.strip(_BLANK))
 
     def __iter__(self) -> Iterator[Entry]:
+        return self.read()
+
+    def read(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[Entry]:
+        """Yields the rows; `stopped` ends a wait for the next line of stdin."""
         if self._kind == "folder":
             return self._pictures()
         if self._kind == "parquet":
             return self._table()
-        return self._lines()
+        return self._lines(stopped)
 
     # ---- folders
 
@@ -146,9 +154,12 @@ class Input:
 
     # ---- JSON lines
 
-    def _lines(self) -> Iterator[Entry]:
-        stdin = self._kind == "stdin"
-        with open(sys.stdin.fileno() if stdin else self.path, "rb", closefd=not stdin) as file:
+    def _lines(self, stopped: Callable[[], bool]) -> Iterator[Entry]:
+        with contextlib.ExitStack() as stack:
+            if self._kind == "stdin":
+                file = _lines_of(sys.stdin.fileno(), stopped)
+            else:
+                file = stack.enter_context(open(self.path, "rb"))
             lines = ((n, line) for n, line in enumerate(file, 1) if line.strip(_BLANK))
             for row, (number, line) in enumerate(lines):
                 yield self._entry(row, number, line)
@@ -208,19 +219,24 @@ class Input:
         text = content.get(self._keys.text)
         image, label = content.get(self._keys.image), ""
         name = str(row) if id is None else str(id)
+        if isinstance(image, dict):  # as Hugging Face's data sets keep images
+            label = str(image.get("path") or "")
+            image = image.get("bytes") or image.get("path")
         fault = ""
         if isinstance(id, list | dict | bool):
             fault = f"{self._keys.id} is {_kind(id)}; give a string or a number"
         elif text is not None and not isinstance(text, str):
             fault = f"{self._keys.text} is {_kind(text)}, not a string"
-        elif not all(map(_is_unicode, (text, name, image))):
+        elif not all(map(_is_unicode, (text, name, image, label))):
             fault = "half a surrogate pair in it, which is no character"
-        if isinstance(image, dict):  # as Hugging Face's data sets keep images
-            label = str(image.get("path") or "")
-            image = image.get("bytes") or image.get("path")
+        for kind, value in ((self._keys.id, name), (self._keys.image, image or label)):
+            if isinstance(value, str) and len(value) > LETTERS:
+                fault = fault or f"{kind} has {len(value)} letters; {LETTERS} are the most"
+            if isinstance(value, str) and "\0" in value:
+                fault = fault or f"{kind} has a NUL character"
         if isinstance(image, str) and image:
-            label = image
-            image = _absolute(image, self.folder)
+            label = image.removeprefix("file://")
+            image = _absolute(label, self.folder)
         elif isinstance(image, bytes):
             label = label or f"image of row {row}"
         elif image is not None and image != "":
@@ -232,9 +248,27 @@ class Input:
         if isinstance(image, str) and image.startswith(("http://", "https://")):
             fault = fault or f"{image}: pictures are not downloaded; give a path"
         if fault:
-            name = name.encode(errors="replace").decode()
-            return Entry(row, name, fault=fault)
+            name, fault = (x.encode(errors="replace").decode() for x in (name, fault))
+            return Entry(row, name[:LETTERS], fault=fault)
         return Entry(row, name, text or None, image or None, label)
+
+
+def _lines_of(fd: int, stopped: Callable[[], bool]) -> Iterator[bytes]:
+    """Yields the lines of a pipe, until it ends or `stopped` is true while it has nothing."""
+    parts: list[bytes] = []  # of a line without an end so far
+    while True:
+        while not select.select([fd], [], [], _WAIT)[0]:
+            if stopped():
+                return
+        if not (block := os.read(fd, 1 << 20)):
+            break
+        *lines, rest = block.split(b"\n")
+        for line in lines:
+            yield b"".join([*parts, line])
+            parts = []
+        parts.append(rest)
+    if any(parts):
+        yield b"".join(parts)
 
 
 _BLANK = b" \t\r\n\xef\xbb\xbf"
@@ -243,7 +277,7 @@ _BLANK = b" \t\r\n\xef\xbb\xbf"
 def _absolute(image: str, folder: pathlib.Path) -> str:
     if image.startswith(("http://", "https://")):
         return image
-    return os.path.join(folder, os.path.expanduser(image.removeprefix("file://")))
+    return os.path.join(folder, os.path.expanduser(image))
 
 
 def _is_unicode(value) -> bool:

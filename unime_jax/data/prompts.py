@@ -6,6 +6,7 @@ returns segments, so that "<image>" inside a user's text stays text.
 """
 
 import dataclasses
+import hashlib
 
 from unime_jax.types import UserError
 
@@ -138,6 +139,11 @@ def name_for(model_type: str) -> str:
             return name
     known = sorted(kind for template in TEMPLATES.values() for kind in template.model_types)
     raise UserError(f"no prompt for model_type {model_type!r}; known: {', '.join(known)}")
+
+
+def digest(name: str) -> str:
+    """Returns 8 hex digits that change with the wording of a prompt."""
+    return hashlib.blake2b(repr(TEMPLATES[name]).encode(), digest_size=4).hexdigest()
 
 
 def skipped(name: str, instruction: str | None) -> str:

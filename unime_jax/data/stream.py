@@ -36,7 +36,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class _Waiting:
-    """A row whose shape is known; its image is not decoded."""
+    """A row whose shape is known; its text is dropped, its image is not decoded."""
 
     item: Item
     row: Row
@@ -124,7 +124,7 @@ class Stream:
                 self._model.shape_of(row, layout)
             except UserError as error:
                 return str(error)
-            return _Waiting(item, row, layout)
+            return _Waiting(dataclasses.replace(item, text=None), row, layout)
 
         while chunk := list(itertools.islice(self._items, _CHUNK)):
             for item, found in zip(chunk, pool.map(measure, chunk), strict=True):
