@@ -143,16 +143,21 @@ class Estimator:
         return self._chunks(chunk) * passes * traffic / self._topology.chip.bandwidth
 
     def chunks(self) -> list[int]:
-        """Returns the values of config.train.chunk that are worth a try: rows of all devices."""
-        batch, largest = self._settings["train"]["batch_size"], 0
+        """Returns the values of config.train.chunk that are worth a try: rows of all devices.
+
+        They divide the batch, as the configuration demands; of those that give a device the same
+        number of rows the largest, and the configured one always.
+        """
+        train = self._settings["train"]
         sides = (getattr(self._composition, side) for side in SIDES)
         largest = max(rows for side in sides for rows, _, _ in side)
-        found, rows = [], 1
-        while rows * self._devices < largest:
-            if batch % (rows * self._devices) == 0:
-                found.append(rows * self._devices)
-            rows *= 2
-        return [*found, 0]
+        batch = train["batch_size"]
+        found = {
+            max(1, chunk // self._devices): chunk
+            for chunk in range(1, min(largest, batch + 1))
+            if batch % chunk == 0
+        }
+        return [*sorted({*found.values(), train["chunk"]} - {0}), 0]
 
     # ---- what a step is made of
 

@@ -72,6 +72,9 @@ def make(
 class _Planner:
     def __init__(self, settings: dict[str, Any], name: str, topology: Topology, mfu: float):
         self.settings, self.name, self.topology, self.mfu = settings, name, topology, mfu
+        topologies.check_attention(
+            topology, settings["model"]["attention"], settings["model"]["dtype"]
+        )
         self.backbone = backbones.find(settings, name)
         model = abstract.model(settings, self.backbone.config, "xla")
         self.composition = composition.find(settings, self.backbone, model)
@@ -264,7 +267,7 @@ class _Planner:
             for chunk in self.estimator.chunks():
                 if chunk:
                     settings.append(self.estimator.setting(chunk, remat))
-                elif self._whole_batch_may_fit(remat):
+                elif (0, remat) == self.setting or self._whole_batch_may_fit(remat):
                     settings.append(self.estimator.setting(0, remat))
         # Of equal ones the larger chunk: fewer gathers. 0 is the largest of all.
         settings.sort(key=lambda one: (one.seconds, -(one.chunk or np.inf)))

@@ -76,7 +76,12 @@ CHIPS: dict[str, Chip] = {
         _H100_SHEET.format("H200"), target=_H100,
     ),
 }  # fmt: skip
-_LARGEST = {2: 256, 3: 9216}  # chips of a slice
+# Slices that there are, in chips: listed up to 4 a side; larger sides in 3-D are multiples of 4.
+_SLICES = {
+    2: ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16)),
+    3: ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4), (4, 4, 4)),
+}
+_LARGEST = {"v4": 4096, "v5p": 6144, "tpu7x": 9216}  # chips of a slice
 
 
 # What JAX calls the kinds of TPU devices; GPUs are called by their titles.
@@ -126,8 +131,10 @@ class Topology:
 
     @property
     def hosts(self) -> int:
-        """Processes of a run: TPU hosts have four chips each."""
-        return self.shape[0] if self.chip.platform == "gpu" else max(1, self.chips // 4)
+        """Processes of a run: TPU hosts have four chips each, or in a 2x4 slice all eight."""
+        if self.chip.platform == "gpu":
+            return self.shape[0]
+        return 1 if self.shape == (2, 4) else max(1, self.chips // 4)
 
     def describe(self) -> str:
         """Returns "16 x TPU v5e on 4 hosts"."""
@@ -166,16 +173,47 @@ def parse(name: str) -> Topology:
                 f"{found[1]}:HOSTSxN"
             )
         return Topology(name, found[1], shape if len(shape) == 2 else (1, *shape))
-    single = math.prod(shape) == 1
-    whole = shape[0] % 2 == 0 and shape[1:2] and shape[1] % 2 == 0 and shape[-1] > 0
-    if len(shape) != chip.shape or not (single or whole) or math.prod(shape) > _LARGEST[chip.shape]:
-        sides, example = ("AxB", "4x4") if chip.shape == 2 else ("AxBxC", "2x2x2")
+    if not _is_slice(found[1], shape):
         raise UserError(
-            f"--topology={name}: {chip.title} slices are {found[1]}:{sides} in chips, A and B even "
-            f"(a host has 2x2), at most {_LARGEST[chip.shape]} chips, as {found[1]}:{example}, or "
-            f"{found[1]}:{'x'.join('1' * chip.shape)}"
+            f"--topology={name}: there is no such slice of {chip.title}; in chips there are "
+            + _slices(found[1])
         )
     return Topology(name, found[1], shape)
+
+
+def _is_slice(kind: str, shape: tuple[int, ...]) -> bool:
+    listed = _SLICES[CHIPS[kind].shape]
+    cubes = len(shape) == 3 and sorted(shape) == list(shape) and shape[0] > 0
+    cubes = cubes and not any(side % 4 for side in shape)
+    return shape in listed or (cubes and math.prod(shape) <= _LARGEST.get(kind, 0))
+
+
+def _slices(kind: str) -> str:
+    names = ", ".join("x".join(map(str, shape)) for shape in _SLICES[CHIPS[kind].shape])
+    if CHIPS[kind].shape == 2:
+        return names
+    return (
+        f"{names} and AxBxC of multiples of 4, A <= B <= C, at most {_LARGEST[kind]} chips, as "
+        f"{kind}:4x4x8"
+    )
+
+
+def check_attention(topology: Topology, attention: str, dtype: str) -> None:
+    """Refuses an attention kernel that the hardware cannot run.
+
+    Raises:
+      UserError: it is of another platform or dtype.
+    """
+    chip = topology.chip
+    if attention == "cudnn" and (chip.platform != "gpu" or dtype != "bfloat16"):
+        raise UserError(
+            f"config.model.attention=cudnn: needs GPUs and bfloat16, not {chip.title} and {dtype}; "
+            "use auto or xla"
+        )
+    if attention == "splash" and chip.platform != "tpu":
+        raise UserError(
+            f"config.model.attention=splash: is for TPUs, not {chip.title}; use auto or xla"
+        )
 
 
 def use_no_accelerator() -> None:
@@ -199,32 +237,42 @@ def compile_devices(topology: Topology) -> list:
     """Returns devices to compile for.
 
     Raises:
-      UserError: the compiler of this platform is not installed.
+      UserError: the compiler of this platform is not installed, or does not know the hardware.
     """
     from jax.experimental import topologies
 
     chip = topology.chip
-    module, extra = (
-        ("libtpu", "plan-tpu") if chip.platform == "tpu" else ("jax_plugins.xla_cuda12", "plan-gpu")
+    modules, extra = (
+        (("libtpu",), "plan-tpu")
+        if chip.platform == "tpu"
+        else (("jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"), "plan-gpu")
     )
-    if not _installed(module):
+    if not any(map(_installed, modules)):
         raise UserError(
             f"--compile for {chip.title} needs its compiler: pip install -e '.[{extra}]' (no "
             "such hardware is needed), or plan without --compile"
         )
     if chip.platform == "gpu":
         hosts, count = topology.shape
-        return topologies.get_topology_desc(
-            platform="cuda", target_config=_target(chip), topology=f"1x{hosts}x{count}"
-        ).devices
-    options = {}
-    if topology.chips == 1:
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    if topology.kind == "v4":  # one device a chip, as on v5p
-        options["chip_config_name"] = "megacore"
-    return topologies.get_topology_desc(
-        f"{topology.kind}:{'x'.join(map(str, topology.shape))}", "tpu", **options
-    ).devices
+        name, platform = f"1x{hosts}x{count}", "cuda"
+        options = {"target_config": _target(chip)}
+    else:
+        name, platform = f"{topology.kind}:{'x'.join(map(str, topology.shape))}", "tpu"
+        options = {}
+        if topology.chips == 1:
+            options["chips_per_host_bounds"] = (1, 1, 1)
+        if topology.kind == "v4":  # one device a chip, as on v5p
+            options["chip_config_name"] = "megacore"
+    try:
+        if platform == "cuda":
+            return topologies.get_topology_desc(platform=platform, topology=name, **options).devices
+        return topologies.get_topology_desc(name, platform, **options).devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--topology={topology.name}: the installed compiler for {chip.title} refuses it "
+            f"({reason}); take another topology, or plan without --compile"
+        ) from None
 
 
 def _installed(module: str) -> bool:
