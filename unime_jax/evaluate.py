@@ -27,7 +27,7 @@ _SHORT = {"--sets": "A,B", "--limit": "100"}
 
 def main(argv: list[str]) -> None:
     if argv[1:2] == ["compare"]:
-        compare.main(argv[2:], __doc__)
+        compare.main(argv[2:])
         return
     config = parse(_expanded(argv), __doc__)
     if "benchmark" not in config:

@@ -145,6 +145,23 @@ def test_what_is_missing_is_told_and_the_rest_goes_on(tmp_path, no_plots):
     assert "What is missing" in text and "OVEN" in text and "sets measured" in text
 
 
+def test_a_mean_of_which_something_is_missing_has_no_difference(world, tmp_path, no_plots):
+    def gaps(oracle):
+        found, _ = run(world, tmp_path, oracle, cache=tmp_path / str(len(list(tmp_path.iterdir()))))
+        rows = found["tables"]["MMEB"]
+        return next(row for row in rows if "difference" in row["row"])
+
+    whole, item = fake_models.FakeModel(rights(world)), world[2][int(world[3]["GQA"].queries[0])]
+    assert "-" not in gaps(whole).values()
+    ((text, image),) = fake_models.RAW.rows(item)
+    said, direction = fake_models.content_of(text, image.load()), whole.direction
+    whole.direction = lambda words: direction(words) * (np.nan if words == said else 1)
+    found = gaps(whole)
+    absent = {name for name, value in found.items() if value == "-"}
+    assert absent == {"VQA", "OOD", "mean of 4", "mean of 36"}
+    assert "no vector: GQA." in (tmp_path / "out/report.md").read_text()
+
+
 def test_no_image_at_all_is_told_with_where_they_are_looked_for(tmp_path):
     source, _ = eval_synthetic.write_mmeb(tmp_path, {"NIGHTS": 8}, queries=2, most_candidates=4)
     config = config_of(source, tmp_path / "elsewhere", tmp_path / "out", sets="NIGHTS")

@@ -103,6 +103,10 @@ def test_missing_sets_files_and_images_are_told(tmp_path, monkeypatch):
     assert set(found["means"]) == {"long"}
     text = (tmp_path / "out/report.md").read_text()
     assert "urban1k: 1 items without a vector" in text
+    rows = json.loads((tmp_path / "out/report.json").read_text())["tables"]["Captions and images"]
+    gaps = {row["set"]: row["difference"] for row in rows}
+    assert gaps["Urban1K"] == "-" != gaps["COCO"]
+    assert "Not comparable, for some of their items have no vector: Urban1K." in text
     with pytest.raises(UserError, match="none of the sets is there"):
         retrieval.read(config_of(tmp_path / "out", tmp_path))
 
@@ -145,6 +149,34 @@ def test_runs_are_compared_side_by_side_with_the_published_rows(tmp_path, capsys
     assert summary["Sets"][0]["difference"] == "+25.0"
     for name in ("tasks.png", "sets.png", "cosine.png"):
         assert (tmp_path / "out" / name).is_file()
+
+
+def test_what_was_scored_on_other_items_has_no_difference(tmp_path, captions, monkeypatch):
+    for name in ("plot_groups", "plot_dumbbells", "plot_sheet", "plot_cosine_matrices"):
+        monkeypatch.setattr(retrieval.report, name, lambda *args, **kwargs: None)
+    whole = mmeb_report(tmp_path / "a", 0.5, ["GQA", "CIRR"])
+    part = mmeb_report(tmp_path / "lr=1e-4", 0.75, ["GQA", "CIRR"])
+    file = tmp_path / "lr=1e-4" / "report.json"
+    content = json.loads(file.read_text())
+    content["results"]["sets"]["GQA"] |= {"precision": 1.0, "left_out": 3}
+    file.write_text(json.dumps(content))
+    path = compare.compare([whole, part], tmp_path / "out")
+    tables = json.loads(path.with_suffix(".json").read_text())["tables"]
+    assert {row["set"]: row["difference"] for row in tables["Sets"]} == {
+        "GQA": "-",
+        "CIRR": "+25.0",
+    }
+    gap = next(row for row in tables["MMEB"] if "lr=1e-4 minus" in row["row"])
+    assert gap["mean of 36"] == "+25.0" and "no vector: GQA." in path.read_text()
+    run(captions, tmp_path / "b")
+    (tmp_path / "c").mkdir()
+    content = json.loads((tmp_path / "b/out/report.json").read_text())
+    content["results"]["sets"]["coco"]["image_to_text"]["dropped_candidates"] = 1
+    (tmp_path / "c/report.json").write_text(json.dumps(content))
+    path = compare.compare([f"b={tmp_path / 'b/out'}", f"c={tmp_path / 'c'}"], tmp_path / "both")
+    rows = json.loads(path.with_suffix(".json").read_text())["tables"]["Retrieval"]
+    gaps = {row["score"]: row["c minus b"] for row in rows}
+    assert gaps["COCO i2t"] == "-" and gaps["COCO t2i"] == gaps["SugarCrepe add"] == "+0.0"
 
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path):

@@ -195,6 +195,23 @@ def test_images_of_other_roots_are_others_whatever_their_names(tmp_path):
     assert not np.array_equal(*encoder.vectors(np.arange(2)))
 
 
+def test_vectors_that_are_not_finite_are_faults(tmp_path):
+    items = Items()
+    for text in "abc":
+        items.add(text)
+
+    class Broken(fake_models.FakeModel):
+        def direction(self, said):
+            return super().direction(said) * (np.nan if said.startswith(b"'b'") else 1)
+
+    encoder = fake_models.encoder_of(items, Broken(), tmp_path)
+    assert list(encoder.embed({"set": np.arange(3)})) == ["set"]
+    assert encoder.usable.tolist() == [True, False, True] and encoder.embedded == 2
+    assert encoder.reason(1) == "the model gave no finite vector" and encoder.missing == 0
+    again = fake_models.encoder_of(items, fake_models.FakeModel(), tmp_path)
+    assert again.missing == 1  # nothing of it is kept
+
+
 def test_a_sum_is_of_parts_that_are_embedded_once(tmp_path):
     from PIL import Image
 

@@ -96,12 +96,13 @@ class Outcome:
     Attributes:
       answers: of the queries that could be scored.
       left_out: queries of which they or all right candidates have no vector.
-      candidates: that have one.
+      candidates: that have one; dropped: that have none.
     """
 
     answers: list[Answer]
     left_out: int
     candidates: int
+    dropped: int
 
     def recall(self, k: int) -> float:
         """Returns recall at k, 0 to 1; nan without answers."""
@@ -152,7 +153,7 @@ def score(
             answers.append(
                 _answer(int(queries[i]), found, similarity[row], relevant[row], *found_rank)
             )
-    return Outcome(answers, len(queries) - len(kept), len(found))
+    return Outcome(answers, len(queries) - len(kept), len(found), len(candidates) - len(found))
 
 
 def _answer(query: int, found, cosines, relevant, rank: int, tied: bool) -> Answer:

@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 
 from unime_jax import report
-from unime_jax.benchmarks import mmeb
+from unime_jax.benchmarks import mmeb, sugarcrepe
 from unime_jax.evaluation import published
-from unime_jax.evaluation.mmeb_report import TASK_TITLES, percent, read_results, signed
-from unime_jax.evaluation.retrieval_report import LENGTHS, bars_of, published_bars
+from unime_jax.evaluation.mmeb_report import (
+    TASK_TITLES,
+    is_partial,
+    not_whole,
+    percent,
+    read_results,
+    signed,
+)  # fmt: skip
+from unime_jax.evaluation.retrieval_report import LENGTHS, SHORT, TITLES, bars_of, published_bars
 from unime_jax.types import UserError
 
 DEFAULT_OUTPUT = "runs/compare"
@@ -22,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"compare: {message}; see python -m unime_jax.evaluate --help")
 
 
-def main(argv: Sequence[str], doc: str) -> None:
+def main(argv: Sequence[str]) -> None:
     parser = _Parser(
         prog="python -m unime_jax.evaluate compare",
         description=__doc__,
@@ -64,7 +71,7 @@ def _read(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
         name, equals, place = run.partition("=")
-        if not equals:
+        if not equals or pathlib.Path(run).expanduser().exists():  # a directory may be lr=1e-4
             place = run
             path = pathlib.Path(run).expanduser().resolve()
             path = path.parent if path.suffix == ".json" else path
@@ -84,6 +91,11 @@ def _types(found: Mapping[str, Mapping[str, Any]]) -> str:
 def _sampled(found: Mapping[str, Mapping[str, Any]]) -> str:
     names = [f"{name} ({each['limit']})" for name, each in found.items() if each["limit"]]
     return f"Samples of so many queries a set: {', '.join(names)}." if names else ""
+
+
+def _counts(record: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns what is equal where two runs measured the same; 0 for what a report does not say."""
+    return tuple(record.get(key) or 0 for key in ("scored", "left_out", "dropped_candidates"))
 
 
 # ---------------------------------------------------------------- MMEB
@@ -129,9 +141,17 @@ def _mmeb_summary(found, means) -> report.Section:
         f"({published.source()})."
     )
     notes = [_sampled(found)]
+    partial = [
+        each.name
+        for each in mmeb.SETS
+        if any(is_partial(run["results"]["sets"].get(each.name, {})) for run in found.values())
+    ]
+    if partial:
+        notes.append(not_whole(partial))
     if incomplete:
         notes.append("Not all sets are measured: a mean that lacks some of its sets is no score.")
-        notes.append("Differences are over the sets that both runs have.")
+    if incomplete or partial or notes[0]:
+        notes.append("Differences are over the sets of which both runs scored equally much.")
     table = report.Table(
         ["row", *(mmeb.LABELS[mean] for mean in mmeb.MEANS)], rows, ["", *[".1f"] * len(mmeb.MEANS)]
     )
@@ -141,7 +161,7 @@ def _mmeb_summary(found, means) -> report.Section:
 def _gap(found, first: str, last: str, mean: str) -> float | None:
     """Returns the difference of a mean over the sets that both have, in points."""
     scores = [_scores(found[name]) for name in (first, last)]
-    both = set(scores[0]) & set(scores[1])
+    both = _alike(found[first], found[last])
     pair = [mmeb.means({name: s[name] for name in both})[mean] for s in scores]
     return 100 * (pair[1].value - pair[0].value) if pair[0].measured else None
 
@@ -151,8 +171,16 @@ def _scores(run: Mapping[str, Any]) -> dict[str, float]:
     return {name: s["precision"] for name, s in sets.items() if s["precision"] is not None}
 
 
+def _alike(first: Mapping[str, Any], last: Mapping[str, Any]) -> set[str]:
+    """Returns the sets that both runs have scores of, over as many queries and candidates."""
+    sets = [run["results"]["sets"] for run in (first, last)]
+    both = set(_scores(first)) & set(_scores(last))
+    return {name for name in both if _counts(sets[0][name]) == _counts(sets[1][name])}
+
+
 def _mmeb_sets(found) -> report.Section:
     scores = {name: _scores(run) for name, run in found.items()}
+    alike = _alike(next(iter(found.values())), list(found.values())[-1])
     rows = []
     for each in mmeb.SETS:
         values = [percent(own.get(each.name)) for own in scores.values()]
@@ -160,8 +188,7 @@ def _mmeb_sets(found) -> report.Section:
             continue
         row = [each.name, mmeb.SHORT[each.task], "IND" if each.in_distribution else "OOD", *values]
         if len(values) > 1:
-            both = values[0] is not None and values[-1] is not None
-            row.append(signed(values[-1] - values[0] if both else None))
+            row.append(signed(values[-1] - values[0] if each.name in alike else None))
         rows.append(row)
     header = ["set", "task", "", *found, *(["difference"] if len(found) > 1 else [])]
     formats = ["", "", "", *[".1f"] * (len(header) - 3)]
@@ -197,18 +224,26 @@ def _retrieval(found, output: pathlib.Path) -> list[report.Section]:
     others = published.rows("retrieval", _types(found))
     labels = list(dict.fromkeys(label for own in bars.values() for label in own))
     all_rows = bars | {row["name"]: published_bars(row) for row in others}
+    counts = [_retrieval_counts(run["results"]) for run in found.values()]
     rows = []
     for label in labels:
         values = [own.get(label) for own in all_rows.values()]
         rows.append([label.replace("\n", " "), *values])
         if len(bars) > 1:
             a, b = values[0], values[len(bars) - 1]
-            rows[-1].append(signed(None if a is None or b is None else b - a))
+            alike = None not in (a, b) and counts[0].get(label) == counts[-1].get(label)
+            rows[-1].append(signed(b - a if alike else None))
     first, last = list(bars)[0], list(bars)[-1]
     header = ["score", *all_rows, *([f"{last} minus {first}"] if len(bars) > 1 else [])]
     table = report.Table(header, rows, ["", *[".1f"] * (len(header) - 1)])
     text = "R@1 and SugarCrepe's accuracy, %. t2i: a text looks for its image; i2t: the reverse."
-    sections = [report.Section("Retrieval", text, table, note=_sampled(found))]
+    partial = [
+        label.replace("\n", " ")
+        for label in labels
+        if any(any(own.get(label, ())[1:]) for own in counts)
+    ]
+    notes = [_sampled(found), not_whole(partial) if partial else ""]
+    sections = [report.Section("Retrieval", text, table, note=" ".join(filter(None, notes)))]
     means = [
         [name, *(percent(run["results"]["means"].get(length)) for length in LENGTHS)]
         for name, run in found.items()
@@ -230,6 +265,19 @@ def _retrieval(found, output: pathlib.Path) -> list[report.Section]:
         )  # fmt: skip
         sections.append(report.Section("R@1", image="retrieval.png", note="Grey: published."))
     return sections
+
+
+def _retrieval_counts(results: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the counts behind each number, by the labels of `bars_of`."""
+    found = {}
+    for name, directions in results["sets"].items():
+        for direction, short in SHORT.items():
+            found[f"{TITLES[name]}\n{short}"] = _counts(directions[direction])
+    for kind in sugarcrepe.KINDS:
+        files = [f for name, f in results["sugarcrepe"]["files"].items() if name.startswith(kind)]
+        if files:
+            found[f"SugarCrepe\n{kind}"] = tuple(map(sum, zip(*map(_counts, files), strict=True)))
+    return found
 
 
 # ---------------------------------------------------------------- both

@@ -218,34 +218,49 @@ class Encoder:
 
             try:
                 for keys, vectors in self._model(self._rows(share, bad), bad) if share else ():
-                    self._store.add(keys, vectors)
-                    self.embedded += len(keys)
-                    progress.advance(len(keys), self._done(keys))
+                    finite = np.isfinite(vectors).all(axis=1)
+                    for place in np.flatnonzero(~finite):
+                        bad(keys[place], "the model gave no finite vector")
+                    kept = [keys[place] for place in np.flatnonzero(finite)]
+                    self._store.add(kept, vectors[finite])
+                    self.embedded += len(kept)
+                    progress.advance(len(kept), self._done(kept))
             finally:
                 self._store.flush()
         hosts.exchange(share, self._store, self.failed)
         self._pending.difference_update(todo)
 
     def _batches(self, wanted: Mapping[str, Int[np.ndarray, "N"]]) -> Iterator[list[str]]:
-        """Yields names of sets that are embedded together.
+        """Yields names of sets that are embedded together, in all processes the same.
 
         Args:
           wanted: items of each set.
         """
-        batch, seen = [], set()
-        for name, numbers in wanted.items():
-            batch.append(name)
+        ends = np.zeros(len(wanted), np.int32)
+        seen, done = set(), set()
+        for place, numbers in enumerate(wanted.values()):
             keys = {key for i in numbers.tolist() for key in self._keys[i]}
-            seen |= keys & self._pending
+            seen |= (keys & self._pending) - done
             if len(seen) >= _TOGETHER:
+                ends[place] = 1
+                done |= seen
+                seen = set()
+        # What has vectors here may have none in another process, and each batch is awaited by all.
+        batch = []
+        for name, end in zip(wanted, hosts.first_ones(ends), strict=True):
+            batch.append(name)
+            if end:
                 yield batch
-                batch, seen = [], set()
+                batch = []
         if batch:
             yield batch
 
     def _rows(self, keys: Sequence[bytes], bad: Callable[[bytes, str], None]) -> Iterator[Row]:
         for key in keys:
-            part = self._parts[key]
+            part = self._parts.get(key)
+            if part is None:  # process 0 asked for it: its files are not ours
+                bad(key, f"not among the files of process {hosts.index()}")
+                continue
             image = part.image
             try:
                 yield Row(key, part.text, None if image is None else image.file or image.load())
@@ -255,7 +270,8 @@ class Encoder:
     def _done(self, keys: Sequence[bytes]) -> str:
         """Counts finished rows and returns how far the whole is."""
         self._pending.difference_update(keys)
-        left = hosts.count() * sum(self._parts[key].work for key in keys)
+        parts = [self._parts[key] for key in keys if key in self._parts]
+        left = hosts.count() * sum(part.work for part in parts)
         return self._clock.advance(left, self._work)
 
     # ---- vectors

@@ -15,28 +15,39 @@ def count() -> int:
     return jax.process_count()
 
 
+def index() -> int:
+    return jax.process_index()
+
+
 def is_first() -> bool:
-    return jax.process_index() == 0
+    return index() == 0
+
+
+def first_ones(array: np.ndarray) -> np.ndarray:
+    """Returns process 0's array, which has the same shape in all."""
+    if count() == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(array))
 
 
 def agreed(keys: list[bytes]) -> list[bytes]:
     """Returns process 0's list: each looks at the store at another moment."""
     if count() == 1:
         return keys
-    from jax.experimental import multihost_utils
-
-    number = int(multihost_utils.broadcast_one_to_all(np.int64(len(keys))))
+    number = int(first_ones(np.int64(len(keys))))
     if not number:
         return []
     mine = np.zeros((number, KEY_BYTES), np.uint8)
     if is_first():
         mine[:] = np.frombuffer(b"".join(keys), np.uint8).reshape(number, KEY_BYTES)
-    return [row.tobytes() for row in np.asarray(multihost_utils.broadcast_one_to_all(mine))]
+    return [row.tobytes() for row in first_ones(mine)]
 
 
 def share(keys: Sequence[bytes]) -> list[bytes]:
     """Returns this process's keys."""
-    return list(keys[jax.process_index() :: count()])
+    return list(keys[index() :: count()])
 
 
 def exchange(keys: Sequence[bytes], store: VectorStore, failed: dict[bytes, str]) -> None:

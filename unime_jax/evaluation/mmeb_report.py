@@ -4,7 +4,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unime_jax import report
@@ -21,6 +21,7 @@ TASK_TITLES = {
 }
 THIS, DIFFERENCE = "this model", "difference"
 _FAILURES, _EXAMPLES = 8, 8
+_NAMED = 6  # sets in a note
 # Of the cosine matrix: images with captions, as the paper's; else the first set that was measured.
 PAIRS_SETS = ("MSCOCO_i2t", "VisualNews_i2t", "MSCOCO_t2i")
 
@@ -91,6 +92,11 @@ class Page:
             if record["precision"] is not None
         }
 
+    @property
+    def partial(self) -> list[str]:
+        """Names the sets of which something could not be embedded."""
+        return [name for name, record in self._records.items() if is_partial(record)]
+
     def write(self, measured, *, seconds: float, rows: int, plots=(), **more) -> pathlib.Path:
         """Writes report.md and report.json."""
         sections = [self._summary(), self._sets(), *plots]
@@ -132,13 +138,15 @@ class Page:
         means = mmeb.means(self.precision)
         header = ["row", *(mmeb.LABELS[name] for name in mmeb.MEANS)]
         rows: list[list[Any]] = [[THIS, *(percent(means[name].value) for name in mmeb.MEANS)]]
+        whole = {n: p for n, p in self.precision.items() if n not in self.partial}
+        comparable = [name for name, mean in mmeb.means(whole).items() if mean.complete]
         incomplete = [name for name in mmeb.MEANS if not means[name].complete]
         if incomplete:
             counts = [f"{means[name].measured}/{means[name].sets}" for name in mmeb.MEANS]
             rows.append(["  sets measured", *counts])
         if rival is not None:
             gaps = [
-                None if name in incomplete or self._config.limit
+                None if name not in comparable or self._config.limit
                 else 100 * means[name].value - rival[name]
                 for name in mmeb.MEANS
             ]  # fmt: skip
@@ -153,6 +161,8 @@ class Page:
         notes = []
         if incomplete:
             notes.append("Not all sets are measured: compare no mean that lacks some of its sets.")
+        if self.partial:
+            notes.append(not_whole(self.partial))
         if self._config.limit:
             notes.append(f"At most {self._config.limit} queries of each set: a sample.")
         return report.Section(
@@ -303,6 +313,19 @@ def read_results(path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{place}: not the report of MMEB or of retrieval") from None
     return found
+
+
+def is_partial(record: Mapping[str, Any]) -> bool:
+    """Tells whether a query or a candidate of a set or a direction had no vector."""
+    return bool(record.get("left_out") or record.get("dropped_candidates"))
+
+
+def not_whole(names: Sequence[str]) -> str:
+    """Says which sets lack queries or candidates."""
+    listed = ", ".join(names[:_NAMED]) + (
+        f" and {len(names) - _NAMED} more" if names[_NAMED:] else ""
+    )
+    return f"Not comparable, for some of their items have no vector: {listed}."
 
 
 def signed(value: float | None) -> str:

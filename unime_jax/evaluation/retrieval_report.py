@@ -9,7 +9,7 @@ from typing import Any
 from unime_jax import report
 from unime_jax.benchmarks import caption_retrieval, sugarcrepe
 from unime_jax.evaluation import examples, opening, published
-from unime_jax.evaluation.mmeb_report import THIS, percent, signed
+from unime_jax.evaluation.mmeb_report import THIS, is_partial, not_whole, percent, signed
 
 KS = caption_retrieval.KS
 TITLES = {each.name: each.title for each in caption_retrieval.SETS}
@@ -49,6 +49,7 @@ class Page:
                     "scored": len(found.answers),
                     "left_out": found.left_out,
                     "candidates": found.candidates,
+                    "dropped_candidates": found.dropped,
                 }
                 for direction, found in outcomes.items()
             },
@@ -139,7 +140,8 @@ class Page:
                 row = [TITLES[name], words, *recalls]
                 others = [row[name][direction] for row in published.rows("retrieval", kind)]
                 gap = None
-                if rival is not None and not self._config.limit and recalls[0] is not None:
+                whole = not self._config.limit and not is_partial(result)
+                if rival is not None and whole and recalls[0] is not None:
                     gap = recalls[0] - rival[name][direction]
                 row += [*others, *([signed(gap)] if rival is not None else [])]
                 row += [result["ties"], result["scored"], result["left_out"], result["candidates"]]
@@ -150,10 +152,19 @@ class Page:
         formats = ["", "", *[".1f"] * (len(KS) + len(names)), *([".1f"] if rival else [])]
         header += ["ties", "queries", "left out", "candidates"]
         text = "R@k, %. Ties lose. Published: " + published.source() + "."
-        note = f"At most {self._config.limit} images of each set: a sample, easier than the whole."
+        partial = {
+            n: any(map(is_partial, (f[way] for way in ARROWS))) for n, f in self._sets.items()
+        }
+        notes = (
+            [not_whole([TITLES[n] for n in partial if partial[n]])] if any(partial.values()) else []
+        )
+        if self._config.limit:
+            notes.append(
+                f"At most {self._config.limit} images of each set: a sample, easier than the whole."
+            )
         return report.Section(
             "Captions and images", text, report.Table(header, rows, formats),
-            note=note if self._config.limit else "",
+            note=" ".join(notes),
         )  # fmt: skip
 
     def _sugarcrepe(self) -> report.Section | None:
@@ -174,7 +185,9 @@ class Page:
         header = ["file", THIS, *names, "ties", "rows", "left out"]
         formats = ["", *[".1f"] * (1 + len(names))]
         text = "Share of rows, %, whose image is nearer to its caption than to the wrong one."
-        return report.Section("SugarCrepe", text, report.Table(header, rows, formats))
+        partial = [name for name, found in self._files.items() if found["left_out"]]
+        note = not_whole(partial) if partial else ""
+        return report.Section("SugarCrepe", text, report.Table(header, rows, formats), note=note)
 
     def _means(self) -> report.Section | None:
         overall = self.overall()
