@@ -2,12 +2,19 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 from unime_jax import runtime
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def start(
@@ -20,7 +27,7 @@ def start(
         runtime.CACHE_VARIABLE: str(cache),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "compiled"),
     }
-    place = f"--coordinator=127.0.0.1:{runtime.free_port()}"
+    place = f"--coordinator=127.0.0.1:{free_port()}"
     started = []
     for number in range(processes):
         where = [place, f"--processes={processes}", f"--process={number}"] if processes > 1 else []

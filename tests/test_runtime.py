@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -99,47 +98,6 @@ def test_an_entry_may_start_where_jax_is_at_work_already(monkeypatch):
         runtime.start()
 
 
-def test_flags_that_place_a_process_are_taken_by_every_entry(monkeypatch):
-    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-        monkeypatch.setenv(name, "")
-    rest = []
-    argv = ["x", "--coordinator=h:1", "--config.a=1", "--processes=2", "--process=0"]
-    runtime.run_entry(rest.extend, argv)
-    assert rest == ["x", "--config.a=1"]
-    assert os.environ["JAX_COORDINATOR_ADDRESS"] == "h:1"
-    assert (os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_PROCESS_ID"]) == ("2", "0")
-
-
-@pytest.mark.parametrize(
-    "coordinator, processes, process, message",
-    [
-        ("host", "2", "0", "--coordinator=host: several processes need"),
-        ("host:1", "", "0", "--processes=: several"),
-        ("", "2", "0", "--coordinator=: several"),
-        ("host:1", "2", "x", "--process=x: several"),
-        ("host:1", "2", "2", "--process=2: must be below --processes=2"),
-    ],
-)
-def test_a_process_that_is_misplaced_is_told(coordinator, processes, process, message):
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    with pytest.raises(UserError, match=message):
-        runtime._join_given(given, {})
-
-
-def test_a_process_that_waits_in_vain_says_so(monkeypatch, capfd):
-    ended = []
-    monkeypatch.setattr(os, "_exit", ended.append)
-    with runtime._told_to_wait(0.1):
-        time.sleep(0.5)
-    said = capfd.readouterr().err.splitlines()
-    assert said[0].startswith("waiting for") and "not all processes are there" in said[1]
-    assert ended == [2]
-    with runtime._told_to_wait(0.1):
-        pass
-    time.sleep(0.3)
-    assert capfd.readouterr().err == "" and ended == [2]
-
-
 def test_errors_of_one_of_several_processes_name_it(monkeypatch, capfd):
     ended = []
     monkeypatch.setattr(runtime, "_PLACE", (1, 4))
@@ -160,16 +118,6 @@ def test_gpu_programs_overlap_what_xla_knows_to_overlap(monkeypatch):
     mine, *added = os.environ["XLA_FLAGS"].split()
     assert mine == "--xla_gpu_enable_latency_hiding_scheduler=false"
     assert added == [f"--{flag}=true" for flag in runtime._GPU_FLAGS[1:-1]]
-
-
-@pytest.mark.parametrize("tasks, found", [("1(x2)", "0,1,2,3"), ("1", "0,1,2,3"), ("4(x2)", "")])
-def test_a_nodes_only_task_gets_all_its_gpus(tasks, found, monkeypatch):
-    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "")
-    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS")
-    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
-    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
-    runtime._share_gpus_of_slurm()
-    assert os.environ.get("JAX_LOCAL_DEVICE_IDS", "") == found
 
 
 def test_cpu_programs_do_not_hold_all_layers_in_f32():

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax import ablation, embedder, metrics, report, runtime
+from unime_jax import ablation, cluster, embedder, metrics, report, runtime
 from unime_jax.ablation import Run, Variant
 from unime_jax.config import check, parse
 from unime_jax.data import sources
@@ -278,7 +278,7 @@ def _call(command: Sequence[str], directory: pathlib.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / f"{command[2].rpartition('.')[2]}.log"
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file)
+        process = subprocess.Popen(command, stdout=file, env=cluster.environment_alone())
         stopped = False
         with _passing_on(process):
             while process.poll() is None:

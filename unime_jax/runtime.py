@@ -1,15 +1,6 @@
-"""The process among others: start, exit codes, signals, platform and compilation cache.
+"""The process: start, exit codes, signals, what processes tell each other, platform and cache."""
 
-A run is one process a host, all with the same command. They find each other on SLURM, Cloud TPU,
-GKE and under Open MPI; elsewhere each is told where it stands, by flags or by the environment:
-
-    --coordinator=HOST:PORT --processes=N --process=I
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
-"""
-
-import contextlib
 import errno
-import glob
 import itertools
 import logging
 import mmap
@@ -18,13 +9,12 @@ import pathlib
 import re
 import select
 import signal
-import socket
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable
 
+from unime_jax import cluster
 from unime_jax.types import UserError
 
 CACHE_VARIABLE = "UNIME_JAX_CACHE"
@@ -48,7 +38,7 @@ def run_entry(main: Callable[[list[str]], None], argv: list[str] | None = None) 
     Also 141: nobody reads the output any more.
     """
     try:
-        main(_take_flags(list(sys.argv if argv is None else argv)))
+        main(cluster.take_flags(list(sys.argv if argv is None else argv)))
         sys.stdout.flush()
     except SystemExit:
         raise
@@ -167,25 +157,6 @@ def _together() -> bool:
     return _PLACE[1] > 1
 
 
-_FLAGS = {
-    "coordinator": "JAX_COORDINATOR_ADDRESS",
-    "processes": "JAX_NUM_PROCESSES",
-    "process": "JAX_PROCESS_ID",
-}
-
-
-def _take_flags(argv: list[str]) -> list[str]:
-    """Moves the flags that place a process among others into the environment."""
-    rest = []
-    for argument in argv:
-        found = re.fullmatch(r"--?(coordinator|processes|process)=(.*)", argument)
-        if found:
-            os.environ[_FLAGS[found[1]]] = found[2]
-        else:
-            rest.append(argument)
-    return rest
-
-
 def start(*, preemptible: bool = False) -> None:
     """Sets the process up for JAX work and finds the others; call once, before any array is made.
 
@@ -205,7 +176,7 @@ def start(*, preemptible: bool = False) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     _add_gpu_flags()
     handler = signal.getsignal(signal.SIGTERM)
-    _join()
+    cluster.join()
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -254,101 +225,9 @@ def _add_gpu_flags() -> None:
     os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
 
 
-_JOIN_SECONDS = 300
-
-
-def _join() -> None:
-    """Connects with the other processes of the run; alone, with itself."""
-    import jax
-
-    if jax.distributed.is_initialized():
-        return
-    given = {key: os.environ.get(name, "") for key, name in _FLAGS.items()}
-    timeouts = {"initialization_timeout": _JOIN_SECONDS + 60, "shutdown_timeout_seconds": 60}
-    try:
-        with _told_to_wait(_JOIN_SECONDS):
-            if any(given.values()):
-                _join_given(given, timeouts)
-                return
-            _share_gpus_of_slurm()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Kubernetes without its package: not for us
-                jax.distributed.initialize(**timeouts)
-    except ValueError as error:  # no cluster that JAX knows
-        if "coordinator_address" not in str(error):
-            raise
-        address = f"127.0.0.1:{free_port()}"
-        jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address)
-    except RuntimeError as error:
-        if "must be called before" in str(error) and not any(given.values()):
-            return  # JAX is at work already, in a notebook for instance: alone
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the other processes are not found: {reason}") from None
-
-
-@contextlib.contextmanager
-def _told_to_wait(seconds: int | float):
-    """Says after a while that the other processes are missing, and ends when they stay away.
-
-    Left alone, JAX would end the process with a stack trace.
-    """
-
-    def fail():
-        print(
-            f"error: after {seconds:.0f} s not all processes are there: start as many as were "
-            "announced, all with the same address of process 0, which must reach it",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)
-
-    def remind():
-        print("waiting for the other processes ...", file=sys.stderr, flush=True)
-
-    timers = [threading.Timer(min(10, seconds / 2), remind), threading.Timer(seconds, fail)]
-    for timer in timers:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield
-    finally:
-        for timer in timers:
-            timer.cancel()
-
-
-def _join_given(given: dict[str, str], timeouts: dict[str, int]) -> None:
-    import jax
-
-    for key, value in given.items():
-        if not (re.fullmatch(r".+:\d+", value) if key == "coordinator" else value.isdigit()):
-            raise UserError(
-                f"--{key}={value}: several processes need --coordinator=HOST:PORT (of process 0), "
-                f"--processes=N and --process=0 to N-1 (or {', '.join(_FLAGS.values())})"
-            )
-    count, number = int(given["processes"]), int(given["process"])
-    if number >= count:
-        raise UserError(f"--process={number}: must be below --processes={count}")
-    jax.distributed.initialize(
-        given["coordinator"], count, number, cluster_detection_method="deactivate", **timeouts
-    )
-
-
-def _share_gpus_of_slurm() -> None:
-    """Gives a node's only task all its GPUs; JAX would take one a task."""
-    if re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
-        count = os.environ.get("SLURM_GPUS_ON_NODE") or len(glob.glob("/dev/nvidia[0-9]*"))
-        if int(count):
-            os.environ.setdefault("JAX_LOCAL_DEVICE_IDS", ",".join(map(str, range(int(count)))))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 _WAIT_MS = 600_000
 _CALLS = itertools.count()
+_SAID, _KEPT = "unime_jax_said", 100  # where process 0 writes; how many calls until it clears up
 
 
 def _messages():
@@ -362,7 +241,10 @@ def from_main(text: str) -> str:
     """Returns what process 0 gives; all processes call this and `barrier` in the same order."""
     if not _together():
         return text
-    key = f"unime_jax/{next(_CALLS)}"
+    number = next(_CALLS)
+    if number % _KEPT == _KEPT - 1:
+        barrier()
+    key = f"{_SAID}/{number}"
     if is_main():
         _messages().key_value_set(key, text)
         return text
@@ -373,6 +255,8 @@ def barrier() -> None:
     """Waits until every process is there."""
     if _together():
         _messages().wait_at_barrier(f"unime_jax/{next(_CALLS)}", _WAIT_MS)
+        if is_main():  # all have read what was said before
+            _messages().key_value_delete(_SAID)
 
 
 def compiler_options(platform: str) -> dict[str, str] | None:
@@ -389,8 +273,9 @@ def compiler_options(platform: str) -> dict[str, str] | None:
 def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
     """Returns the attention kernel for the platform of a mesh (None: the default device).
 
-    "auto" takes a fused kernel where there is one, in bfloat16 alone: cudnn on GPUs, splash on TPUs
-    (of which several need a mesh, for the compiler cannot divide it). On CPU splash is interpreted.
+    "auto" takes a fused kernel where there is one, in bfloat16 alone: cudnn on NVIDIA's GPUs from
+    Ampere on, splash on TPUs (of which several need a mesh, for the compiler cannot divide it). On
+    CPU splash is interpreted.
 
     Raises:
       UserError: a kernel of another platform.
@@ -399,14 +284,18 @@ def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
 
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    # Such as 7.5; AMD's are called gfx90a.
+    capability = re.match(r"\d+", str(getattr(device, "compute_capability", "")))
+    cudnn = platform == "gpu" and capability is not None and int(capability[0]) >= 8
     if attention == "auto":
-        fused = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
+        fused = "cudnn" if cudnn else {"tpu": "splash"}.get(platform, "xla")
         alone = mesh is None and platform == "tpu" and jax.device_count() > 1
         return fused if dtype == "bfloat16" and not alone else "xla"
-    if attention == "cudnn" and (platform != "gpu" or dtype != "bfloat16"):
+    if attention == "cudnn" and (not cudnn or dtype != "bfloat16"):
+        kind = device.device_kind
         raise UserError(
-            f"config.model.attention=cudnn: needs GPUs and bfloat16, not {platform} and {dtype}; "
-            "use auto or xla"
+            f"config.model.attention=cudnn: needs NVIDIA GPUs from Ampere on and bfloat16, not "
+            f"{kind} and {dtype}; use auto or xla"
         )
     if attention == "splash" and platform != "tpu":
         if platform == "gpu":

@@ -6,7 +6,7 @@
 The config file holds every setting; any key can be overridden with --config.key=value (all keys
 with their meaning: unime_jax/config.py). The run lives in config.output: started again, it goes on
 from its newest checkpoint; Ctrl-C or SIGTERM saves first. Several hosts each run the same command:
-launch/ has scripts, unime_jax/runtime.py says how the processes find each other.
+launch/ has scripts, unime_jax/cluster.py says how the processes find each other.
 """
 
 import functools

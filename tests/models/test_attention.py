@@ -123,12 +123,13 @@ def test_cudnn_lowers_for_gpu_without_one(monkeypatch):
 
 
 class Device:
-    def __init__(self, platform):
-        self.platform = platform
+    def __init__(self, platform, capability):
+        self.platform = self.device_kind = platform
+        self.compute_capability = capability
 
 
-def mesh_of(platform, count=1):
-    return type("Mesh", (), {"devices": np.array([Device(platform)] * count, object)})
+def mesh_of(platform, capability="8.0"):
+    return type("Mesh", (), {"devices": np.array([Device(platform, capability)], object)})
 
 
 @pytest.mark.parametrize(
@@ -153,3 +154,14 @@ def test_the_platform_of_the_mesh_decides(asked, platform, dtype, found):
             runtime.resolve_attention(asked, dtype, mesh_of(platform))
     else:
         assert runtime.resolve_attention(asked, dtype, mesh_of(platform)) == found
+
+
+@pytest.mark.parametrize(
+    "capability, found",
+    [("7.5", "xla"), ("gfx90a", "xla"), ("8.6", "cudnn"), ("9.0", "cudnn"), ("12.0", "cudnn")],
+)
+def test_old_and_other_gpus_take_no_kernel_they_lack(capability, found):
+    assert runtime.resolve_attention("auto", "bfloat16", mesh_of("gpu", capability)) == found
+    if found == "xla":
+        with pytest.raises(UserError, match="config.model.attention=cudnn: .*Ampere"):
+            runtime.resolve_attention("cudnn", "bfloat16", mesh_of("gpu", capability))

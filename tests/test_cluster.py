@@ -1,0 +1,156 @@
+"""How processes find each other: flags, what clusters export, proxies, one process alone."""
+
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import processes
+import pytest
+
+from unime_jax import cluster, runtime
+from unime_jax.types import UserError
+
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
+
+
+def test_flags_that_place_a_process_are_taken_by_every_entry(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.setenv(name, "")
+    rest = []
+    argv = ["x", "--coordinator=h:1", "--config.a=1", "--processes=2", "--process=0"]
+    runtime.run_entry(rest.extend, argv)
+    assert rest == ["x", "--config.a=1"]
+    assert os.environ["JAX_COORDINATOR_ADDRESS"] == "h:1"
+    assert (os.environ["JAX_NUM_PROCESSES"], os.environ["JAX_PROCESS_ID"]) == ("2", "0")
+
+
+@pytest.mark.parametrize(
+    "coordinator, processes, process, message",
+    [
+        ("host", "2", "0", "--coordinator=host: several processes need"),
+        ("host:1", "", "0", "--processes=: several"),
+        ("", "2", "0", "--coordinator=: several"),
+        ("host:1", "2", "x", "--process=x: several"),
+        ("host:1", "2", "2", "--process=2: must be below --processes=2"),
+    ],
+)
+def test_a_process_that_is_misplaced_is_told(coordinator, processes, process, message):
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    with pytest.raises(UserError, match=message):
+        cluster._join_given(given, {})
+
+
+def test_a_process_that_waits_in_vain_says_so(monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with cluster._told_to_wait(0.1):
+        time.sleep(0.5)
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith("waiting for") and "not all processes are there" in said[1]
+    assert ended == [2]
+    with cluster._told_to_wait(0.1):
+        pass
+    time.sleep(0.3)
+    assert capfd.readouterr().err == "" and ended == [2]
+
+
+@pytest.mark.parametrize("tasks, found", [("1(x2)", "0,1,2,3"), ("1", "0,1,2,3"), ("4(x2)", "")])
+def test_a_nodes_only_task_gets_all_its_gpus(tasks, found, monkeypatch):
+    monkeypatch.setenv("JAX_LOCAL_DEVICE_IDS", "")
+    monkeypatch.delenv("JAX_LOCAL_DEVICE_IDS")
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", tasks)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    cluster._share_gpus_of_slurm()
+    assert os.environ.get("JAX_LOCAL_DEVICE_IDS", "") == found
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Calls of `jax.distributed.initialize`, which finds no cluster."""
+    calls = []
+
+    def initialize(*args, **options):
+        calls.append({name for name in os.environ if name.lower().endswith("_proxy")})
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    return calls
+
+
+def test_a_proxy_is_not_asked_for_other_processes(asked, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "elsewhere")
+    cluster.join()
+    assert asked == [{"no_proxy"}]
+    assert os.environ["HTTP_PROXY"] == "http://127.0.0.1:9"
+
+
+def test_a_process_behind_a_proxy_starts():
+    place = f"['--coordinator=127.0.0.1:{processes.free_port()}','--processes=1','--process=0']"
+    code = (
+        f"from unime_jax import cluster; cluster.take_flags({place}); cluster.join();"
+        "import jax; print(jax.distributed.is_initialized())"
+    )
+    env = {**os.environ, "http_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=40
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "environment, alone",
+    [
+        (SLURM, True),
+        ({**SLURM, "SLURM_NTASKS": "2"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "a"}, True),
+    ],
+)
+def test_one_process_of_a_cluster_asks_nobody(environment, alone, asked, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if alone:
+        cluster.join()
+    else:  # and several never run alone, each as the first
+        with pytest.raises(UserError, match="not found"):
+            cluster.join()
+    assert bool(asked) != alone
+
+
+def test_several_processes_where_jax_is_at_work_already_are_an_error(monkeypatch):
+    jax.devices()
+    for name, value in {**SLURM, "SLURM_NTASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="not found.*before"):
+        cluster.join()
+
+
+def test_faults_of_a_cluster_are_one_line(monkeypatch):
+    def initialize(**_):
+        raise LookupError("no\ntoken")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match="not found: no token"):
+        cluster.join()
+
+
+def test_a_child_is_on_its_own(monkeypatch):
+    for name in (*SLURM, "JAX_PROCESS_ID", "JAX_COORDINATOR_ADDRESS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    found = cluster.environment_alone()
+    assert found["JAX_PLATFORMS"] == "cpu" and "PATH" in found
+    assert not [name for name in found if name.startswith(("SLURM_", "OMPI_", "JAX_PROCESS"))]
