@@ -67,9 +67,9 @@ def test_what_is_exported_already_stays():
 
 @pytest.mark.parametrize("code, queued", [(0, False), (85, True), (2, False)])
 def test_slurm_queues_a_stopped_run_again(tmp_path, code, queued):
-    """With stand-ins for srun and scontrol."""
+    """With stand-ins for srun and scontrol; srun returns its tasks' code if none is killed."""
     for name, body in (
-        ("srun", f'echo "$UNIME_JAX_STOP_CODE"; exit {code}'),
+        ("srun", f'echo "$UNIME_JAX_STOP_CODE $1"; exit {code}'),
         ("scontrol", 'echo "$@"'),
     ):
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -77,7 +77,7 @@ def test_slurm_queues_a_stopped_run_again(tmp_path, code, queued):
     path = f"{tmp_path}:{os.environ['PATH']}"
     done = bash(ROOT / "launch/slurm.sbatch", *FLAGS, PATH=path, SLURM_JOB_ID="7")
     assert done.returncode == code
-    assert done.stdout.split("\n")[:-1] == ["85"] + ["requeue 7"] * queued
+    assert done.stdout.split("\n")[:-1] == ["85 --kill-on-bad-exit=0"] + ["requeue 7"] * queued
 
 
 def test_the_jobset_names_what_is_there():

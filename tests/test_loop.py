@@ -77,11 +77,49 @@ def test_steps_asked_for_are_traced_by_the_first_process_alone(tmp_path, monkeyp
     assert 0.01 < metrics["memory_gib"] < 100
     assert metrics["tflops_per_second"] > 0 and "mfu" not in metrics, "a CPU's peak is not known"
     monkeypatch.setattr(runtime, "_PLACE", (1, 2))
-    trace = loop.Trace("2-3", tmp_path / "b")
-    trace.before(2), trace.after(3, ())
+    with loop.Trace("2-3", tmp_path / "b", steps=6) as trace:
+        trace.before(2), trace.after(3)
     assert not (tmp_path / "b").exists()
     assert not report.MetricsWriter(tmp_path / "c", write=runtime.is_main()).write(1, {"loss": 1})
     assert not (tmp_path / "c").exists()
+
+
+def test_a_trace_of_a_run_that_ends_early_is_kept(tmp_path, capsys):
+    with pytest.raises(UserError, match="step 3: loss nan"):
+        run(tmp_path, bad=3, profile="2-5")
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert "trace of steps 2 to the end" in capsys.readouterr().out
+    with pytest.raises(UserError, match="config.log.profile=5-7: the run has 6 steps"):
+        run(tmp_path / "other", profile="5-7")
+
+
+def test_a_step_lasts_as_long_as_the_device_works(tmp_path, monkeypatch):
+    """10 s each, wherever the loop waits for it; a save, of 100 s, is not part of any."""
+    now, ready = [0.0], {}
+    count, save = step_until(100), checkpoint.Checkpoints.save
+
+    def step(state, *args):
+        state, values = count(state, *args)
+        if not isinstance(state.step, jax.core.Tracer):  # dispatched; the device works on it
+            ends = max([now[0], *(end for end, _ in ready.values())]) + 10
+            ready[id(values)] = ends, values
+        return state, values
+
+    def wait(values):
+        now[0] = max(now[0], ready[id(values)][0])
+        return jax.device_get(values)
+
+    def slow_save(*args, **options):
+        now[0] += 100
+        return save(*args, **options)
+
+    fake = {"device_get": staticmethod(wait), "block_until_ready": staticmethod(wait)}
+    monkeypatch.setattr(loop, "jax", type("Jax", (), {**vars(jax), **fake}))
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", slow_save)
+    monkeypatch.setattr("test_loop.step_until", lambda bad: step)
+    run(tmp_path, every=3)
+    assert [row["seconds"] for row in report.read_metrics(tmp_path)] == [10] * 6
 
 
 @pytest.mark.parametrize("wanted", ["4-3", "0-2", "a", "3-", "-3"])
@@ -111,9 +149,13 @@ def test_the_share_of_the_peak_is_that_of_the_device(kind, chip):
 
     found = loop.Loop.__new__(loop.Loop)
     found._mesh, found._flops = Mesh, 8e15
+    found._settings = {"model": {"dtype": "bfloat16"}}
     speed = found._speed(2.0)
     assert speed["tflops_per_second"] == 1000
     if chip is None:
         assert "mfu" not in speed
     else:
         assert speed["mfu"] == pytest.approx(1e15 / topology.CHIPS[chip].flops)
+        found._settings = {"model": {"dtype": "float32"}}
+        slower = 2 if "NVIDIA" in kind else 1  # TF32
+        assert found._speed(2.0)["mfu"] == pytest.approx(slower * speed["mfu"])

@@ -45,6 +45,7 @@ FREE_KEYS = (
     "output",
     "data.threads",
     "data.workers",
+    "model.remat",
     "train.chunk",
 )
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from unime_jax import checkpoint, report, runtime, steps
+from unime_jax.models import layers
 from unime_jax.planning import flops, topology
 from unime_jax.train_data import TrainData
 from unime_jax.types import UserError
@@ -48,7 +49,7 @@ class Loop:
         self._settings = settings
         self._train_step, self._frozen, self._mesh = train_step, frozen, mesh
         self._data, self._saves, self._validate = data, saves, validate
-        self._trace = Trace(settings["log"]["profile"], self._output / "profile")
+        self._trace = Trace(settings["log"]["profile"], self._output / "profile", steps=data.steps)
         self._metrics: dict[str, float] = {}
 
     def run(self, state: steps.TrainState) -> dict[str, float]:
@@ -70,6 +71,7 @@ class Loop:
                 write=runtime.is_main(),
             ) as self._writer,
             runtime.StopRequest() as stop,
+            self._trace,
         ):
             state = self._steps(state, first, total, stop)
             self._saves.close()
@@ -85,7 +87,7 @@ class Loop:
         every = self._settings["eval"]["every_steps"]
         pending = None
         print("compiling the step ...", flush=True)
-        started = time.perf_counter()
+        self._clock = started = time.perf_counter()
         for step in range(first, total):
             asked = time.perf_counter()
             batch = next(batches)
@@ -93,35 +95,52 @@ class Loop:
             self._trace.before(step + 1)
             placed = steps.place_batch(batch, self._mesh)
             if step == first:
-                self._flops = flops.count(self._train_step, state, self._frozen, placed).model
+                self._flops = self._count(state, placed)
             state, values = self._train_step(state, self._frozen, placed)
-            self._trace.after(step + 1, values)
             # Metrics of the step before are read while this one runs.
             if pending is not None:
                 self._record(*pending)
+            pending = (step, values, waited)
             if step == first:
                 jax.block_until_ready(values)
                 print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
                 self._progress = report.Progress(total, self._title, start=step + 1)
-            pending = (step, values, waited, time.perf_counter() - started)
             last = stop.reached(step + 1) or step + 1 == total
             due = self._saves.due(step + 1) or last
-            if due:  # never a state that is not finite
-                self._record(*pending)
+            validates = self._validate is not None and (step + 1) % every == 0
+            if due or validates or step == first or self._trace.ends(step + 1):
+                self._record(*pending)  # first: never is a state saved that is not finite
                 pending = None
-            if self._validate and (step + 1) % every == 0:
-                found = self._validate({**self._frozen, **state.trainable})
-                self._writer.write(step + 1, found)
-            started = time.perf_counter()
-            if due:
-                self._saves.save(state, force=True)
+                self._trace.after(step + 1)
+                if validates:
+                    found = self._validate({**self._frozen, **state.trainable})
+                    self._writer.write(step + 1, found)
+                if due:
+                    self._saves.save(state, force=True)
+                self._clock = time.perf_counter()
             if last:
                 break
         return state
 
-    def _record(self, step: int, values, waited: float, seconds: float) -> None:
-        """Reads a step's metrics off the device, logs and shows them."""
+    def _count(self, state, batch) -> float:
+        """Returns the operations of a step."""
+        model, step = self._settings["model"], self._train_step
+        if runtime.resolve_attention(model["attention"], model["dtype"], self._mesh) == "xla":
+            return flops.count(step, state, self._frozen, batch).model
+        # Nobody sees into a kernel. A function of its own: jit would keep this trace for the step.
+        with layers.without_kernels():
+            return flops.count(
+                lambda *args: step.__wrapped__(*args), state, self._frozen, batch
+            ).model
+
+    def _record(self, step: int, values, waited: float) -> None:
+        """Reads a step's metrics off the device, logs and shows them.
+
+        A step lasts from the end of the one before, or of what was done after that one, to its own.
+        """
         metrics = {k: float(np.asarray(value)) for k, value in jax.device_get(values).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
         if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
             self._stop_at(step, metrics)
         counts = self._data.counts
@@ -148,7 +167,9 @@ class Loop:
         rate = self._flops / seconds / count
         found = {"tflops_per_second": rate / 1e12}
         chip = topology.of_device(device.device_kind)
-        return found if chip is None else {**found, "mfu": rate / chip.flops}
+        if chip is None:
+            return found
+        return {**found, "mfu": rate / chip.rate(self._settings["model"]["dtype"])}
 
     def _stop_at(self, step: int, metrics: dict[str, float]) -> None:
         """Ends a run whose loss or gradient is not finite; the newest checkpoint is from before."""
@@ -159,6 +180,7 @@ class Loop:
             part = path.with_suffix(".part")
             part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
             os.replace(part, path)
+        runtime.barrier()  # the first process to leave ends all
         self._saves.close()
         raise UserError(
             f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; "
@@ -172,25 +194,44 @@ class Trace:
     Args:
       wanted: "n-m", steps as they are logged, or "" for none.
       directory: of the trace, which process 0 writes.
+      steps: of the run.
+
+    Raises:
+      UserError: the run has no such steps.
     """
 
-    def __init__(self, wanted: str, directory: pathlib.Path):
-        first, _, last = wanted.partition("-")
-        on = bool(wanted) and runtime.is_main()
-        self._first, self._last = (int(first), int(last or first)) if on else (0, 0)
-        self._directory, self._running = directory, False
+    def __init__(self, wanted: str, directory: pathlib.Path, *, steps: int):
+        first, _, last = (wanted or "0").partition("-")
+        self._first, self._last = int(first), int(last or first)
+        self._directory, self._running, self._write = directory, False, runtime.is_main()
+        if self._last > steps:
+            raise UserError(f"config.log.profile={wanted}: the run has {steps} steps")
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        """Keeps what was traced until a run ends early."""
+        self._stop("the end")
 
     def before(self, step: int) -> None:
-        if self._first <= step <= self._last and not self._running:
+        if self._write and self._first <= step <= self._last and not self._running:
             jax.profiler.start_trace(self._directory)
             self._running = True
 
-    def after(self, step: int, values) -> None:
-        if self._running and step >= self._last:
-            jax.block_until_ready(values)
+    def ends(self, step: int) -> bool:
+        """Says whether `after` is to be called, once the step is done."""
+        return step == self._last
+
+    def after(self, step: int) -> None:
+        if self.ends(step):
+            self._stop(str(step))
+
+    def _stop(self, last: str) -> None:
+        if self._running:
             jax.profiler.stop_trace()
             self._running = False
-            print(f"trace of steps {self._first} to {step}: {self._directory}", flush=True)
+            print(f"trace of steps {self._first} to {last}: {self._directory}", flush=True)
 
 
 def peak_memory() -> int:

@@ -284,8 +284,8 @@ def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
 
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-    # Such as 7.5; AMD's are called gfx90a.
-    capability = re.match(r"\d+", str(getattr(device, "compute_capability", "")))
+    # Such as 7.5; AMD's are called gfx90a; those that are only compiled for may lack it.
+    capability = re.match(r"\d+", str(getattr(device, "compute_capability", "8")))
     cudnn = platform == "gpu" and capability is not None and int(capability[0]) >= 8
     if attention == "auto":
         fused = "cudnn" if cudnn else {"tpu": "splash"}.get(platform, "xla")

@@ -8,6 +8,7 @@ import tolerances
 
 from unime_jax import runtime, sharding
 from unime_jax.models import layers, splash
+from unime_jax.planning import flops
 from unime_jax.types import UserError
 
 LENGTHS = (100, 60)
@@ -95,11 +96,20 @@ def test_blocks(tokens, found):
 
 
 def lowered(
-    platform, implementation, dtype=jnp.bfloat16, *, width=64, causal=True, tokens=577, lengths=None
+    platform,
+    implementation,
+    placement=None,
+    dtype=jnp.bfloat16,
+    *,
+    width=64,
+    causal=True,
+    tokens=577,
+    lengths=None,
+    heads=(4, 2, 2),
 ):
-    shapes = [(2, tokens, n, width) for n in (4, 2, 2)]
+    shapes = [(2, tokens, n, width) for n in heads]
     args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    run = attend(implementation, causal=causal, lengths=lengths)
+    run = attend(implementation, placement, causal=causal, lengths=lengths)
     return run.trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -110,11 +120,37 @@ def test_splash_lowers_for_tpu_without_one():
     assert "577x577" not in text
 
 
-def test_cudnn_lowers_for_gpu_without_one(monkeypatch):
+@pytest.fixture
+def cudnn(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo as fused
 
     monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(fused, "check_compute_capability", lambda *_: True)
+
+
+def test_every_device_runs_cudnn_on_its_heads(cudnn):
+    mesh = sharding.make_mesh(data=1, fsdp=1, tensor=2, devices=jax.devices()[:2])
+    placement = layers.Placement(kernel=lambda run: sharding.per_device(run, mesh))
+    calls = [
+        line
+        for heads in ((4, 2, 2), (4, 1, 1))  # one head of keys does not divide
+        for line in lowered("cuda", "cudnn", placement, heads=heads).splitlines()
+        if "__cudnn" in line
+    ]
+    assert len(calls) == 2
+    assert "tensor<2x577x2x64xbf16>, tensor<2x577x1x64xbf16>" in calls[0]
+    assert "tensor<2x577x4x64xbf16>, tensor<2x577x1x64xbf16>" in calls[1]
+
+
+def test_operations_are_those_of_the_reference():
+    args, counts = arrays(100), []
+    for name in ("xla", "splash_interpret"):
+        with layers.without_kernels():
+            counts.append(flops.count(attend(name, causal=True), *args).model)
+    assert counts[0] == counts[1] == 2 * 2 * 2 * 100 * 100 * 2 * 16, "scores and their sum"
+
+
+def test_cudnn_lowers_for_gpu_without_one(cudnn):
     text = lowered("cuda", "cudnn", lengths=(577, 100))
     assert "cudnn$fmha" in text.lower() or "__cudnn" in text.lower()
     assert "577x577" not in text and "PADDING" not in text, "causal rows need no mask"

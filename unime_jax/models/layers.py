@@ -209,23 +209,44 @@ def attention(
     if implementation not in ATTENTIONS:
         names = ", ".join(ATTENTIONS)
         raise UserError(f"attention {implementation!r} is unknown; use one of {names}")
+    if implementation == "cudnn" and (q.shape[-1] > _CUDNN_HEAD or q.shape[-1] % 8):
+        implementation = "xla"
+    if _WITHOUT_KERNELS.get():
+        implementation = "xla"
     if implementation.startswith("splash"):
         run = functools.partial(
             splash.attention, causal=causal, interpret=implementation == "splash_interpret"
         )
-        args = (q, k, v) if causal or lengths is None else (q, k, v, lengths)
-        placement = _PLACEMENT.get()
-        return run(*args) if placement is None else placement.kernel(run)(*args)
-    if implementation == "cudnn" and (q.shape[-1] > _CUDNN_HEAD or q.shape[-1] % 8):
-        implementation = "xla"
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        is_causal=causal,
-        key_value_seq_lengths=None if causal else lengths,
-        implementation=implementation,
-    )
+    else:
+
+        def run(q, k, v, lengths=None):
+            return jax.nn.dot_product_attention(
+                q,
+                k,
+                v,
+                is_causal=causal,
+                key_value_seq_lengths=lengths,
+                implementation=implementation,
+            )
+
+    args = (q, k, v) if causal or lengths is None else (q, k, v, lengths)
+    placement = _PLACEMENT.get()
+    if placement is None or implementation == "xla":
+        return run(*args)
+    return placement.kernel(run)(*args)
+
+
+_WITHOUT_KERNELS = contextvars.ContextVar("without_kernels", default=False)
+
+
+@contextlib.contextmanager
+def without_kernels():
+    """Takes the reference for every attention that is traced inside."""
+    token = _WITHOUT_KERNELS.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_KERNELS.reset(token)
 
 
 def last_token(x: Float[Array, "G T D"], lengths: Int[Array, " G"]) -> Float[Array, "G D"]:

@@ -110,13 +110,8 @@ class Estimator:
 
     @property
     def rate(self) -> float:
-        """Peak FLOP/s of a device in the dtype of the computation.
-
-        JAX multiplies f32 in one bf16 pass on TPUs, in TF32 on GPUs unless it is told otherwise.
-        """
-        chip = self._topology.chip
-        half = chip.platform == "gpu" and self._settings["model"]["dtype"] == "float32"
-        return chip.flops / 2 if half else chip.flops
+        """Peak FLOP/s of a device in the dtype of the computation."""
+        return self._topology.chip.rate(self._settings["model"]["dtype"])
 
     def setting(self, chunk: int, remat: str, *, exact: float | None = None) -> Setting:
         """Estimates one setting; `exact` are its operations where they have been counted."""

@@ -39,6 +39,14 @@ class Chip:
     devices: int = 1
     target: dict | None = None
 
+    def rate(self, dtype: str) -> float:
+        """Returns the peak FLOP/s of a device.
+
+        JAX multiplies f32 in one bf16 pass on TPUs, in TF32 on GPUs unless it is told otherwise.
+        """
+        half = self.platform == "gpu" and dtype == "float32"
+        return self.flops / 2 if half else self.flops
+
 
 _CLOUD = "cloud.google.com/tpu/docs, page of the generation"
 _A100 = {
