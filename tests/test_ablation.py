@@ -28,6 +28,7 @@ class Machine:
 
     def __init__(self, monkeypatch, best=1.0):
         self.best, self.commands, self.tested, self.stop_at = best, [], [], None
+        self.steps, self.diverges = 10**6, ""  # of a run; the end of the names of those that fail
         monkeypatch.setattr(ablate, "_call", self.call)
         monkeypatch.setattr(ablate, "_Measure", lambda assets: self)
 
@@ -35,7 +36,10 @@ class Machine:
         if self.stop_at == len(self.commands):
             raise KeyboardInterrupt
         self.commands.append(command)
-        (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (directory / "checkpoints" / str(self.steps)).mkdir(parents=True, exist_ok=True)
+        if self.diverges and directory.name.endswith(self.diverges):
+            (directory / "not_finite_step_3.json").write_text("{}")
+            raise UserError("step 3: loss nan")
 
     def score(self, directory):
         rate = float(directory.name.rpartition("-rate")[2])
@@ -116,6 +120,29 @@ def test_finished_runs_are_skipped_and_a_stop_costs_nothing(machine, assets):
         ablate.run(config_of(CONFIG + ":quick", *assets, "--config.steps=7"))
 
 
+def test_a_trial_that_diverges_loses_and_the_rest_goes_on(machine, assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "plot_differences", lambda *args, **kwargs: None)
+    machine.best, machine.diverges = 3.0, "rate3"
+    config = config_of(CONFIG + ":quick", *assets)
+    ablate.run(config)
+    assert all(directory.name.endswith("rate1") for directory in machine.tested)
+    lost = json.loads((tmp_path / "out/split1-seed0/both-rate3/ablation.json").read_text())
+    assert lost["validation"] is None
+    count = len(machine.commands)
+    ablate.run(config)  # it is not tried again
+    assert len(machine.commands) == count
+    machine.diverges = "rate0.1"
+    with pytest.raises(UserError, match=r"every one of config.rates \(0.1\)"):
+        ablate.run(config_of(CONFIG + ":quick", *assets, "--config.rates=(0.1,)"))
+
+
+def test_a_training_that_was_stopped_early_is_not_measured(machine, assets):
+    machine.steps = 2
+    with pytest.raises(UserError, match="stopped after 2 of 300 steps"):
+        ablate.run(config_of(CONFIG + ":quick", *assets))
+    assert not machine.tested
+
+
 def test_missing_splits_are_prepared(machine, assets, tmp_path):
     (tmp_path / "cache" / "smol-split2" / "prepared.json").unlink()
     flags = ["--config.seeds=(0,)", "--config.splits=(2,)", "--config.rates=(1.0,)"]
@@ -172,6 +199,7 @@ def test_comparisons_are_paired():
     assert ablation.paired(one, "b", "a", "m").error is None
     assert ablation.spread([3.0]) == "3.0" and ablation.spread([1.0, 3.0]) == "2.0 ± 1.4"
     assert ablation.chosen_rate({3.0: 5.0, 1.0: 5.0, 0.3: 4.0}) == 1.0
+    assert ablation.chosen_rate({9.0: np.nan, 3.0: 5.0, 1.0: -np.inf}) == 3.0
 
 
 def test_time_left_is_by_stage():
@@ -188,6 +216,9 @@ def test_a_command_that_fails_is_named(tmp_path):
     with pytest.raises(UserError, match="unime_jax.train --config=none.py failed with exit code 2"):
         ablate._call([sys.executable, "-m", "unime_jax.train", "--config=none.py"], tmp_path / "a")
     assert (tmp_path / "a" / "train.log").is_file()
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(UserError, match="was ended by SIGKILL, as by a lack of memory"):
+        ablate._call([sys.executable, "-c", kill], tmp_path / "b")
 
 
 def test_sigterm_is_passed_on_and_stops_the_whole(tmp_path):

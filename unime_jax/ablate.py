@@ -11,6 +11,7 @@ every split and seed.
 
 import contextlib
 import itertools
+import math
 import os
 import pathlib
 import shutil
@@ -103,7 +104,7 @@ class _Work:
         self._number = 0
         self._clock = ablation.Clock()
         self._left: list[str] = []
-        self._learning_rates: dict[str, float] = {}  # of the stages' configs
+        self._stages: dict[str, Any] = {}  # their configs, as they are without changes
         self._measures: dict[int, _Measure] = {}
 
     def expect(self, stages: Sequence[str]) -> None:
@@ -130,13 +131,30 @@ class _Work:
             self._say(run)
             if run.variant.stage == "stage1":
                 self._teach(run.split)
-            name = self._stage_config(run.variant.stage)
-            _call([sys.executable, "-m", "unime_jax.train", *name, *flags], directory)
-            score = self._measure(run.split).validation(directory, run.variant.stage)
+            score = self._trained(run, flags)
             known = {"flags": flags, "validation": score, "seconds": time.monotonic() - started}
             ablation.write_result(directory, known)
         self._clock.add(run.variant.stage, known["seconds"])
-        return known["validation"]
+        return -math.inf if known["validation"] is None else known["validation"]
+
+    def _trained(self, run: Run, flags: Sequence[str]) -> float | None:
+        """Trains a run and returns its validation score; None if a trial's loss was not finite."""
+        directory, name = run.directory(self._output), self._stage_config(run.variant.stage)
+        before = ablation.divergences(directory)
+        try:
+            _call([sys.executable, "-m", "unime_jax.train", *name, *flags], directory)
+        except UserError:
+            if run.trial and ablation.divergences(directory) - before:
+                return None
+            raise
+        wanted, done = self._steps(run.variant.stage, flags), ablation.steps_done(directory)
+        if done < wanted:
+            raise UserError(
+                f"{directory}: training was stopped after {done} of {wanted} steps; the same "
+                "command goes on from there"
+            )
+        score = self._measure(run.split).validation(directory, run.variant.stage)
+        return score if math.isfinite(score) else None
 
     def test(self, run: Run) -> dict[str, float]:
         """Returns a trained run's scores on the test data, in percent."""
@@ -163,13 +181,22 @@ class _Work:
         variant = ":smoke" if self._config.smoke else ""
         return [f"--config={self._config.configs}/smol_{stage}.py{variant}"]
 
+    def _default(self, stage: str) -> Any:
+        if stage not in self._stages:
+            self._stages[stage] = parse(["ablate", *self._stage_config(stage)], "")
+        return self._stages[stage]
+
+    def _steps(self, stage: str, flags: Sequence[str]) -> int:
+        """Returns how many steps a run has; 0 where the data decide."""
+        changed = dict(flag.removeprefix("--config.").split("=", 1) for flag in flags)
+        train = self._default(stage).train
+        by_data = float(changed.get("train.epochs", train.epochs)) > 0
+        return 0 if by_data else int(changed.get("train.steps", train.steps))
+
     def _flags(self, run: Run, base: str) -> list[str]:
         """Returns what a run changes in the config of its stage."""
         stage, assets = run.variant.stage, self._assets(run.split)
-        if stage not in self._learning_rates:
-            default = parse(["ablate", *self._stage_config(stage)], "")
-            self._learning_rates[stage] = default.optim.learning_rate
-        learning_rate = self._learning_rates[stage] * run.rate
+        learning_rate = self._default(stage).optim.learning_rate * run.rate
         values: dict[str, Any] = {
             "seed": run.seed,
             "output": run.directory(self._output),
@@ -286,13 +313,14 @@ def _call(command: Sequence[str], directory: pathlib.Path) -> None:
                     process.wait()
                 except KeyboardInterrupt:  # Ctrl-C reaches the child as well: it saves and ends
                     stopped = True
-    if stopped or process.returncode < 0:
+    if stopped or -process.returncode in (signal.SIGINT, signal.SIGTERM):
         raise KeyboardInterrupt
     if process.returncode:
-        raise UserError(
-            f"python {' '.join(command[1:4])} failed with exit code {process.returncode}, see "
-            f"above and {log}"
-        )
+        how = f"failed with exit code {process.returncode}"
+        if process.returncode < 0:
+            how = f"was ended by {signal.Signals(-process.returncode).name}"
+            how += ", as by a lack of memory" if -process.returncode == signal.SIGKILL else ""
+        raise UserError(f"python {' '.join(command[1:4])} {how}, see above and {log}")
 
 
 @contextlib.contextmanager

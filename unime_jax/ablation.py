@@ -78,8 +78,30 @@ def read_variants(rows: Sequence[Sequence[Any]]) -> list[Variant]:
 
 
 def chosen_rate(scores: Mapping[float, float]) -> float:
-    """Returns the rate of the highest validation score; of equal ones the lowest rate."""
-    return min(scores, key=lambda rate: (-scores[rate], rate))
+    """Returns the rate of the highest validation score; of equal ones the lowest rate.
+
+    Raises:
+      UserError: no score is finite.
+    """
+    finite = {rate: score for rate, score in scores.items() if math.isfinite(score)}
+    if not finite:
+        tried = ", ".join(f"{rate:.3g}" for rate in scores)
+        raise UserError(
+            f"training diverged with every one of config.rates ({tried}): add a lower one"
+        )
+    return min(finite, key=lambda rate: (-finite[rate], rate))
+
+
+def divergences(directory: pathlib.Path) -> set[tuple[str, int]]:
+    """Returns which reports of a loss that was not finite a run has left, and when."""
+    found = directory.glob("not_finite_step_*.json")
+    return {(path.name, path.stat().st_mtime_ns) for path in found}
+
+
+def steps_done(directory: pathlib.Path) -> int:
+    """Returns the steps of a run's newest checkpoint, 0 without one."""
+    found = (directory / "checkpoints").glob("*")
+    return max((int(path.name) for path in found if path.name.isdecimal()), default=0)
 
 
 def read_result(directory: pathlib.Path) -> dict[str, Any]:

@@ -50,6 +50,21 @@ def test_what_the_config_leaves_open(found, kind, trained, benchmark, expected, 
     assert made.wording.sum == (prepared["fusion"] == "sum")
 
 
+def test_vectors_of_another_wording_are_others(found, tmp_path, monkeypatch):
+    config = config_of("data", "images", tmp_path, cache=str(tmp_path / "cache"))
+    settings = opening.settings_of(found, config, benchmark="retrieval")
+
+    def directory():
+        return opening.open_encoder(config, found, [], settings)._store.directory
+
+    before = directory()
+    assert directory() == before
+    name = settings.preparation["prompt"]
+    words = dataclasses.replace(opening.prompts.TEMPLATES[name], text="{text}: in one word?")
+    monkeypatch.setitem(opening.prompts.TEMPLATES, name, words)
+    assert directory() != before
+
+
 def test_the_config_goes_first(found, tmp_path):
     config = config_of("data", "images", tmp_path)
     config.data.image_size, config.data.image_crops = 0, 16

@@ -111,6 +111,21 @@ def test_missing_sets_files_and_images_are_told(tmp_path, monkeypatch):
         retrieval.read(config_of(tmp_path / "out", tmp_path))
 
 
+def test_the_directory_of_one_set_may_be_given(captions, tmp_path, monkeypatch):
+    listing = pathlib.Path.iterdir
+
+    def iterdir(path):
+        if path == captions:
+            raise PermissionError(13, "Permission denied")
+        return listing(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)
+    _, sets, _ = retrieval.read(config_of(captions / "coco_test", tmp_path))
+    assert list(sets) == ["coco"]
+    with pytest.raises(UserError, match="cannot be listed .Permission denied"):
+        retrieval.read(config_of(captions, tmp_path))
+
+
 def mmeb_report(directory, value: float, sets, **changes):
     directory.mkdir(parents=True)
     records = {name: {"precision": value} for name in sets}

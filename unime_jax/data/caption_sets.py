@@ -51,7 +51,11 @@ def find_folder(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | No
     """Returns the directory of one of these names, whatever its case and dashes; None if none."""
     if not root.is_dir():
         return None
-    for folder in sorted(root.iterdir()):
+    try:
+        folders = sorted(root.iterdir())
+    except OSError as error:
+        raise UserError(f"{root}: cannot be listed ({error.strerror})") from None
+    for folder in folders:
         if folder.is_dir() and is_named(folder, names):
             return folder
     return None

@@ -35,7 +35,11 @@ class Rows:
 def files_of(source: pathlib.Path, name: str) -> list[pathlib.Path]:
     """Lists a set's files; [] where the set is not there."""
     wanted = _plain(name)
-    for folder in sorted(source.iterdir()):
+    try:
+        folders = sorted(source.iterdir())
+    except OSError as error:
+        raise UserError(f"{source}: cannot be listed ({error.strerror})") from None
+    for folder in folders:
         if folder.is_dir() and _plain(folder.name) == wanted:
             for pattern in ("test-*.parquet", "test.parquet", "*.parquet"):
                 if found := sorted(folder.glob(pattern)):

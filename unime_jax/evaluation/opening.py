@@ -86,7 +86,9 @@ def open_encoder(
     hashes = content.FileHashes(root)
     about = dataclasses.asdict(settings)
     del about["preparation"]["fusion"]  # decides what rows there are, not what their vectors are
-    key = content.of_model(found, hashes, about)
+    words = prompts.TEMPLATES[settings.preparation["prompt"]]
+    wording = (words.text, words.image, words.both, words.raw)  # one name, another day's words
+    key = content.of_model(found, hashes, {**about, "wording": wording})
     store = VectorStore(root / key, {"model": found.name, "base": found.base_name, **about})
     return Encoder(
         items, settings.wording, store, hashes, lambda: _open(config, found, items, settings)
