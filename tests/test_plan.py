@@ -1,24 +1,30 @@
 """Plans: shapes and bytes are those of a run, the tables add up, faults are named."""
 
 import json
+import os
 import types
 
 import jax
+import jax.numpy as jnp
 import llava_step
 import miniature
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from unime_jax import config as config_lib
 from unime_jax import plan, sharding, steps, train_data
 from unime_jax.planning import (
     abstract,
     backbones,
+    collectives,
     compiled,
     composition,
     estimate,
     flops,
     memory,
+    page,
     planner,
+    topology,
 )
 from unime_jax.types import UserError
 
@@ -193,6 +199,126 @@ def test_the_fastest_settings_are_compiled_until_one_fits():
     assert asked == [(32, "none"), (16, "dots")]
     assert [one["fits"] for one in tried] == [False, True]
     assert "does not fit" in said[0] and "chunk 16, remat dots" in said[1]
+
+
+def searched(peaks: dict, found: list[dict], base: float = 1.0):
+    """Returns what a search compiles of settings with these compiled peaks, and what it prints."""
+    made = object.__new__(planner._Planner)
+    made._arguments = memory.Arguments(base, 0.0, 0.0, 0.0)
+    made.estimator = types.SimpleNamespace(limit=10.0)
+    made._candidates = lambda: found
+    made._limit = dict
+    asked, said = [], []
+
+    def compile(setting):
+        asked.append(setting)
+        peak = peaks[setting]
+        return {"compiled": {"peak": peak, "fits": peak < 10, "seconds": 1.0,
+                             "chunk": setting[0], "remat": setting[1]}}  # fmt: skip
+
+    made.compile = compile
+    result = made.search(True, said.append)
+    return asked, said, page.search({**result, "chunk": 0, "remat": "none"})
+
+
+def candidates(*settings: tuple[int, str, float]) -> list[dict]:
+    return [
+        {"chunk": chunk, "remat": remat, "peak": peak, "flops": 1.0, "seconds": 1.0,
+         "fits": peak < 10}
+        for chunk, remat, peak in settings
+    ]  # fmt: skip
+
+
+def test_the_smallest_is_compiled_before_nothing_fits():
+    """Estimates may be too low for all that is tried first."""
+    found = candidates(*((2**n, "full", 9.0) for n in range(9, 3, -1)), (8, "dots", 2.0))
+    found = [{**one, "remat": f"{one['remat']}{n}"} for n, one in enumerate(found)]
+    peaks = {(one["chunk"], one["remat"]): 11.0 for one in found}
+    asked, said, text = searched(peaks, found)
+    assert len(asked) == 5 and asked[-1] == (8, "dots6")
+    assert "Nothing fits (none of the 5 compiled, the smallest among them)" in text
+    assert "Settings by" in said[0] and "Settings by" not in text  # the table is printed once
+    asked, _, text = searched({(8, "full"): 12.0}, candidates((8, "full", 30.0)))
+    assert asked == [(8, "full")] and "none of the 1 compiled" in text
+    asked, _, text = searched({}, candidates((8, "full", 30.0)), base=11.0)
+    assert not asked and "the arguments alone are too large: none was compiled" in text
+    assert "--compile" not in text
+
+
+def test_compiling_a_setting(monkeypatch):
+    """A small program, on devices of the CPU: its bytes, and what crosses hosts is slower."""
+    monkeypatch.setattr(topology, "compile_devices", lambda hardware: jax.devices()[:4])
+    made = object.__new__(planner._Planner)
+    made.settings = {"model": {"attention": "auto", "dtype": "bfloat16"}}
+    made.topology = topology.parse("a100-80g:2x2")
+    made.mesh = jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES)
+    made._idle, made.estimator = 64.0, types.SimpleNamespace(limit=1e6)
+    made._arguments = memory.Arguments(64 * 64 * 4 / 4, 64.0, 4.0, 16 * 64 * 4 / 4)
+
+    def run(setting, mesh, attention):
+        asked.append((setting, attention))
+
+        def shape(*sizes, spec):
+            place = jax.sharding.NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=place)
+
+        whole = jax.sharding.NamedSharding(mesh, P())
+
+        @jax.jit
+        def step(weights, x, bias):
+            return jnp.tanh(x @ jax.lax.with_sharding_constraint(weights, whole) + bias)
+
+        found = object.__new__(abstract.Run)
+        found.__dict__.update(
+            step=step,
+            state=shape(64, 64, spec=P(None, "fsdp")),
+            frozen=shape(16, 64, spec=sharding.BATCH),
+            batch=shape(spec=P()),
+        )
+        return found
+
+    asked, made._run = [], run
+    found = made.compile((8, "dots"))["compiled"]
+    assert asked == [((8, "dots"), "xla")] and found["attention"] == "xla"
+    assert (found["chunk"], found["remat"], found["refusal"]) == (8, "dots", "")
+    assert found["fits"] and found["arguments_match"] and found["loops_known"]
+    assert found["peak"] >= found["arguments"] + found["idle"]
+    (gather,) = found["collectives"]
+    assert (gather["kind"], gather["group"], gather["hosts"]) == ("all-gather", 4, 2)
+    seconds = 64 * 64 * 4 * 3 / 4 / (2 * 25e9)
+    assert found["network_seconds"] == found["collective_seconds"] == pytest.approx(seconds)
+    limit = {"bytes": 1e6, "memory": 2e6, "margin_words": "half"}
+    hardware = {"device_link": 300e9, "device_network": 25e9}
+    text = page.compiled(found, {"limit": limit, "topology": hardware})
+    assert "if nothing hid them, at 300 GB/s a device, between hosts 25 GB/s of network" in text
+    made.estimator.limit = 64.0
+    assert not made.compile((8, "dots"))["compiled"]["fits"]
+
+
+def test_a_ring_between_hosts_is_as_fast_as_their_networks():
+    made = object.__new__(planner._Planner)
+
+    def speed(name: str, group: int, hosts: int) -> float:
+        made.topology = topology.parse(name)
+        return made._speed(collectives.Collective("all-gather", "", group, hosts, 1, 1.0))
+
+    assert speed("a100-80g:2x8", 8, 1) == 300e9  # NVLink
+    assert speed("a100-80g:2x8", 16, 2) == 8 * 25e9  # every device's card
+    assert speed("a100-80g:2x8", 2, 2) == 25e9
+    assert speed("h100:4x8", 32, 4) == 8 * 50e9
+    assert topology.parse("v5e:4x4").linked == 16 and topology.parse("h100:4x8").linked == 8
+
+
+def test_what_compilers_write_is_shown_if_they_fail(capfd):
+    with compiled._quiet():
+        os.write(2, b"no GPU here")
+    with pytest.raises(RuntimeError), compiled._quiet():
+        os.write(2, b"out of memory")
+        raise RuntimeError("RESOURCE_EXHAUSTED: too large")
+    with pytest.raises(ValueError), compiled._quiet():
+        os.write(2, b"the reason")
+        raise ValueError
+    assert capfd.readouterr().err == "the reason"
 
 
 def test_what_a_compiler_says_of_too_large_a_program():

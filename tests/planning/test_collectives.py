@@ -57,6 +57,35 @@ def test_loops_and_calls_are_multiplied():
     assert listed["all-reduce"] == (1, 24, 4)
     sent = {one.kind: one.sent for one in found}
     assert sent["all-reduce"] == 2 * 24 * 3 / 4 and sent["all-gather"] == 15 * 128 * 7 / 8
+    assert sent["collective-permute"] == 64
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("replica_groups={{0,1},{2,3}}, x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[4], x", [[0, 1], [2, 3]]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0), x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a'}, x", [[0, 2], [1, 3]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, x", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, x", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}, x", [[0, 1, 2, 3]]),
+        ("source_target_pairs={{0,3},{3,0}}, x", [[0, 3], [3, 0]]),
+    ],
+)
+def test_who_takes_part(text, groups):
+    assert collectives._groups(text) == groups
+
+
+def test_hosts_that_a_collective_spans():
+    """Four devices a host: the all-to-all takes every other one of sixteen."""
+    found, _ = collectives.read(PROGRAM, devices_of_host=4)
+    hosts = {one.kind: one.hosts for one in found}
+    assert hosts == {
+        "all-gather": 2, "reduce-scatter": 1, "all-to-all": 4, "collective-permute": 1,
+        "all-reduce": 1,
+    }  # fmt: skip
+    assert {one.hosts for one in collectives.read(PROGRAM)[0]} == {1}
 
 
 def test_an_unknown_trip_count_is_admitted():

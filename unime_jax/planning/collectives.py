@@ -9,6 +9,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s64": 64, "u64": 64, "f64": 64, "c64": 64}
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64)\[([\d,]*)\]")
@@ -29,6 +31,7 @@ class Collective:
       kind: one of KINDS.
       shape: as the compiler writes it.
       group: devices that take part.
+      hosts: that they are on, at most.
       calls: in one step.
       bytes: of all calls, on one device.
     """
@@ -36,18 +39,25 @@ class Collective:
     kind: str
     shape: str
     group: int
+    hosts: int
     calls: int
     bytes: float
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in a ring."""
+        """Bytes that a device sends, in a ring where all send to all."""
+        if self.kind == "collective-permute":  # to one other device
+            return self.bytes
         times = 2 if self.kind == "all-reduce" else 1
         return times * self.bytes * (self.group - 1) / self.group
 
 
-def read(text: str) -> tuple[list[Collective], bool]:
+def read(text: str, devices_of_host: int | None = None) -> tuple[list[Collective], bool]:
     """Lists the collectives of a program, the largest first.
+
+    Args:
+      text: of the compiled program.
+      devices_of_host: of which every host has so many, in the program's order; None: all on one.
 
     Returns:
       The list, and whether the trip count of every loop around them is known.
@@ -65,7 +75,9 @@ def read(text: str) -> tuple[list[Collective], bool]:
             result, operation, rest = found.groups()
             kind = operation.removesuffix("-start")
             if kind in KINDS and not operation.endswith("-done"):
-                calls[kind, _result(result, operation), _group(rest)] += times
+                groups = _groups(rest)
+                taking, hosts = max(map(len, groups)), _hosts(groups, devices_of_host)
+                calls[kind, _result(result, operation), taking, hosts] += times
                 continue
             inner = times
             if operation == "while":
@@ -78,9 +90,9 @@ def read(text: str) -> tuple[list[Collective], bool]:
 
     visit(entry, 1)
     found = []
-    for (kind, shape, group), count in calls.items():
+    for (kind, shape, group, hosts), count in calls.items():
         size = _bytes(shape) * (group if kind == "reduce-scatter" else 1)
-        found.append(Collective(kind, shape, group, count, size * count))
+        found.append(Collective(kind, shape, group, hosts, count, size * count))
     return sorted(found, key=lambda one: -one.bytes), known
 
 
@@ -142,21 +154,49 @@ def _result(result: str, operation: str) -> str:
     return " ".join(arrays)
 
 
-def _group(rest: str) -> int:
-    """Returns how many devices take part in a collective."""
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    if listed:
-        return len(listed[1].split(","))
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
-    if counted:
-        return int(counted[1])
+def _groups(rest: str) -> list[list[int]]:
+    """Returns the devices that take part in a collective, group by group."""
+    listed = re.search(r"replica_groups=\{(\{[\d,{}]+\})\}", rest)
+    if listed:  # {{0,1},{2,3}}
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])]
+    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if counted:  # [2,4]<=[4,2]T(1,0): 0 to 7 as an array of 4 x 2, transposed, then of 2 x 4
+        devices = np.arange(int(counted[1]) * int(counted[2])).reshape(_numbers(counted[3]))
+        devices = devices.transpose(_numbers(counted[4])) if counted[4] else devices
+        return devices.reshape(int(counted[1]), int(counted[2])).tolist()
     named = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", rest)
-    if named:  # mesh['a'=1,'b'=8] {'b'}; part of an axis is 'b':(1)4, the last number its size
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in axes)
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", rest)
-    return max(2, pairs[1].count("{")) if pairs else 2
+    if named:
+        return _named_groups(named[1], named[2])
+    pairs = re.search(r"source_target_pairs=\{(.*?\})\}", rest)
+    found = [_numbers(pair) for pair in re.findall(r"\{([\d,]+)\}", pairs[1])] if pairs else []
+    return found or [[0, 1]]
+
+
+def _named_groups(mesh: str, taking: str) -> list[list[int]]:
+    """Reads mesh['a'=2,'b'=8] {'a','b':(1)4}: of axis b those 4 that follow 1 of its outer part."""
+    sizes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)]
+    parts = {
+        name: (int(before or 1), int(size or dict(sizes)[name]))
+        for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", taking)
+    }
+    shape, inside = [], []
+    for name, size in sizes:
+        before, part = parts.get(name, (size, 1))
+        inside.append(len(shape) + 1)
+        shape += [before, part, size // (before * part)]
+    outside = [axis for axis in range(len(shape)) if axis not in inside]
+    devices = np.arange(math.prod(shape)).reshape(shape).transpose(outside + inside)
+    return devices.reshape(-1, math.prod(shape[axis] for axis in inside)).tolist()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def _hosts(groups: list[list[int]], devices_of_host: int | None) -> int:
+    if devices_of_host is None:
+        return 1
+    return max(len({device // devices_of_host for device in group}) for group in groups)
 
 
 def _bytes(shape: str) -> float:

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import re
 import sys
+import tempfile
 import time
 
 from unime_jax.planning import collectives
@@ -42,8 +43,13 @@ class Compiled:
     refusal: str = ""
 
 
-def compile_step(run: Run, platform: str) -> Compiled:
+def compile_step(run: Run, platform: str, *, devices_of_host: int | None = None) -> Compiled:
     """Compiles a step for the devices that its arguments are placed on, "tpu" or "gpu".
+
+    Args:
+      run: the step.
+      platform: decides the compiler's options.
+      devices_of_host: as `collectives.read` takes it.
 
     Raises:
       UserError: the compiler needs something that is not installed.
@@ -53,7 +59,7 @@ def compile_step(run: Run, platform: str) -> Compiled:
     started = time.perf_counter()
     try:
         with _quiet():
-            program = run.step.lower(*run.arguments).compile(_OPTIONS[platform])
+            program = run.step.lower(*run.arguments).compile(_OPTIONS.get(platform))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -67,7 +73,7 @@ def compile_step(run: Run, platform: str) -> Compiled:
         ) from None
     seconds = time.perf_counter() - started
     memory = program.memory_analysis()
-    moved, counted = collectives.read(program.as_text())
+    moved, counted = collectives.read(program.as_text(), devices_of_host)
     return Compiled(
         seconds,
         float(memory.argument_size_in_bytes),
@@ -95,14 +101,25 @@ def _refused(message: str, seconds: float) -> Compiled:
 
 @contextlib.contextmanager
 def _quiet():
-    """Holds back what compilers write about hardware that is not there; shown if they fail."""
+    """Holds back what compilers write about hardware that is not there; shown if they fail.
+
+    A program that does not fit is an answer, no failure: `_refused` reads it.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
-    with open(os.devnull, "w") as nothing:
-        os.dup2(nothing.fileno(), 2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        failed = True
         try:
             yield
+            failed = False
+        except RuntimeError as error:
+            failed = "RESOURCE_EXHAUSTED" not in str(error)
+            raise
         finally:
             sys.stderr.flush()
             os.dup2(kept, 2)
             os.close(kept)
+            if failed:
+                written.seek(0)
+                sys.stderr.write(written.read().decode(errors="replace"))

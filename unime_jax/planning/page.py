@@ -179,12 +179,17 @@ def _collectives(found: dict[str, Any], plan: dict[str, Any]) -> list[str]:
         short = shape if len(shape) <= 40 else f"{shape[:37]}..."
         rows.append([kind, f"{calls:,}", f"{size / GIB:,.2f}", f"{short} {most / GIB:,.2f}"])
     note = "" if found["loops_known"] else "; a loop's trip count is unknown: at least these"
-    link = plan["topology"]["device_link"]
+    hardware = plan["topology"]
+    speed = f"{hardware['device_link'] / 1e9:.0f} GB/s a device"
+    if found["network_seconds"]:
+        speed += (
+            f", between hosts {hardware['device_network'] / 1e9:.0f} GB/s of network for each that "
+            f"takes part ({_time(found['network_seconds'])} of it)"
+        )
     return [
         f"Collectives of a step, on a device{note}",
         _table(rows),
-        f"  {_time(found['collective_seconds'])} at {link / 1e9:.0f} GB/s a device, if nothing "
-        "hid them",
+        f"  {_time(found['collective_seconds'])} if nothing hid them, at {speed}",
     ]
 
 
@@ -221,10 +226,17 @@ def _candidates(found: list[dict[str, Any]]) -> str:
 
 
 def search(plan: dict[str, Any]) -> str:
-    found, compiled_any = plan["recommended"], bool(plan["tried"])
-    lines = [] if compiled_any else ["\n" + _candidates(plan["search"])]
-    basis = "compiled" if compiled_any else "on estimates alone; --compile checks it"
+    found, compiles = plan["recommended"], plan["search_compiles"]
+    lines = [] if compiles else ["\n" + _candidates(plan["search"])]
+    basis = "compiled" if compiles else "on estimates alone; --compile checks it"
     if found is None:
+        if compiles:
+            count = len(plan["tried"])
+            basis = (
+                f"none of the {count} compiled, the smallest among them"
+                if count
+                else "the arguments alone are too large: none was compiled"
+            )
         return "\n".join(
             [
                 *lines,

@@ -12,6 +12,7 @@ from unime_jax.models import layers
 from unime_jax.planning import (
     abstract,
     backbones,
+    collectives,
     compiled,
     composition,
     estimate,
@@ -100,6 +101,7 @@ class _Planner:
                 "device_flops": chip.flops,
                 "device_bandwidth": chip.bandwidth,
                 "device_link": chip.link,
+                "device_network": chip.network,
                 "source": chip.source,
             },
             "mesh": dict(self.mesh.shape),
@@ -166,7 +168,12 @@ class _Planner:
             best = next((one for one in tried if one["fits"]), None)
         else:
             best = next((one for one in found if one["fits"]), None)
-        result: dict[str, Any] = {"search": found, "tried": tried, "recommended": None}
+        result: dict[str, Any] = {
+            "search": found,
+            "search_compiles": compiles,
+            "tried": tried,
+            "recommended": None,
+        }
         if best is not None:
             setting = best["chunk"], best["remat"]
             counted = self._count(setting)
@@ -188,9 +195,11 @@ class _Planner:
             self.settings["model"]["attention"], self.settings["model"]["dtype"], mesh
         )
         found = compiled.compile_step(
-            self._run(setting, mesh, attention), self.topology.chip.platform
+            self._run(setting, mesh, attention),
+            self.topology.chip.platform,
+            devices_of_host=self.topology.linked,
         )
-        link = self.topology.chip.link
+        crossing = [one for one in found.moved if one.hosts > 1]
         return {
             "compiled": {
                 "chunk": setting[0],
@@ -207,7 +216,8 @@ class _Planner:
                 or found.arguments + self._idle == self._arguments.total,
                 "collectives": [dataclasses.asdict(one) for one in found.moved],
                 "collective_bytes": sum(one.bytes for one in found.moved),
-                "collective_seconds": sum(one.sent for one in found.moved) / link,
+                "collective_seconds": sum(one.sent / self._speed(one) for one in found.moved),
+                "network_seconds": sum(one.sent / self._speed(one) for one in crossing),
                 "loops_known": found.counted,
             }
         }
@@ -224,6 +234,13 @@ class _Planner:
         return abstract.run(
             settings, self.backbone.config, self.composition, mesh=mesh, attention=attention
         )
+
+    def _speed(self, moved: collectives.Collective) -> float:
+        """Returns bytes/s at which each device of a ring sends: hosts' networks may be slower."""
+        chip = self.topology.chip
+        if moved.hosts == 1:
+            return chip.link
+        return min(chip.link, chip.network * moved.group / moved.hosts)
 
     def _count(self, setting: tuple[int, str]) -> flops.Flops:
         run = self._run(setting, self.mesh)
@@ -280,21 +297,34 @@ class _Planner:
         return self._arguments.total + _OPTIMISM * rows * chunked.row < self.estimator.limit
 
     def _compile_in_turn(self, found: list[dict[str, Any]], tell) -> list[dict[str, Any]]:
+        """Compiles the fastest until one fits, and the smallest if none of them did."""
         tried: list[dict[str, Any]] = []
         ratio: dict[str, float] = {}  # of compiled and estimated temporaries, by remat
-        for one in found:
-            base = self._arguments.total
-            expected = base + (one["peak"] - base) * ratio.get(one["remat"], _OPTIMISM)
-            if expected > self.estimator.limit or len(tried) == _MOST_COMPILES:
-                continue
+        base, limit = self._arguments.total, self.estimator.limit
+        if base > limit:
+            return tried
+
+        def fits(one: dict[str, Any]) -> bool:
             result = self.compile((one["chunk"], one["remat"]))["compiled"]
             tried.append({**one, "fits": result["fits"], "compiled": result})
             tell(page.tried(result))
-            if result["fits"]:
-                break
             if np.isfinite(result["peak"]):
                 ratio[one["remat"]] = (result["peak"] - base) / max(one["peak"] - base, 1.0)
+            return result["fits"]
+
+        for one in found:
+            expected = base + (one["peak"] - base) * ratio.get(one["remat"], _OPTIMISM)
+            if expected <= limit and (len(tried) == _MOST_COMPILES or fits(one)):
+                break
+        smallest = min(found, key=lambda one: one["peak"])
+        settings = list(map(_setting, tried))
+        if not any(one["fits"] for one in tried) and _setting(smallest) not in settings:
+            fits(smallest)
         return tried
+
+
+def _setting(found: dict[str, Any]) -> tuple[int, str]:
+    return found["chunk"], found["remat"]
 
 
 def _operations(counted: flops.Flops) -> dict[str, Any]:

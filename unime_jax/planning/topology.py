@@ -25,6 +25,7 @@ class Chip:
       source: where the rates are from.
       shape: numbers in the name of a topology: 2 or 3 sides of a TPU slice, 0 for GPUs.
       devices: JAX devices of a chip.
+      network: bytes/s that a GPU sends to other hosts; 0 for TPUs, where links join all of a slice.
       target: of a GPU, what XLA must know of it (`_target`).
     """
 
@@ -37,6 +38,7 @@ class Chip:
     source: str
     shape: int = 0
     devices: int = 1
+    network: float = 0.0
     target: dict | None = None
 
     def rate(self, dtype: str) -> float:
@@ -59,6 +61,7 @@ _H100 = {
 }  # fmt: skip
 _A100_SHEET = "NVIDIA A100 data sheet (SXM, dense)"
 _H100_SHEET = "NVIDIA {} data sheet (SXM, dense)"
+# Network of GPUs: one InfiniBand card each, as in NVIDIA's DGX A100 (200 Gbit/s) and H100 (400).
 # HBM of TPUs: what libtpu 0.0.42 lets a program have; of GPUs: what the driver reports.
 CHIPS: dict[str, Chip] = {
     "v4": Chip("TPU v4", "tpu", 275e12, 30.75 * GIB, 1228e9, 150e9, _CLOUD, 3),
@@ -69,19 +72,19 @@ CHIPS: dict[str, Chip] = {
     "tpu7x": Chip("TPU7x", "tpu", 1153e12, 94.75 * GIB, 3690e9, 300e9, _CLOUD, 3, 2),
     "a100-40g": Chip(
         "NVIDIA A100-SXM4-40GB", "gpu", 312e12, 39.39 * GIB, 1555e9, 300e9,
-        _A100_SHEET, target=_A100,
+        _A100_SHEET, network=25e9, target=_A100,
     ),
     "a100-80g": Chip(
         "NVIDIA A100-SXM4-80GB", "gpu", 312e12, 79.14 * GIB, 2039e9, 300e9,
-        _A100_SHEET, target=_A100,
+        _A100_SHEET, network=25e9, target=_A100,
     ),
     "h100": Chip(
         "NVIDIA H100 80GB HBM3", "gpu", 989e12, 79.11 * GIB, 3350e9, 450e9,
-        _H100_SHEET.format("H100"), target=_H100,
+        _H100_SHEET.format("H100"), network=50e9, target=_H100,
     ),
     "h200": Chip(
         "NVIDIA H200", "gpu", 989e12, 139.7 * GIB, 4800e9, 450e9,
-        _H100_SHEET.format("H200"), target=_H100,
+        _H100_SHEET.format("H200"), network=50e9, target=_H100,
     ),
 }  # fmt: skip
 # Slices that there are, in chips: listed up to 4 a side; larger sides in 3-D are multiples of 4.
@@ -143,6 +146,11 @@ class Topology:
         if self.chip.platform == "gpu":
             return self.shape[0]
         return 1 if self.shape == (2, 4) else max(1, self.chips // 4)
+
+    @property
+    def linked(self) -> int:
+        """Devices that `Chip.link` joins: a host of GPUs, a whole TPU slice."""
+        return self.shape[1] if self.chip.platform == "gpu" else self.devices
 
     def describe(self) -> str:
         """Returns "16 x TPU v5e on 4 hosts"."""
