@@ -93,17 +93,37 @@ def test_a_proxy_is_not_asked_for_other_processes(asked, monkeypatch):
     assert os.environ["HTTP_PROXY"] == "http://127.0.0.1:9"
 
 
-def test_a_process_behind_a_proxy_starts():
-    place = f"['--coordinator=127.0.0.1:{processes.free_port()}','--processes=1','--process=0']"
-    code = (
-        f"from unime_jax import cluster; cluster.take_flags({place}); cluster.join();"
-        "import jax; print(jax.distributed.is_initialized())"
-    )
+TALK = """
+import os, sys
+from unime_jax import cluster, runtime
+cluster.take_flags(sys.argv)
+runtime.start()
+answers = {runtime.from_main(f"{call} of {os.getpid()}") for call in range(250)}
+runtime.barrier()
+assert len(answers) == 250 and runtime.from_main("last") == "last"
+kept = runtime._messages().key_value_dir_get(runtime._SAID)
+print(len(kept), *sorted({answer.split()[-1] for answer in answers}), file=sys.stderr)
+"""
+
+
+def test_two_processes_behind_a_proxy_hear_the_first_and_nothing_piles_up():
+    place = [f"--coordinator=127.0.0.1:{processes.free_port()}", "--processes=2"]
     env = {**os.environ, "http_proxy": "http://127.0.0.1:9"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=40
-    )
-    assert done.stdout == "True\n", done.stderr
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TALK, *place, f"--process={number}"],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=100)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert said == [f"1 {started[0].pid}\n"] * 2
 
 
 @pytest.mark.parametrize(
