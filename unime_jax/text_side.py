@@ -72,9 +72,9 @@ def write_files(directory: pathlib.Path, config: dict[str, Any]) -> None:
     _write(directory / "config.json", config | dtypes)
     settings = directory / "tokenizer_config.json"
     content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    if not content.get("pad_token") and content.get("eos_token"):
+    if not content.get("pad_token") and (token := _special_token(directory, content)):
         # Rows of a batch are padded; what stands there is read by nobody.
-        _write(settings, content | {"pad_token": content["eos_token"]})
+        _write(settings, content | {"pad_token": token})
     module = "sentence_transformers.models."
     names = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
     modules = [
@@ -92,6 +92,17 @@ def write_files(directory: pathlib.Path, config: dict[str, Any]) -> None:
     (directory / "2_Normalize").mkdir(exist_ok=True)
     _write(directory / "1_Pooling" / "config.json", pooling)
     _write(directory / "modules.json", modules)
+
+
+def _special_token(directory: pathlib.Path, settings: dict[str, Any]) -> Any:
+    """Returns the end of a text, or any special token where that has no name; None without."""
+    if settings.get("eos_token"):
+        return settings["eos_token"]
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    added = json.loads(path.read_text(encoding="utf-8")).get("added_tokens") or []
+    return next((token["content"] for token in added if token.get("special")), None)
 
 
 def _write(path: pathlib.Path, content) -> None:
