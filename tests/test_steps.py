@@ -11,7 +11,8 @@ import pytest
 import toy
 from flax import nnx
 
-from unime_jax import losses, optim, sharding, steps
+from unime_jax import losses, models, optim, sharding, steps
+from unime_jax.models import lora
 from unime_jax.types import flatten, unflatten
 
 
@@ -75,6 +76,55 @@ def test_eight_devices_equal_one():
         results.append((metrics["loss"], state.trainable["kernel"]))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
     np.testing.assert_allclose(results[0][1], results[1][1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_decoder_split_over_three_axes_equals_one_device():
+    """Two key/value heads of four, adapters, rows that do not divide; heads over tensor."""
+    config = {
+        "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "rope_theta": 10000.0,
+        "hidden_act": "silu", "tie_word_embeddings": True,
+    }  # fmt: skip
+    model = models.build(config, rngs=nnx.Rngs(0))
+    lora.attach(
+        model, rank=4, alpha=8, dropout=0.0, targets=".*(q|v|up|down)_proj$", rngs=nnx.Rngs(1)
+    )
+    graphdef, state = nnx.split(model)
+    params = {path: np.asarray(x) for path, x in flatten(nnx.to_pure_dict(state)).items()}
+    for number, path in enumerate(path for path in params if path.endswith("lora_B")):
+        shape = params[path].shape  # zeros would leave A without a gradient
+        params[path] = np.random.default_rng(number).normal(0, 0.1, shape).astype(np.float32)
+    results = []
+    for mesh in (None, sharding.make_mesh(data=2, fsdp=2, tensor=2)):
+        trainable, frozen = optim.split_trainable(params, ["lora_[AB]$"])
+        schedule = optax.constant_schedule(1e-2)
+        optimizer = optax.sgd(schedule)  # whose updates are the gradients
+        step = steps.make_train_step(
+            graphdef,
+            steps.make_objective("contrast", temperature=0.1, k=4),
+            optimizer,
+            schedule=schedule,
+            seed=0,
+            mesh=mesh,
+        )
+        batch = toy.batch()
+        if mesh is not None:
+            place = sharding.sharding_of(mesh)
+            frozen = {k: jax.device_put(x, place(k, x.shape)) for k, x in frozen.items()}
+            batch = steps.place_batch(batch, mesh)
+            split = [x.sharding.spec for k, x in frozen.items() if k.endswith("k_proj/kernel")]
+            assert split and all("tensor" in spec for spec in split)
+        state = steps.create_state(jax.tree.map(jnp.asarray, trainable), optimizer, mesh=mesh)
+        state, metrics = step(state, frozen, batch)
+        results.append((metrics["loss"], metrics["gradient_norm"], state.trainable))
+    (loss, norm, expected), (found_loss, found_norm, found) = jax.device_get(results)
+    assert norm > 0.01 and any(np.abs(expected[k] - params[k]).max() > 1e-5 for k in expected)
+    np.testing.assert_allclose(found_loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(found_norm, norm, rtol=1e-5)
+    for path in expected:
+        np.testing.assert_allclose(found[path], expected[path], rtol=0, atol=1e-6, err_msg=path)
 
 
 def test_a_step_compiles_once():
