@@ -30,7 +30,8 @@ def get_config(arg: str = ""):
     c.train.steps = 4 if smoke else 300
     c.train.batch_size = 16 if smoke else 128
     c.train.adapters.rank = 0
-    # R@10 of the validation pairs, i2t / t2i: .77 / .67, without .74 / .63.
+    # R@10 of 100 validation pairs, i2t / t2i: .77 / .67 after 300 steps, without it .74 / .63 after
+    # 450; one run each, within the noise.
     c.train.feature_dropout = 0.3
     c.train.trainable = (r"^multi_modal_projector/",)
     c.optim.learning_rate = 2e-3
