@@ -300,7 +300,7 @@ def test_vectors_that_are_not_finite_are_bad_rows(root, tmp_path, monkeypatch):
     assert {e["error"] for e in errors} == {"the model gave no finite vector"}
 
 
-def test_nothing_and_nothing_good(root, tmp_path):
+def test_nothing_and_nothing_good(root, tmp_path, capsys):
     (tmp_path / "none.jsonl").write_text("\n")
     run(root, tmp_path / "v.npz", input=tmp_path / "none.jsonl")
     assert vector_files.read(tmp_path / "v.npz").vectors.shape == (0, 32)
@@ -311,6 +311,7 @@ def test_nothing_and_nothing_good(root, tmp_path):
         run(root, tmp_path / "w.npz", input=tmp_path / "bad.jsonl")
     with pytest.raises(UserError, match="none of the 2 rows could be embedded"):  # the same again
         run(root, tmp_path / "w.npz", input=tmp_path / "bad.jsonl")
+    assert "next: " not in capsys.readouterr().out  # there is nothing to search
 
 
 def test_outputs_of_others_are_kept(root, tmp_path):

@@ -16,7 +16,7 @@ STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report
 STEP |= {"embed_job", "evaluation", "loop", "model_card", "planning", "search", "text_side"}
 STEP |= {"ablation", "predictions", "tiny", "train_data", "weights"}
 PARTS = {"models", "data", "benchmarks"}
-GROUND = {"types", "sharding", "config", "runtime", "cluster"}
+GROUND = {"types", "sharding", "config", "runtime", "cluster", "file_hashes"}
 LEVELS = {
     **dict.fromkeys(ENTRIES, 3),
     **dict.fromkeys(STEP, 2),

@@ -332,9 +332,9 @@ def _summary(args: argparse.Namespace, about: dict[str, Any], done: int, seconds
     if about["bad_rows"]:
         errors = embed_job.errors_of(pathlib.Path(args.output))
         lines.append(f"bad rows: {about['bad_rows']}, see {errors}")
-    if about["complete"]:
+    if about["complete"] and about["vectors"]:
         lines.append(f'next: python -m unime_jax.embed search --index {args.output} --text "..."')
-    else:
+    if not about["complete"]:
         lines.append("the same command goes on from there")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ output directory of a training run, or an adapter in PEFT's format. Runs and ada
 which may be any of these again.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax import checkpoint, models
+from unime_jax import checkpoint, models, runtime
+from unime_jax.file_hashes import FileHashes
 from unime_jax.models import hf, hf_read, hf_write, hub, peft
 from unime_jax.types import Params, UserError
 
@@ -63,14 +65,16 @@ class Weights:
     def fingerprint(self) -> str:
         """Tells models apart that embed differently, wherever they lie: 16 hex digits.
 
-        Reads every byte of settings, tokenizer and weights: a model that was merged from its base
-        and an adapter differs from the base in any of them.
+        Every byte of settings, tokenizer and weights counts: a model that was merged from its base
+        and an adapter differs from the base in any of them. Files that were hashed before and look
+        as they did are not read again.
         """
         digest = hashlib.blake2b(digest_size=8)
         digest.update(json.dumps([self.config, self.preparation], sort_keys=True).encode())
         paths = sorted(path for path in self.directory.rglob("*") if self._counts(path))
-        with ThreadPoolExecutor(4) as pool:
-            for path, content in zip(paths, pool.map(_digest, paths), strict=True):
+        hashes = FileHashes(runtime.cache_directory())
+        with contextlib.closing(hashes), ThreadPoolExecutor(4) as pool:
+            for path, content in zip(paths, pool.map(hashes, paths), strict=True):
                 digest.update(f"{path.relative_to(self.directory)}:".encode() + content)
         for change in self.changes:
             for key, low_rank in sorted(change.low_rank.items()):
@@ -98,12 +102,6 @@ class Weights:
         if isinstance(self.base, Stored) and not self.changes and finish is None:
             return checkpoint.read_model(self.directory, abstract)
         return hf.fill(self.source, key_map or self.key_map, abstract, finish=finish)
-
-
-def _digest(path: pathlib.Path) -> bytes:
-    """Returns 16 bytes of a file's content."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
 
 
 def find(name: str | os.PathLike, adapter: str | os.PathLike | None = None) -> Weights:

@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 
 from unime_jax.data import pictures
-from unime_jax.evaluation import content
 from unime_jax.evaluation.encode import Encoder, Wording
 from unime_jax.evaluation.store import VectorStore
+from unime_jax.file_hashes import FileHashes
 from unime_jax.types import UserError
 
 WIDTH = 48
@@ -66,7 +66,7 @@ class FakeModel:
 
 def encoder_of(items, model, cache: pathlib.Path, wording=RAW) -> Encoder:
     """Returns an encoder whose vectors lie in `cache`."""
-    store, hashes = VectorStore(cache / "model"), content.FileHashes(cache)
+    store, hashes = VectorStore(cache / "model"), FileHashes(cache)
     return Encoder(list(items), wording, store, hashes, lambda: model)
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from unime_jax.data.sources import Item
 from unime_jax.evaluation import content
 from unime_jax.evaluation.encode import Wording
 from unime_jax.evaluation.store import VectorStore
+from unime_jax.file_hashes import FileHashes
 from unime_jax.types import UserError
 
 KEYS = [bytes([i]) * 16 for i in range(40)]
@@ -115,27 +115,9 @@ def test_two_processes_see_each_others_rows(tmp_path):
     np.testing.assert_array_equal(two.vectors(KEYS[:2]), rows(2))
 
 
-def test_a_file_is_read_again_only_when_it_changed(tmp_path):
-    path = tmp_path / "a file\nof two lines.jpg"
-    path.write_bytes(b"one")
-    hashes = content.FileHashes(tmp_path / "cache")
-    first = hashes(path)
-    assert first == content.of_bytes(b"one")
-    stat = path.stat()
-    path.write_bytes(b"two")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    again = content.FileHashes(tmp_path / "cache")
-    assert again(path) == first  # remembered: size and time are the same
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert again(path) == content.of_bytes(b"two")
-    with open(tmp_path / "cache" / "file_hashes.txt", "a") as file:
-        file.write("cut short by a ki")
-    assert content.FileHashes(tmp_path / "cache")(path) == content.of_bytes(b"two")
-
-
 def test_models_of_other_weights_or_settings_have_other_vectors(tmp_path):
     directory = tiny.backbone("llava16", tmp_path / "model")
-    hashes = content.FileHashes(tmp_path / "cache")
+    hashes = FileHashes(tmp_path / "cache")
 
     def key(**settings):
         return content.of_model(weights.find(directory), hashes, settings)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from unime_jax import report
+from unime_jax import file_hashes, report
 from unime_jax.data import prompts
 from unime_jax.data.eval_items import identity
 from unime_jax.data.sources import ImageRef, Item
 from unime_jax.data.stream import Item as Row
-from unime_jax.evaluation import content, hosts
+from unime_jax.evaluation import hosts
 from unime_jax.evaluation.store import KEY_BYTES, VectorStore
 from unime_jax.types import UserError
 
@@ -97,7 +97,7 @@ class Encoder:
         items: Sequence[Item],
         wording: Wording,
         store: VectorStore,
-        hashes: content.FileHashes,
+        hashes: file_hashes.FileHashes,
         open_model: Callable[[], Model],
     ):
         self._store, self._hashes, self._open = store, hashes, open_model
@@ -135,7 +135,7 @@ class Encoder:
             try:
                 if image.file is not None and image.file.is_file():
                     return self._hashes(image.file)
-                return content.of_bytes(image.load())
+                return file_hashes.of_bytes(image.load())
             except UserError as error:
                 return str(error)
             except OSError as error:

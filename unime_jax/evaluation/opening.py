@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from unime_jax import embedder, runtime, sharding, weights
+from unime_jax import embedder, file_hashes, runtime, sharding, weights
 from unime_jax.data import prompts
 from unime_jax.data.sources import Item
 from unime_jax.data.stream import Stream
@@ -83,7 +83,7 @@ def open_encoder(
 ) -> Encoder:
     """Returns the encoder of a benchmark's items; the model is loaded when a row needs it."""
     root = pathlib.Path(config.cache or runtime.cache_directory() / "vectors").expanduser()
-    hashes = content.FileHashes(root)
+    hashes = file_hashes.FileHashes(root)
     about = dataclasses.asdict(settings)
     del about["preparation"]["fusion"]  # decides what rows there are, not what their vectors are
     words = prompts.TEMPLATES[settings.preparation["prompt"]]
