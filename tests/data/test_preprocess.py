@@ -147,6 +147,14 @@ def test_an_image_takes_its_features_places(smol):
     np.testing.assert_array_equal(group.tiles[0], tiles.tiles)
 
 
+def test_a_file_is_the_image_that_pil_opens(smol, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    Image.fromarray(noise).resize((640, 480)).save(tmp_path / "a.jpg")
+    expected = smol.image(Image.open(tmp_path / "a.jpg")).tiles
+    for source in (tmp_path / "a.jpg", (tmp_path / "a.jpg").read_bytes()):
+        np.testing.assert_array_equal(smol.image(source).tiles, expected)
+
+
 def test_given_features_replace_tiles(smol):
     row = smol.tokenize(None, True)
     features = Picture(np.ones((1, 3, 5), np.float16), smol.fixed_layout)
