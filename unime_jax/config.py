@@ -43,6 +43,7 @@ def base_config() -> ConfigDict:
     c.data.sets = ()  # names of MMEB's sets to train on; empty: all that are prepared
     c.data.set_rows = 0  # first rows of each set (the paper's 50000 are `prepare`'s); 0: all
     c.data.images = ""  # directory that image paths of own pairs start from; "": beside the file
+    c.data.image_root = ""  # no image outside of it is read; "": data.images, or beside the file
     c.data.block = 0  # rows of a set come in multiples of it, one block or more; 0: any number
     c.data.length_bins = 2  # quantile bins of text length, each with its own padded length
     c.data.directions = ("image_to_text",)  # of image-text pairs: image_to_text, text_to_image

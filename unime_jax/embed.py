@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--id-key", default=keys.id, help="column or key of the ids (%(default)s)")
     add("--text-key", default=keys.text, help="of the texts (%(default)s)")
     add("--image-key", default=keys.image, help="of the images (%(default)s)")
+    add("--image-root", default="", help="no image outside of it is read (the input's folder)")
     return parser
 
 
@@ -87,7 +88,7 @@ def embed(args: argparse.Namespace) -> None:
     output = pathlib.Path(args.output).expanduser()
     vector_files.kind_of(output)
     keys = items.Keys(args.id_key, args.text_key, args.image_key)
-    source = items.Input(args.input, keys)
+    source = items.Input(args.input, keys, image_root=args.image_root)
     runtime.start()
     process, processes = jax.process_index(), jax.process_count()
     found = weights.find(args.model)

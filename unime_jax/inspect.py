@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--output {args.output} is a file; give a directory")
     names = _names(args.model, args.name)
     found = [weights.find(path) for path in args.model]  # all are looked for before one is loaded
-    entries = list(items.Input(args.input))
+    entries = list(items.Input(args.input, image_root=args.image_root))
     runtime.start()
     faults = [(entry.row, "", entry.fault) for entry in entries if entry.fault]
     inspected = []
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, action="append", help="directory of a model or run, or a hub id")
     add("--name", action="append", default=[], help="of each model's column (its directory's)")
     add("--input", required=True, help="file, folder, or - for stdin")
+    add("--image-root", default="", help="no image outside of it is read (the input's folder)")
     add("--output", default="inspect", help="directory of what is written (%(default)s)")
     add("-k", type=int, default=10, help="tokens for each row (%(default)s)")
     add("--show", type=int, default=6, help="rows that are printed and drawn (%(default)s)")

@@ -148,6 +148,7 @@ class Loop:
             "pairs_per_second": counts["rows"] / seconds,
             "tokens_per_second": counts["tokens"] / seconds,
             "padded_share": counts["padded_share"],
+            "bad_rows": counts.get("bad_rows", 0.0),
             "data_seconds": waited,
             "seconds": seconds,
             "memory_gib": peak_memory() / GIB,

@@ -20,7 +20,7 @@ import numpy as np
 
 from unime_jax import embedder, report, runtime, sharding
 from unime_jax.config import check, check_choice, check_path, parse
-from unime_jax.data import prompts, sources, teacher_vectors
+from unime_jax.data import bad_rows, prompts, sources, teacher_vectors
 from unime_jax.types import UserError
 
 SHARD_ROWS = 8192
@@ -41,10 +41,22 @@ def _target(config) -> str:
     return config.output if config.stage == "teach" else config.teacher.vectors
 
 
+def _sentences(config):
+    """Reads the sentences; malformed rows are left out, as training leaves them out."""
+    faults: list[str] = []
+    sentences = sources.sentences(config.data.path, faults)
+    bad = bad_rows.BadRows(len(sentences) + len(faults), config.data.max_bad_share)
+    for number, fault in enumerate(faults):
+        bad.add((number,), fault, "malformed")
+    if faults:
+        print(f"rows left out: {len(faults)} ({bad.kinds()}), the first: {faults[0]}")
+    return sentences
+
+
 def run(config) -> pathlib.Path:
     """Writes the vectors as `vectors-NNNNN.npy` (f32[rows, E], unit rows) and a manifest."""
     directory = pathlib.Path(_target(config)).expanduser()
-    sentences = sources.sentences(config.data.path)
+    sentences = _sentences(config)
     manifest = {
         "teacher": pathlib.Path(config.teacher.path).expanduser().resolve().name,
         "teacher_sha256": _fingerprint(config.teacher.path),

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from unime_jax import report, runtime
-from unime_jax.data import couples, mmeb, nli, pipeline, sources, task_pairs, teacher_vectors
+from unime_jax.data import (
+    couples,
+    image_files,
+    mmeb,
+    nli,
+    pipeline,
+    sources,
+    task_pairs,
+    teacher_vectors,
+)
 from unime_jax.data.texts import Places
 from unime_jax.embedder import Embedder
 from unime_jax.types import Batch, UserError, flatten
@@ -44,9 +53,10 @@ class TrainData:
         threads: int,
         workers: int = 0,
         note: str = "",
+        bad_file: pathlib.Path | None = None,
     ):
         self._batches, self._threads, self._note = batches, threads, note
-        self._workers = workers
+        self._workers, self._bad_file = workers, bad_file
         self.info = batches.info
         self.sets = batches.info.sets
         rows = sum(rows for rows, _, _ in batches.info.query_shapes)
@@ -55,13 +65,34 @@ class TrainData:
             "rows": float(rows),
             "tokens": batches.info.tokens,
             "padded_share": batches.info.padded_share,
+            "bad_rows": float(len(batches.bad)),
         }
 
     def batches(self, first: int) -> Iterator[Batch]:
-        """Yields the batches of steps `first` to the last, made ahead of time."""
-        return self._batches.iterate(
-            first, self.steps, threads=self._threads, workers=self._workers
-        )
+        """Yields the batches of steps `first` to the last, made ahead of time.
+
+        Raises:
+          UserError: more rows are bad than config.data.max_bad_share allows.
+        """
+        how = {"threads": self._threads, "workers": self._workers}
+        made = self._batches.iterate(first, self.steps, **how)
+        with contextlib.closing(made):
+            try:
+                self._list_bad()
+                for batch in made:
+                    self._list_bad()
+                    yield batch
+            except UserError as error:
+                self._list_bad()
+                listed = f"; all that were met are in {self._bad_file}" if self._bad_file else ""
+                raise UserError(f"{error}{listed}") from None
+
+    def _list_bad(self) -> None:
+        """Counts the bad rows met so far, and lists them."""
+        bad = self._batches.bad
+        self.counts["bad_rows"] = float(len(bad))
+        if self._bad_file and runtime.is_main():
+            bad.list_in(self._bad_file)
 
     def rows_of(self, step: int) -> list[dict[str, Any]]:
         """Names the rows of a step's batch."""
@@ -86,6 +117,8 @@ class TrainData:
             f"({info.one_shape_share:.0%} if all rows had one shape), {info.cut_texts} of "
             f"{info.texts} texts longer than config.data.max_tokens are cut"
         )
+        if len(self._batches.bad):
+            lines.append(f"  left out, for they cannot be read: {self._batches.bad.kinds()} rows")
         if info.unused:
             lines.append(f"  too small for a row of each batch, not used: {', '.join(info.unused)}")
         return "\n".join(lines)
@@ -95,7 +128,8 @@ class TrainData:
         bad = self._batches.bad
         if not len(bad):
             return ""
-        return f"; {len(bad)} unreadable rows were skipped, the last: {bad.problems()[-1]}"
+        listed = f", listed in {self._bad_file}" if self._bad_file else ""
+        return f"; bad rows skipped: {len(bad)} ({bad.kinds()}{listed})"
 
 
 def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
@@ -112,9 +146,10 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
     if reads_images(settings) and embedder.image_spec is None:
         raise UserError(f"config.model.path: the model of {embedder.directory} takes no images")
     features = vectors = None
+    faults: list[str] = []  # of malformed rows
     note, batch_size = "", settings["train"]["batch_size"]
     if not reads_images(settings):
-        found, texts, note = _open_texts(settings)
+        found, texts, note = _open_texts(settings, faults)
         if stage == "distill":
             stored, _ = teacher_vectors.read(settings["teacher"]["vectors"], texts)
             vectors = _by_text(texts, stored)
@@ -126,14 +161,14 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
                 )
             batch_size //= texts_of_row
     elif _is_task_data(settings):
-        found = _open_tasks(settings)
+        found = _open_tasks(settings, faults)
     else:
         if stage == "judge":
             raise UserError(
                 f'config.data.path={data["path"]}: config.stage="judge" needs pairs with '
                 "hard_negatives and their scores (see unime_jax/data/task_pairs.py)"
             )
-        pairs = sources.pairs(data["path"], "train")
+        pairs = sources.pairs(data["path"], "train", folder=_images(data), faults=faults)
         directions = ["image_to_text"] if stage == "align" else data["directions"]
         found = [part for way in directions for part in pairs.directed(way).by_source()]
         if data["features"]:
@@ -181,6 +216,7 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
             augment=data["variants"] > 1,
             vectors=vectors,
             max_bad_share=data["max_bad_share"],
+            faults=faults,
             cache=runtime.cache_directory() / "lengths",
             progress=progress,
         )
@@ -192,7 +228,15 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         threads=data["threads"],
         workers=data["workers"],
         note=note,
+        bad_file=pathlib.Path(settings["output"]) / "bad_rows.jsonl",
     )
+
+
+def _images(data: dict[str, Any]) -> image_files.Folder:
+    """Returns where the images of own pairs lie."""
+    start = data["images"] or pathlib.Path(data["path"]).expanduser().parent
+    root = data.get("image_root") or None  # runs of old lack the key
+    return image_files.Folder(start, root, option="config.data.image_root")
 
 
 @contextlib.contextmanager
@@ -210,7 +254,7 @@ def _is_task_data(settings: dict[str, Any]) -> bool:
     return mmeb.is_prepared(path) or task_pairs.reads(path)
 
 
-def _open_tasks(settings: dict[str, Any]) -> list[sources.Source]:
+def _open_tasks(settings: dict[str, Any], faults: list[str]) -> list[sources.Source]:
     """Opens pairs that bring their own wording: MMEB's sets, or a user's file."""
     data, stage = settings["data"], settings["stage"]
     path = pathlib.Path(data["path"]).expanduser()
@@ -221,7 +265,11 @@ def _open_tasks(settings: dict[str, Any]) -> list[sources.Source]:
     if not mmeb.is_prepared(path):
         judged = settings["loss"]["k"] if stage == "judge" else 0
         return task_pairs.read(
-            path, images=data["images"], judged=judged, rows_per_set=data["set_rows"]
+            path,
+            folder=_images(data),
+            judged=judged,
+            rows_per_set=data["set_rows"],
+            faults=faults,
         )
     if stage == "judge":
         raise UserError(
@@ -236,11 +284,13 @@ def reads_images(settings: dict[str, Any]) -> bool:
     return settings["stage"] != "distill" and not nli.is_nli(settings["data"]["path"])
 
 
-def _open_texts(settings: dict[str, Any]) -> tuple[list[sources.Source], Sequence[str], str]:
+def _open_texts(
+    settings: dict[str, Any], faults: list[str]
+) -> tuple[list[sources.Source], Sequence[str], str]:
     """Returns the sources of a run on texts, all their texts, and a note on what was left out."""
     path = settings["data"]["path"]
     if not nli.is_nli(path):
-        texts = sources.sentences(path)
+        texts = sources.sentences(path, faults)
         if pathlib.Path(path).suffix == ".jsonl":
             return [sources.Texts(texts)], texts, ""
         return couples.read(path), texts, ""
@@ -251,7 +301,7 @@ def _open_texts(settings: dict[str, Any]) -> tuple[list[sources.Source], Sequenc
             f"config.loss.k={settings['loss']['k']}: rows of {path} bring their own negatives, "
             "none are mined; set config.loss.k=0"
         )
-    found = nli.read(path)
+    found = nli.read(path, faults)
     return [sources.Triples(found)], found.sentences, found.describe()
 
 
@@ -273,7 +323,7 @@ def cache_features(
 
     View 0 is the image itself, the others are random flips and crops, the same on every call.
     Begun files are gone on with; another tower or other images get a file of their own. An image
-    that cannot be read gets zeros, and a warning.
+    that cannot be read gets zeros, which `pipeline.Batches` takes for a bad row, and a warning.
 
     Returns:
       f16[images, variants, P, D], memory-mapped.
@@ -313,7 +363,7 @@ def cache_features(
             _write_json(done_path, {"images": numbers.stop})
             progress.update(numbers.stop)
     if bad:
-        print(f"{bad} of {total} images cannot be read; their features are zeros")
+        print(f"{bad} of {total} images cannot be read; their rows are skipped")
     runtime.barrier()
     return np.load(path, mmap_mode="r")
 

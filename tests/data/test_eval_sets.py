@@ -144,7 +144,7 @@ def test_paths_that_leave_the_root_are_not_read(tmp_path):
     folder = ImageFolder(tmp_path / "images")
     for path in ("../secret.jpg", str(tmp_path / "secret.jpg"), "..\\secret.jpg"):
         assert folder(path).file is None
-        with pytest.raises(UserError, match="leaves the image directory"):
+        with pytest.raises(UserError, match="leaves the image root"):
             folder(path).load()
     with pytest.raises(UserError, match="no such image"):
         folder("absent.jpg").load()

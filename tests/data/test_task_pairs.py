@@ -6,7 +6,7 @@ import math
 import packages
 import pytest
 
-from unime_jax.data import task_pairs
+from unime_jax.data import image_files, task_pairs
 from unime_jax.data.prompts import Slotted
 from unime_jax.types import UserError
 
@@ -65,7 +65,7 @@ def test_images_may_lie_elsewhere(tmp_path):
     (tmp_path / "a.png").rename(tmp_path / "images" / "a.png")
     with pytest.raises(UserError, match="cannot be read"):
         task_pairs.read(path)[0][0].query_image.load()
-    (part,) = task_pairs.read(path, images=str(tmp_path / "images"))
+    (part,) = task_pairs.read(path, folder=image_files.Folder(tmp_path / "images"))
     assert part[0].query_image.load() == packages.png()
 
 

@@ -1,8 +1,13 @@
 """Keeps count of training rows that cannot be read."""
 
+import collections
+import json
+import pathlib
 import threading
 
 from unime_jax.types import UserError
+
+_SHOWN = 3  # rows that a message names
 
 
 class BadRows:
@@ -15,23 +20,30 @@ class BadRows:
 
     def __init__(self, total: int, limit: int | float):
         self._lock = threading.Lock()
-        self._seen: dict[tuple, str] = {}
-        self._allowed = limit * total
-        self._total = total
+        self._seen: dict[tuple, tuple[str, str]] = {}
+        self._total, self._limit = total, limit
+        self._listed = 0
 
-    def add(self, row: tuple, problem: str) -> None:
+    def add(self, row: tuple, problem: str, kind: str = "unreadable") -> None:
         """Notes a bad row; a row met again counts once.
+
+        Args:
+          row: tells it from others.
+          problem: names the row and what is wrong with it.
+          kind: a word or two, by which rows are counted.
 
         Raises:
           UserError: more than the limit.
         """
         with self._lock:
-            self._seen.setdefault(row, problem)
-            if len(self._seen) > self._allowed:
-                raise UserError(
-                    f"{len(self._seen)} of {self._total} rows are unreadable, more than "
-                    f"config.data.max_bad_share allows; the last: {problem}"
-                )
+            self._seen.setdefault(row, (kind, problem))
+            too_many = len(self._seen) > self._limit * self._total
+        if too_many:
+            first = "; ".join(self.problems()[:_SHOWN])
+            raise UserError(
+                f"{len(self)} of {self._total} rows are unreadable ({self.kinds()}), more than "
+                f"config.data.max_bad_share={self._limit} allows; the first: {first}"
+            )
 
     def __len__(self) -> int:
         return len(self._seen)
@@ -43,12 +55,35 @@ class BadRows:
     def __setstate__(self, state):
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def items(self) -> list[tuple[tuple, str]]:
-        """Lists the bad rows, each with its problem."""
+    def items(self) -> list[tuple[tuple, tuple[str, str]]]:
+        """Lists the bad rows, each with its problem and kind, as `add` takes them."""
         with self._lock:
-            return list(self._seen.items())
+            return [(row, (problem, kind)) for row, (kind, problem) in self._seen.items()]
 
     def problems(self) -> list[str]:
         """Lists one line for each bad row."""
         with self._lock:
-            return list(self._seen.values())
+            return [problem for _, problem in self._seen.values()]
+
+    def list_in(self, path: pathlib.Path) -> None:
+        """Writes the rows that were met since the last call to a file of JSON lines."""
+        with self._lock:
+            found = list(self._seen.values())
+        if len(found) == self._listed:
+            return
+        with open(path, "a" if self._listed else "w", encoding="utf-8", errors="replace") as file:
+            for kind, problem in found[self._listed :]:
+                line = {"kind": kind, "problem": problem}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._listed = len(found)
+
+    def kinds(self) -> str:
+        """Returns how many there are of each kind: "3 missing, 2 unreadable"."""
+        with self._lock:
+            counts = collections.Counter(kind for kind, _ in self._seen.values())
+        return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+
+
+def told(error: UserError) -> tuple[str, str]:
+    """Returns the problem and kind of a row that an error speaks of."""
+    return str(error), getattr(error, "kind", "unreadable")

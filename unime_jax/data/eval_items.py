@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import SupportsIndex
 
+from unime_jax.data import image_files
 from unime_jax.data.prompts import MMEB_SLOT
 from unime_jax.data.sources import ImageRef, Item
 from unime_jax.types import UserError
@@ -40,36 +41,24 @@ def identity(image: ImageRef) -> pathlib.Path | str:
 
 
 class ImageFolder:
-    """Image files below one directory, referred to by relative paths."""
+    """Image files below one directory, as rows name them."""
 
     def __init__(self, root: pathlib.Path):
         self.root = root
+        self._folder = image_files.Folder(root)
 
     def __call__(self, path: str) -> ImageRef:
         """Returns the image of a path; whether it can be read shows when it is loaded."""
-        inner = pathlib.PurePosixPath(path.replace("\\", "/"))
-        if inner.is_absolute() or ".." in inner.parts:
-            return ImageRef(-1, path, lambda: _refuse(path))
-        file = self.root / inner
-        return ImageRef(-1, path, lambda: read_file(file), file)
+        try:
+            file = self._folder.path(path)
+        except UserError as error:
+            refusal = error  # the name is gone behind this block
+            return ImageRef(-1, path, lambda: _refuse(refusal))
+        return ImageRef(-1, path, lambda: image_files.read_file(file), file)
 
 
-def _refuse(path: str) -> bytes:
-    raise UserError(f"{path}: leaves the image directory, not read")
-
-
-def read_file(path: pathlib.Path) -> bytes:
-    """Reads an image file.
-
-    Raises:
-      UserError: it is not there or cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise UserError(f"{path}: no such image") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+def _refuse(error: UserError) -> bytes:
+    raise error
 
 
 def shown(item: Item) -> str:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from unime_jax.data import image_files, parquet_rows
 from unime_jax.types import UserError
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -20,6 +21,7 @@ _LINES = (".jsonl", ".ndjson")
 _WAIT = 0.5  # seconds between looks at whether to go on waiting for stdin
 LETTERS = 4096  # of an id or a path: .npz has strings of one length alone, that of the longest
 _ROWS = 64  # of a Parquet file at a time: they may hold images
+_LINE = 1 << 26  # bytes; a longer line is not held
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +74,20 @@ class Input:
     Args:
       name: path of a .jsonl or .parquet file or of a folder, or "-" for JSON lines on stdin.
       keys: names of the columns.
+      image_root: directory that no image's path leaves; "": `folder`.
 
     Raises:
       UserError: it is not there, or of another kind.
     """
 
-    def __init__(self, name: str, keys: Keys = Keys()):
+    def __init__(self, name: str, keys: Keys = Keys(), *, image_root: str = ""):
         self.name, self._keys = name, keys
         self.path = pathlib.Path(name).expanduser()
         self._kind = self._find_kind()
+        root = pathlib.Path(image_root).expanduser() if image_root else None
+        if root is not None and not root.is_dir():
+            raise UserError(f"--image-root {image_root}: no such directory")
+        self._images = image_files.Folder(self.folder, root, option="--image-root")
 
     def _find_kind(self) -> str:
         if self.name == "-":
@@ -120,7 +127,7 @@ class Input:
         if self._kind == "parquet":
             return self._parquet().metadata.num_rows
         with open(self.path, "rb") as file:
-            return sum(1 for line in file if line.strip(_BLANK))
+            return sum(1 for line in _bounded(file) if line.strip(_BLANK))
 
     def __iter__(self) -> Iterator[Entry]:
         return self.read()
@@ -147,7 +154,8 @@ class Input:
         for row, path in enumerate(self._walk()):
             # A name may hold any bytes.
             name = os.fsencode(path.relative_to(self.path)).decode(errors="replace")
-            yield Entry(row, name, image=str(path), label=name)
+            named = image_files.Named(str(path), self._images)
+            yield Entry(row, name, image=named, label=name)
         if row < 0:
             kinds = ", ".join(kind[1:] for kind in PICTURES)
             raise UserError(f"{self.name}: no pictures in this folder ({kinds})")
@@ -159,13 +167,15 @@ class Input:
             if self._kind == "stdin":
                 file = _lines_of(sys.stdin.fileno(), stopped)
             else:
-                file = stack.enter_context(open(self.path, "rb"))
+                file = _bounded(stack.enter_context(open(self.path, "rb")))
             lines = ((n, line) for n, line in enumerate(file, 1) if line.strip(_BLANK))
             for row, (number, line) in enumerate(lines):
                 yield self._entry(row, number, line)
 
     def _entry(self, row: int, number: int, line: bytes) -> Entry:
         fault = ""
+        if len(line) > _LINE:
+            return Entry(row, str(row), fault=f"line {number} has more than {_LINE >> 20} MiB")
         try:
             content = json.loads(line.strip(_BLANK).decode("utf-8"))
         except json.JSONDecodeError as error:
@@ -205,7 +215,7 @@ class Input:
         count = itertools.count()
         try:
             for batch in batches:
-                for content in batch.to_pylist():
+                for content in parquet_rows.dicts(batch):
                     yield self._read(next(count), content)
         except (OSError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
@@ -218,6 +228,8 @@ class Input:
         id = content.get(self._keys.id)
         text = content.get(self._keys.text)
         image, label = content.get(self._keys.image), ""
+        if broken := parquet_rows.broken(content):
+            return Entry(row, str(row), fault=f"{broken} is not UTF-8")
         name = str(row) if id is None else str(id)
         if isinstance(image, dict):  # as Hugging Face's data sets keep images
             label = str(image.get("path") or "")
@@ -236,7 +248,7 @@ class Input:
                 fault = fault or f"{kind} has a NUL character"
         if isinstance(image, str) and image:
             label = image.removeprefix("file://")
-            image = _absolute(label, self.folder)
+            image = image_files.Named(_absolute(label, self.folder), self._images)
         elif isinstance(image, bytes):
             label = label or f"image of row {row}"
         elif image is not None and image != "":
@@ -245,7 +257,7 @@ class Input:
             fault = f"neither {self._keys.text} nor {self._keys.image}"
             if others := [key for key in content if key != self._keys.id]:
                 fault += f" among {', '.join(others[:5])}"
-        if isinstance(image, str) and image.startswith(("http://", "https://")):
+        if isinstance(image, str) and image_files.is_remote(image):
             fault = fault or f"{image}: pictures are not downloaded; give a path"
         if fault:
             name, fault = (x.encode(errors="replace").decode() for x in (name, fault))
@@ -266,16 +278,25 @@ def _lines_of(fd: int, stopped: Callable[[], bool]) -> Iterator[bytes]:
         for line in lines:
             yield b"".join([*parts, line])
             parts = []
-        parts.append(rest)
+        if sum(map(len, parts)) <= _LINE:  # of a longer line no more is held
+            parts.append(rest)
     if any(parts):
         yield b"".join(parts)
+
+
+def _bounded(file) -> Iterator[bytes]:
+    """Yields the lines of a file; of one of more than _LINE bytes, the start."""
+    while line := file.readline(_LINE + 1):
+        yield line
+        while len(line) > _LINE and not line.endswith(b"\n"):
+            line = file.readline(_LINE + 1)
 
 
 _BLANK = b" \t\r\n\xef\xbb\xbf"
 
 
 def _absolute(image: str, folder: pathlib.Path) -> str:
-    if image.startswith(("http://", "https://")):
+    if image_files.is_remote(image):
         return image
     return os.path.join(folder, os.path.expanduser(image))
 

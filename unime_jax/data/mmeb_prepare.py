@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from unime_jax.data import mmeb_builder, mmeb_sets, pictures
+from unime_jax.data import image_files, mmeb_builder, mmeb_sets, pictures
 from unime_jax.types import UserError
 
 SKIPPED, SUMMARY, SIDES = "skipped.jsonl", "prepared.json", "has_image.npy"
@@ -207,7 +207,7 @@ class _Reader:
     """
 
     def __init__(self, rows, root: pathlib.Path, settings: Settings, progress):
-        self._rows_left, self._root = rows, root
+        self._rows_left, self._images = rows, image_files.Folder(root)
         self._decode, self._progress = settings.decode, progress
         self._by_content: dict[str, int] = {}  # hash of an image -> its number
         self._by_path: dict[str, str] = {}  # path of an image -> its hash
@@ -267,15 +267,14 @@ class _Reader:
 
     def _load(self, path: str) -> bytes | _Bad:
         """Reads an image file and looks whether it is one."""
-        inner = pathlib.PurePosixPath(path.replace("\\", "/"))
-        if inner.is_absolute() or ".." in inner.parts or ":" in inner.parts[0]:
-            return _Bad("refused_paths", f"{path}: leaves the image root, not read")
         try:
-            content = (self._root / inner).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return _Bad("missing_images", f"{path}: no such image")
-        except (OSError, ValueError) as error:
-            return _Bad("unreadable_images", f"{path}: {error}")
+            content = self._images.read(path)
+        except image_files.Outside as error:
+            return _Bad("refused_paths", str(error))
+        except image_files.Missing as error:
+            return _Bad("missing_images", str(error))
+        except UserError as error:
+            return _Bad("unreadable_images", str(error))
         try:
             if self._decode:
                 # A small scale does: every byte of the file is read all the same.

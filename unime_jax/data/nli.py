@@ -11,10 +11,12 @@ import pathlib
 import numpy as np
 from jaxtyping import Int32
 
+from unime_jax.data import json_files
 from unime_jax.data.texts import Sentences
 from unime_jax.types import UserError
 
 COLUMNS = ("sent0", "sent1", "hard_neg")
+_CELL = 1 << 26  # bytes; a longer one is no text but a quote that was not closed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +47,12 @@ def is_nli(path) -> bool:
     return pathlib.Path(path).suffix == ".csv"
 
 
-def read(path) -> Nli:
+def read(path, faults: list[str] | None = None) -> Nli:
     """Reads the csv as published: a header with sent0, sent1 and hard_neg, one triple a line.
+
+    Args:
+      path: of the file.
+      faults: gets what is wrong with rows that are left out; None: the first one stops.
 
     Raises:
       UserError: the file or a line cannot be read, a column is missing, no row is left.
@@ -57,8 +63,10 @@ def read(path) -> Nli:
     seen: set[bytes] = set()
     empty = repeated = 0
     line = 0
+    csv.field_size_limit(_CELL)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        # What is no UTF-8 is a fault of its row: it comes as surrogates, which UTF-8 never holds.
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
             if missing := [name for name in COLUMNS if name not in header]:
@@ -71,11 +79,9 @@ def read(path) -> Nli:
                 line = reader.line_num
                 if not cells:
                     continue
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{path} line {line}: {len(cells)} cells instead of {len(header)}; texts "
-                        "with commas stand in double quotes"
-                    )
+                if fault := _fault(cells, header):
+                    json_files.keep(faults, UserError(f"{path} line {line}: {fault}"))
+                    continue
                 texts = [cells[place].strip() for place in places]
                 if not all(texts):
                     empty += 1
@@ -86,9 +92,23 @@ def read(path) -> Nli:
                     continue
                 seen.add(row.tobytes())
                 rows.extend(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, csv.Error) as error:
         raise UserError(f"{path} after line {line}: cannot be read ({error})") from None
     if not rows:
-        raise UserError(f"{path}: no row with three sentences in it")
+        first = f"; {faults[0]}" if faults else ""
+        raise UserError(f"{path}: no row with three sentences in it{first}")
     numbers = np.frombuffer(rows, np.int32).reshape(-1, 3)
     return Nli(sentences.frozen(), numbers, empty, repeated)
+
+
+def _fault(cells: list[str], header: list[str]) -> str:
+    """Returns what is wrong with a line, or ""."""
+    if len(cells) != len(header):
+        return (
+            f"{len(cells)} cells instead of {len(header)}; texts with commas stand in double quotes"
+        )
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return "cannot be read as UTF-8"
+    return ""

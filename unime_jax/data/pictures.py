@@ -1,6 +1,7 @@
 """Decodes images of any kind to RGB, safely, and stores them small."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import os
@@ -10,9 +11,14 @@ import threading
 
 import numpy as np
 
+from unime_jax.data import image_files
 from unime_jax.types import UserError
 
 MAX_PIXELS = 100_000_000
+# Pillow knows more: some start programs (EPS runs Ghostscript), the others hold no pictures.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM",
+           "QOI", "SGI", "TGA", "TIFF", "WEBP")  # fmt: skip
+_EXIF_BYTES = 1 << 20  # more than any file has
 # Of 255. Copies of one drawing in two packages differ by up to 3.6, a blue and a green eye by 5.3.
 SAME_PICTURE = 4.0
 _STORED_SIDE = 256
@@ -79,6 +85,8 @@ def _name(source) -> str:
 def _file(source) -> io.BufferedIOBase:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source)
+    if isinstance(source, image_files.Named):
+        source = source.checked()
     if isinstance(source, (str, os.PathLike)):
         return open(pathlib.Path(source).expanduser(), "rb")
     raise UserError(f"an image is given as PIL image, bytes or path, not {type(source).__name__}")
@@ -87,7 +95,7 @@ def _file(source) -> io.BufferedIOBase:
 @contextlib.contextmanager
 def _naming_errors(name: str):
     """Turns whatever goes wrong with an image into a UserError that begins with its name."""
-    from PIL import UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     try:
         yield name
@@ -95,9 +103,12 @@ def _naming_errors(name: str):
         raise
     except UnidentifiedImageError:
         raise UserError(f"{name}: not a readable image (no known format)") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name}: is more than 100 MP ({error})") from None
     except OSError as error:
         if error.filename is not None:  # the file itself, not what is in it
-            raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+            kind = image_files.Missing if isinstance(error, FileNotFoundError) else UserError
+            raise kind(f"{name}: cannot be read ({error.strerror})") from None
         raise UserError(f"{name}: not a readable image ({error})") from None
     # PIL raises whatever the decoder stumbles over: struct.error, zlib.error, SyntaxError, ...
     except Exception as error:
@@ -108,7 +119,7 @@ def _open(file, name: str):
     """Reads an image's header; returns the PIL image, not decoded, and its EXIF orientation."""
     from PIL import Image
 
-    image = Image.open(file)
+    image = Image.open(file, formats=_formats())
     _check_pixels(image, name)
     if image.format == "TIFF":
         return image, 1  # Pillow turns these by itself, `size` included
@@ -119,6 +130,14 @@ def _open(file, name: str):
     return image, Image.Image.getexif(image).get(_ORIENTATION, 1)
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)  # that this Pillow reads
+
+
 def _png_exif(file) -> bytes | None:
     """Looks for the EXIF chunk of a PNG, hopping from chunk to chunk."""
     before = file.tell()
@@ -127,7 +146,7 @@ def _png_exif(file) -> bytes | None:
     while found is None and len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         if kind == b"eXIf":
-            found = file.read(length)
+            found = file.read(min(length, _EXIF_BYTES))
         else:
             file.seek(length + 4, os.SEEK_CUR)  # its content and checksum
     file.seek(before)
@@ -172,7 +191,9 @@ def _flatten(image, trim: bool):
 
     if image.mode.startswith("I;16") and image.mode != "I;16":
         image = image.convert("I")  # another order of bytes
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if image.mode == "F":
+        image = _from_floats(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
         image = image.point(lambda value: value / 257).convert("L")  # 16 bits a channel
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -181,6 +202,21 @@ def _flatten(image, trim: bool):
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _from_floats(image):
+    """Brings floats, whose range no file tells, to 8 bits: from 1, 255 or 65535, by the largest.
+
+    Raises:
+      ValueError: NaN or infinity among them.
+    """
+    from PIL import Image
+
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise ValueError("NaN or infinite pixels")
+    scale = next((255 / top for top in (1, 255) if values.max(initial=0) <= top), 1 / 257)
+    return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
 
 
 def augment(image, rng: np.random.Generator):

@@ -22,6 +22,7 @@ from unime_jax.data.sources import Example, ImageRef, Source, sides_of
 from unime_jax.types import Batch, Inputs, UserError
 
 SIDES = 3  # query, target, negatives
+_FILE = -1  # the number of no source
 _TRIES = 100  # rows to try in place of unreadable ones
 
 Text = str | prompts.Slotted | None
@@ -70,6 +71,7 @@ class Batches:
         their texts (stage 1); of rows with images the query is encoded, and the vectors stand for
         the target's text (alignment).
       max_bad_share: share of unreadable rows at which `__getitem__` raises UserError.
+      faults: of rows that the sources left out when their files were read.
       cache: directory where the lengths of large sources are kept.
       progress: called with the number of rows just measured.
 
@@ -95,6 +97,7 @@ class Batches:
         augment: bool = False,
         vectors: Callable[[list[str]], np.ndarray] | None = None,
         max_bad_share: int | float = 0.01,
+        faults: Sequence[str] = (),
         cache: pathlib.Path | None = None,
         progress: Callable[[int], None] = lambda rows: None,
     ):
@@ -109,7 +112,9 @@ class Batches:
         self._augment = augment
         self._vectors = vectors
         self._raw = prompts.TEMPLATES[preprocessor.prompt].raw
-        self.bad = bad_rows.BadRows(sum(map(len, data)), max_bad_share)
+        self.bad = bad_rows.BadRows(sum(map(len, data)) + len(faults), max_bad_share)
+        for number, fault in enumerate(faults):
+            self.bad.add((_FILE, number), fault, "malformed")
         self._remember()
         names = [source.name for source in data]
         self._sets = {name: number for number, name in enumerate(dict.fromkeys(names))}
@@ -237,7 +242,7 @@ class Batches:
         try:
             for batch, problems in found:
                 for row, problem in problems:
-                    self.bad.add(tuple(row), problem)
+                    self.bad.add(tuple(row), *problem)
                 yield batch
         finally:
             if hasattr(found, "close"):
@@ -248,7 +253,9 @@ class Batches:
     def _tokenize(self, text: Text, has_image: bool) -> Row:
         row = self._preprocessor.tokenize(self._worded(text), has_image)
         positions = self._positions(has_image)
-        return row.cut(self._max_tokens + positions, positions)
+        row = row.cut(self._max_tokens + positions, positions)
+        self._preprocessor.check_length(row.length(positions))
+        return row
 
     def _worded(self, text: Text) -> Text:
         """Takes the image's place out of a text where the prompt has its own."""
@@ -272,7 +279,7 @@ class Batches:
             try:
                 return self._draw(example, found, rng)
             except UserError as error:
-                self.bad.add((found.source, number), str(error))
+                self.bad.add((found.source, number), *bad_rows.told(error))
         raise UserError(f"{_TRIES} rows in a row are unreadable: {self.bad.problems()[-1]}")
 
     def _draw(self, example: Example, found: strata.Stratum, rng: np.random.Generator) -> Drawn:
@@ -320,13 +327,16 @@ class Batches:
         if self._features is not None:
             variant = rng.integers(self._features.shape[1])
             features = np.asarray(self._features[image.number, variant])[None]
+            if not features.any():  # what `train_data.cache_features` writes for such an image
+                raise UserError(f"{image.name}: was unreadable when its features were computed")
             return (row, Picture(features, self._preprocessor.fixed_layout)), b""
         try:
             content = image.load()
             augment = rng if self._augment else None
             return (row, self._preprocessor.image(content, augment=augment)), content
         except UserError as error:
-            raise UserError(f"{image.name}: {error}") from None
+            kind, named = type(error), str(error).startswith(image.name)
+            raise kind(str(error) if named else f"{image.name}: {error}") from None
 
     def _groups(self, sides: list[tuple]) -> tuple[tuple[Inputs, ...], np.ndarray]:
         """Packs one side of a batch into groups, and says where each row went."""

@@ -341,14 +341,22 @@ class Preprocessor:
           UserError: the row is longer than the model reads.
         """
         length = row.length(0 if layout is None else layout.positions)
+        self.check_length(length)
         limit = self.max_tokens if self._window is None else min(self._window, self.max_tokens)
-        if length > limit:  # rows are cut to max_tokens before
-            raise UserError(
-                f"{length} positions exceed the model's sliding_window of {limit}, which is not "
-                "supported; use shorter rows"
-            )
         tiles = 0 if layout is None else self.transform.bucket(layout.tiles)
         return buckets.padded_length(length, limit), tiles
+
+    def check_length(self, length: int) -> None:
+        """Refuses a row that attends to fewer positions than it has; the others are cut before.
+
+        Raises:
+          UserError: the row is longer than the model's window.
+        """
+        if self._window is not None and length > self._window:
+            raise UserError(
+                f"{length} positions exceed the model's sliding_window of {self._window}, which is "
+                "not supported; use shorter rows (config.data.max_tokens)"
+            )
 
 
 @contextlib.contextmanager

@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from unime_jax.data import nli, prompts, text_keys
+from unime_jax.data import image_files, json_files, nli, prompts, text_keys
 from unime_jax.types import UserError
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -238,15 +237,27 @@ class Pairs:
         return list(found)
 
 
-def pairs(path: str | os.PathLike, split: str = "train") -> Pairs:
+def pairs(
+    path: str | os.PathLike,
+    split: str = "train",
+    *,
+    folder: image_files.Folder | None = None,
+    faults: list[str] | None = None,
+) -> Pairs:
     """Opens image-caption pairs: a directory written by `prepare`, or a pairs.jsonl.
+
+    Args:
+      path: of the directory or file.
+      split: of a directory.
+      folder: of a file's images; None: its own.
+      faults: see `read_jsonl`.
 
     Raises:
       UserError: nothing readable there, no such split, a malformed line.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix == ".jsonl":
-        return _jsonl_pairs(path)
+        return _jsonl_pairs(path, folder or image_files.Folder(path.parent), faults)
     images = _open(path, "smol_pairs", split)
     with damage(path):
         rows = [
@@ -268,55 +279,47 @@ def pairs(path: str | os.PathLike, split: str = "train") -> Pairs:
     return Pairs(rows, load, name=split)
 
 
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """Reads the lines of a pairs.jsonl, {"image": path, "text": ...}; paths relative to the file.
+def read_jsonl(path: str | os.PathLike, faults: list[str] | None = None) -> list[dict]:
+    """Reads the lines of a pairs.jsonl, {"image": path, "text": ...}.
+
+    Args:
+      path: of the file.
+      faults: gets what is wrong with malformed lines, which are left out; None: the first stops.
 
     Raises:
-      UserError: an unreadable file or the first malformed line, named by its number.
+      UserError: an unreadable file, no usable line, a malformed one; lines are named by number.
     """
     path = pathlib.Path(path).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for where, line in json_files.lines(path):
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number}: not valid JSON ({error})") from None
-        for key in ("image", "text"):
-            if (
-                not isinstance(row, dict)
-                or not isinstance(row.get(key), str)
-                or not row[key].strip()
-            ):
-                raise UserError(f'{path} line {number}: "{key}" is missing or empty')
-        rows.append({**row, "image": path.parent / row["image"]})
+            rows.append(_pair(json_files.parse(line, where), where))
+        except UserError as error:
+            json_files.keep(faults, error)
     if not rows:
-        raise UserError(f"{path}: no pairs in it")
+        raise UserError(f"{path}: no pairs in it" + (f"; {faults[0]}" if faults else ""))
     return rows
 
 
-def _jsonl_pairs(path: pathlib.Path) -> Pairs:
-    found = read_jsonl(path)
+def _pair(row: Any, where: str) -> dict[str, Any]:
+    for key in ("image", "text"):
+        value = row.get(key) if isinstance(row, dict) else None
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f'{where}: "{key}" is missing or empty')
+        if key == "image" and "\0" in value:
+            raise UserError(f'{where}: "{key}" has a NUL character')
+    return row
+
+
+def _jsonl_pairs(path: pathlib.Path, folder: image_files.Folder, faults: list[str] | None) -> Pairs:
+    found = read_jsonl(path, faults)
     rows = [
         PairRow(caption=row["text"], key=text_keys.caption_key(row["text"]), source="pairs")
         for row in found
     ]
-
-    def load(number: int) -> bytes:
-        try:
-            return found[number]["image"].read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{found[number]['image']}: cannot be read ({error.strerror})"
-            ) from None
-
-    labels = [str(row["image"]) for row in found]
-    return Pairs(rows, load, name="pairs", labels=labels)
+    names = [row["image"] for row in found]
+    labels = [str(folder.start / name) for name in names]
+    return Pairs(rows, lambda number: folder.read(names[number]), name="pairs", labels=labels)
 
 
 def _open(path: pathlib.Path, name: str, split: str):
@@ -360,18 +363,19 @@ def split_sentences(path: str | os.PathLike, split: str) -> list[dict[str, str]]
         return [{key: _text(value) for key, value in row.items()} for row in rows]
 
 
-def sentences(path: str | os.PathLike) -> Sequence[str]:
+def sentences(path: str | os.PathLike, faults: list[str] | None = None) -> Sequence[str]:
     """Reads every text of stage 1, each once.
 
     Args:
       path: nli_for_simcse.csv, a pairs.jsonl, or a directory written by `prepare` (WordNet's
         sentences, then the training captions).
+      faults: gets what is wrong with rows of a file that are left out; None: the first one stops.
     """
     path = pathlib.Path(path).expanduser()
     if nli.is_nli(path):
-        return nli.read(path).sentences
+        return nli.read(path, faults).sentences
     if path.suffix == ".jsonl":
-        return list(dict.fromkeys(row["text"] for row in read_jsonl(path)))
+        return list(dict.fromkeys(row["text"] for row in read_jsonl(path, faults)))
     found = [row["text"] for row in split_sentences(path, "train")]
     found += [row["text"] for row in split_sentences(path, "captions") if row["kind"] == "caption"]
     return list(dict.fromkeys(found))

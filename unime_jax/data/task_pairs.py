@@ -14,14 +14,15 @@ which covers the published files of UniME-V2. A text may mark its image's place 
 """
 
 import collections
+import contextlib
 import dataclasses
-import json
+import functools
 import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from unime_jax.data import prompts
+from unime_jax.data import image_files, json_files, parquet_rows, prompts
 from unime_jax.data.sources import Example, ImageRef, Item
 from unime_jax.types import UserError
 
@@ -29,6 +30,7 @@ _ALIASES = {"pos_text": "target_text", "pos_image": "target_image", "target_scor
             "query_pos_scores": "target_score"}  # fmt: skip
 _TEXTS = ("query_text", "query_image", "target_text", "target_image", "target_id", "set")
 _SIGNS = {"query_text", "query_image"}
+_LOOKED_AT = 100  # lines, to see what a file is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,10 @@ class TaskPairs:
       direction: what its sides are, for reports.
     """
 
-    def __init__(self, name: str, rows: Sequence[_Row], root: pathlib.Path):
+    def __init__(self, name: str, rows: Sequence[_Row], folder: image_files.Folder):
         self.name = name
         self._rows = rows
-        self._root = root
+        self._folder = folder
         sides = ("image" if image else "text" for _, image in (rows[0].query, rows[0].target))
         self.direction = " to ".join(sides)
 
@@ -78,15 +80,9 @@ class TaskPairs:
         text, image = side
         if not image:
             return Item(text, None)
-        path = self._root / image
-
-        def load() -> bytes:
-            try:
-                return path.read_bytes()
-            except OSError as error:
-                raise UserError(f"cannot be read ({error.strerror})") from None
-
-        return Item(prompts.slotted(text) if text else None, ImageRef(-1, str(path), load))
+        name = str(self._folder.start / image)
+        load = functools.partial(self._folder.read, image)
+        return Item(prompts.slotted(text) if text else None, ImageRef(-1, name, load))
 
 
 def reads(path: pathlib.Path) -> bool:
@@ -96,74 +92,91 @@ def reads(path: pathlib.Path) -> bool:
     if path.suffix != ".jsonl":
         return False
     try:
-        with open(path, encoding="utf-8") as file:
-            first = json.loads(next(line for line in file if line.strip()))
-    except (OSError, ValueError, StopIteration):
-        return False
-    return isinstance(first, dict) and bool(_SIGNS & set(first))
+        for place, (where, line) in enumerate(json_files.lines(path)):
+            if place == _LOOKED_AT:
+                break
+            with contextlib.suppress(UserError):  # the first lines may be bad ones
+                first = json_files.parse(line, where)
+                if isinstance(first, dict):
+                    return bool(_SIGNS & set(first))
+    except UserError:
+        pass
+    return False
 
 
 def read(
-    path: pathlib.Path, *, images: str = "", judged: int = 0, rows_per_set: int = 0
+    path: pathlib.Path,
+    *,
+    folder: image_files.Folder | None = None,
+    judged: int = 0,
+    rows_per_set: int = 0,
+    faults: list[str] | None = None,
 ) -> list[TaskPairs]:
     """Reads all rows, and sorts them by set and by the sides of their images.
 
     Args:
       path: the file.
-      images: directory that image paths start from; "": the file's own.
+      folder: of the images; None: the file's own.
       judged: hard negatives of each row to keep, with their scores, which every row must then
         have; 0: none. Where a row has fewer its target takes the empty places, at score -inf.
       rows_per_set: the first so many rows of each set; 0: all.
+      faults: gets what is wrong with malformed rows, which are left out; None: the first one stops.
 
     Raises:
-      UserError: an unreadable file, or the first malformed row, named by its number.
+      UserError: an unreadable file, no usable row, a malformed one; rows are named by number.
     """
-    root = pathlib.Path(images).expanduser() if images else path.parent
+    folder = folder or image_files.Folder(path.parent)
     found: dict[tuple, list[_Row]] = {}
     counts: dict[str, int] = collections.Counter()
-    for where, given in _objects(path):
-        name, row = _parse(where, given, judged)
+    for where, given in _objects(path, faults):
+        try:
+            name, row = _parse(where, given, judged)
+        except UserError as error:
+            json_files.keep(faults, error)
+            continue
         if rows_per_set and counts[name] >= rows_per_set:
             continue
         counts[name] += 1
         sides = (row.query, row.target, *row.negatives)
         found.setdefault((name, *(bool(image) for _, image in sides)), []).append(row)
     if not found:
-        raise UserError(f"{path}: no rows in it")
-    return [TaskPairs(key[0], rows, root) for key, rows in sorted(found.items())]
+        raise UserError(f"{path}: no rows in it" + (f"; {faults[0]}" if faults else ""))
+    return [TaskPairs(key[0], rows, folder) for key, rows in sorted(found.items())]
 
 
-def _objects(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _objects(path: pathlib.Path, faults: list[str] | None) -> Iterator[tuple[str, Any]]:
     """Yields each row with the words that name it."""
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow
-            import pyarrow.parquet
-
+    if path.suffix == ".parquet":
+        yield from _table(path, faults)
+    elif path.suffix == ".json":
+        rows = json_files.read(path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: a .json file holds a list of rows")
+        yield from ((f"{path} row {i}", row) for i, row in enumerate(rows))
+    else:
+        for where, line in json_files.lines(path):
             try:
-                file = pyarrow.parquet.ParquetFile(path)
-                rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-                yield from ((f"{path} row {i}", row) for i, row in enumerate(rows))
-            except pyarrow.ArrowException as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{path}: not a readable parquet file ({reason})") from None
-            return
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+                yield where, json_files.parse(line, where)
+            except UserError as error:
+                json_files.keep(faults, error)
+
+
+def _table(path: pathlib.Path, faults: list[str] | None) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
     try:
-        if path.suffix == ".json":
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise UserError(f"{path}: a .json file holds a list of rows")
-            yield from ((f"{path} row {i}", row) for i, row in enumerate(rows))
-            return
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield f"{path} line {number}", json.loads(line)
-    except ValueError as error:
-        where = f"{path} line {number}" if path.suffix == ".jsonl" else path
-        raise UserError(f"{where}: not valid JSON ({error})") from None
+        file = pyarrow.parquet.ParquetFile(path)
+        batches = file.iter_batches(1024)
+        for number, row in enumerate(r for batch in batches for r in parquet_rows.dicts(batch)):
+            where = f"{path} row {number}"
+            if broken := parquet_rows.broken(row):
+                json_files.keep(faults, UserError(f"{where}: {broken} is not UTF-8"))
+            else:
+                yield where, row
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: not a readable parquet file ({reason})") from None
 
 
 def _parse(where: str, given: Any, judged: int) -> tuple[str, _Row]:
@@ -173,24 +186,39 @@ def _parse(where: str, given: Any, judged: int) -> tuple[str, _Row]:
     for key in _TEXTS:
         value = row.get(key)
         if value is not None and not isinstance(value, str):
-            raise UserError(f'{where}: "{key}" is {value!r}; give a string')
+            raise UserError(f'{where}: "{key}" is {json_files.short(value)}; give a string')
         row[key] = value or ""
     sides = [(row[f"{side}_text"], row[f"{side}_image"]) for side in ("query", "target")]
     for name, (text, image) in zip(("query", "target"), sides, strict=True):
         if not text.strip() and not image:
             raise UserError(f'{where}: give "{name}_text", "{name}_image" or both')
-    negatives = tuple(_negative(where, item) for item in row.get("hard_negatives") or ())
-    scores = _scores(where, row, len(negatives))
+        _check_side(where, name, text, image)
+    listed = row.get("hard_negatives") or ()
+    if not isinstance(listed, (list, tuple)):
+        raise UserError(f'{where}: "hard_negatives" is {json_files.short(listed)}; give a list')
+    # Of thousands no more are held than are used.
+    negatives = tuple(_negative(where, item) for item in listed[: judged or None])
+    scores = _scores(where, row, len(listed))
     if judged and not (negatives and scores):
         raise UserError(
             f'{where}: config.stage="judge" needs "hard_negatives", "hard_negatives_scores" and '
             f'"query_pos_scores" in every row'
         )
     missing = max(0, judged - len(negatives))
-    negatives = negatives[:judged] + (sides[1],) * missing
+    negatives = negatives[:judged] + (sides[1],) * missing  # () where none are judged
     scores = scores[: judged + 1] + (-math.inf,) * missing if judged else ()
     target_id = f"id {row['target_id']}" if row["target_id"] else ""
     return row["set"] or "pairs", _Row(*sides, negatives, scores, target_id)
+
+
+def _check_side(where: str, name: str, text: str, image: str) -> None:
+    if "\0" in image:
+        raise UserError(f'{where}: "{name}_image" has a NUL character')
+    if image and text:
+        try:
+            prompts.slotted(text)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 def _negative(where: str, item: Any) -> tuple[str, str]:
@@ -199,13 +227,17 @@ def _negative(where: str, item: Any) -> tuple[str, str]:
     good = isinstance(item, (list, tuple)) and len(item) == 2
     good = good and all(part is None or isinstance(part, str) for part in item)
     if not good or not any(item):
-        raise UserError(f"{where}: hard negative {item!r} is no [text, image]")
-    return item[0] or "", item[1] or ""
+        raise UserError(f"{where}: hard negative {json_files.short(item)} is no [text, image]")
+    side = item[0] or "", item[1] or ""
+    _check_side(where, "hard_negatives", *side)
+    return side
 
 
 def _scores(where: str, row: dict[str, Any], negatives: int) -> tuple[float, ...]:
     """Returns the scores of the target and of every negative; () without."""
     own, others = row.get("target_score"), row.get("hard_negatives_scores")
+    if others is not None and not isinstance(others, (list, tuple)):
+        others = [others]
     own = own[0] if isinstance(own, list) and len(own) == 1 else own
     if own is None and not others:
         return ()

@@ -1,0 +1,74 @@
+"""Reads JSON that people wrote: what is wrong with it is said in a line."""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from unime_jax.types import UserError
+
+_SHOWN = 60  # letters of a value that a message repeats
+
+
+def parse(content: str | bytes, where: str) -> Any:
+    """Parses a JSON value; every string in it can be written as UTF-8.
+
+    Raises:
+      UserError: it begins with `where`.
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(text)
+        if "\\u" in text:  # an escape may be half of a surrogate pair, which is no character
+            text = json.dumps(value, ensure_ascii=False)
+            text.encode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: half a surrogate pair in it, which is no character") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    return value
+
+
+def read(path: str | os.PathLike) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      UserError: it cannot be read or parsed.
+    """
+    try:
+        return parse(pathlib.Path(path).read_bytes(), str(path))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def lines(path: str | os.PathLike) -> Iterator[tuple[str, bytes]]:
+    """Yields the lines of a file that are not blank, each with the words that name it.
+
+    Lines end at newlines alone: strings may hold the other characters that str.splitlines splits.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path} line {number}", line
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def short(value: Any) -> str:
+    """Returns a value for a message."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def keep(faults: list[str] | None, error: UserError) -> None:
+    """Lists the fault of a row that is left out, or raises it where there is no list."""
+    if faults is None:
+        raise error
+    faults.append(str(error))
