@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ class Machine:
 
     def __init__(self, monkeypatch, best=1.0):
         self.best, self.commands, self.tested, self.stop_at = best, [], [], None
-        self.steps, self.diverges = 10**6, ""  # of a run; the end of the names of those that fail
+        self.steps, self.diverges = 10**6, ""  # of a run; in the paths of those that fail
         monkeypatch.setattr(ablate, "_call", self.call)
         monkeypatch.setattr(ablate, "_Measure", lambda assets: self)
 
@@ -37,7 +38,7 @@ class Machine:
             raise KeyboardInterrupt
         self.commands.append(command)
         (directory / "checkpoints" / str(self.steps)).mkdir(parents=True, exist_ok=True)
-        if self.diverges and directory.name.endswith(self.diverges):
+        if self.diverges and self.diverges in str(directory):
             (directory / "not_finite_step_3.json").write_text("{}")
             raise UserError("step 3: loss nan")
 
@@ -48,11 +49,11 @@ class Machine:
     def validation(self, directory, stage):
         return self.score(directory)
 
-    def test(self, directory, stage):
+    def test(self, directory, variant):
         self.tested.append(directory)
         cell = sum(map(int, filter(str.isdigit, directory.parent.name)))
         easy = "easy" in directory.name
-        return dict.fromkeys(ablate.METRICS, 40.0 + cell - 3 * easy)
+        return dict.fromkeys((*ablation.PICTURES, *ablation.SENTENCES), 40.0 + cell - 3 * easy)
 
     def trained(self):
         return [dict(f[9:].split("=", 1) for f in c[4:]) for c in self.commands if "train" in c[2]]
@@ -104,48 +105,78 @@ def test_every_variant_chooses_its_rate_once_by_validation_alone(machine, assets
     assert "[1/" in capsys.readouterr().out
 
 
-def test_finished_runs_are_skipped_and_a_stop_costs_nothing(machine, assets):
-    config = config_of(CONFIG + ":quick", *assets)
-    machine.stop_at = 20
+@pytest.fixture
+def one(assets):
+    """The quick comparison with a single seed."""
+    return [CONFIG + ":quick", *assets, "--config.seeds=(0,)"]
+
+
+def test_finished_runs_are_skipped_and_a_stop_costs_nothing(machine, one):
+    config = config_of(*one)
+    machine.stop_at = 14
     with pytest.raises(KeyboardInterrupt):
         ablate.run(config)
     machine.stop_at = None
     ablate.run(config)
     outputs = [run["output"] for run in machine.trained()]
-    assert len(outputs) == len(set(outputs)) == 3 * len(config.variants)
+    wanted = sum(len(config.rates[stage]) for *_, stage, _ in config.variants)
+    assert len(outputs) == len(set(outputs)) == wanted
     count, tested = len(machine.commands), len(machine.tested)
     ablate.run(config)
     assert (len(machine.commands), len(machine.tested)) == (count, tested)
     with pytest.raises(UserError, match="holds a run of other settings"):
-        ablate.run(config_of(CONFIG + ":quick", *assets, "--config.steps=7"))
+        ablate.run(config_of(*one, "--config.changes.align=(('train.steps', 7),)"))
 
 
-def test_a_trial_that_diverges_loses_and_the_rest_goes_on(machine, assets, tmp_path, monkeypatch):
+def test_a_run_that_diverges_is_listed_and_the_rest_goes_on(
+    machine, assets, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(report, "plot_differences", lambda *args, **kwargs: None)
-    machine.best, machine.diverges = 3.0, "rate3"
-    config = config_of(CONFIG + ":quick", *assets)
-    ablate.run(config)
-    assert all(directory.name.endswith("rate1") for directory in machine.tested)
-    lost = json.loads((tmp_path / "out/split1-seed0/both-rate3/ablation.json").read_text())
-    assert lost["validation"] is None
+    machine.best = 8.0
+    config = config_of(CONFIG + ":quick", *assets, "--config.seeds=(0, 1)")
+
+    def results():
+        ablate.run(config)
+        found = json.loads((tmp_path / "out/report.json").read_text())
+        return found["missing"], found["rates"], {n: len(by) for n, by in found["scores"].items()}
+
+    machine.diverges = "seed0/both-rate8"  # a trial loses
+    missing, rates, _ = results()
+    assert not missing and rates["both"] == 1
+    lost = json.loads((tmp_path / "out/split1-seed0/both-rate8/ablation.json").read_text())
+    assert lost["diverged"] and lost["validation"] is None
     count = len(machine.commands)
     ablate.run(config)  # it is not tried again
     assert len(machine.commands) == count
-    machine.diverges = "rate0.1"
-    with pytest.raises(UserError, match=r"every one of config.rates \(0.1\)"):
-        ablate.run(config_of(CONFIG + ":quick", *assets, "--config.rates=(0.1,)"))
+
+    shutil.rmtree(tmp_path / "out")
+    machine.diverges = "seed1/stage-1-rate"  # what no longer chooses
+    missing, rates, scores = results()
+    assert missing["stage 1"] == [{"split": 1, "seed": 1, "reason": "diverged"}]
+    assert missing["both"][0]["reason"] == "no run of 'stage 1' to start from"
+    assert scores["stage 1"] == scores["both"] == 1 and scores["stage 2"] == 2
+    out = capsys.readouterr().out
+    assert "- both: no run of 'stage 1' to start from (split/seed 1/1)" in out
+    total = len(ablation.read_variants(config.variants)) * 3 - 1  # one rate of stage 1
+    assert f"/{total}]" in out and f"/{total + 1}]" not in out
+
+    shutil.rmtree(tmp_path / "out")
+    machine.diverges = "/both-rate"  # the reference, with every rate
+    missing, rates, scores = results()
+    assert rates["both"] is None and "both" not in scores and scores["easy negatives"] == 2
+    assert [each["reason"] for each in missing["both"]] == ["diverged", "diverged before"]
 
 
-def test_a_training_that_was_stopped_early_is_not_measured(machine, assets):
+def test_a_training_that_was_stopped_early_is_not_measured(machine, one):
     machine.steps = 2
     with pytest.raises(UserError, match=r"stopped after 2 of \d\d+ steps"):
-        ablate.run(config_of(CONFIG + ":quick", *assets))
+        ablate.run(config_of(*one))
     assert not machine.tested
 
 
 def test_missing_splits_are_prepared(machine, assets, tmp_path):
     (tmp_path / "cache" / "smol-split2" / "prepared.json").unlink()
-    flags = ["--config.seeds=(0,)", "--config.splits=(2,)", "--config.rates=(1.0,)"]
+    flags = ["--config.seeds=(0,)", "--config.splits=(2,)"]
     ablate.run(config_of(CONFIG, *assets, *flags))
     first = machine.commands[0][2:]
     assert first == [
@@ -171,8 +202,8 @@ def test_configs_that_cannot_be_run_are_refused():
         with pytest.raises(UserError, match=message):
             ablation.read_variants(wrong)
     for flag, message in (
-        ("--config.rates=()", "config.rates is empty"),
-        ("--config.rates=(1.0, -1.0)", "above 0"),
+        ("--config.rates.align=()", "config.rates.align is empty"),
+        ("--config.rates.stage2=(1.0, -1.0)", "config.rates.stage2=.* above 0"),
         ("--config.seeds=(1, 1)", "the same twice"),
         ("--config.splits=(0,)", "from 1 on"),
     ):
@@ -199,7 +230,8 @@ def test_comparisons_are_paired():
     assert ablation.paired(one, "b", "a", "m").error is None
     assert ablation.spread([3.0]) == "3.0" and ablation.spread([1.0, 3.0]) == "2.0 ± 1.4"
     assert ablation.chosen_rate({3.0: 5.0, 1.0: 5.0, 0.3: 4.0}) == 1.0
-    assert ablation.chosen_rate({9.0: np.nan, 3.0: 5.0, 1.0: -np.inf}) == 3.0
+    assert ablation.chosen_rate({9.0: None, 3.0: 5.0, 1.0: None}) == 3.0
+    assert ablation.chosen_rate({9.0: None}) is None
 
 
 def test_time_left_is_by_stage():

@@ -3,10 +3,11 @@
     python -m unime_jax.ablate --config configs/smol_ablation.py[:quick|:smoke]
 
 Every variant is trained on each split of the data with each seed (config.splits, config.seeds). Its
-learning rate is the best of config.rates on the validation data of the first split and seed; the
-test data are seen by the chosen run alone. Finished runs are skipped: interrupted or killed, the
-same command goes on. Writes report.md, report.json and differences.png to config.output, anew after
-every split and seed.
+learning rate is the best of its stage's in config.rates on the validation data of the first split
+and seed; the test data are seen by the chosen run alone. A run whose loss is not finite is listed
+as diverged, with what would have started from it, and the rest goes on. Finished runs are skipped:
+interrupted or killed, the same command goes on. Writes report.md, report.json and differences.png
+to config.output, anew after every split and seed.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,6 @@ from unime_jax.config import check, parse
 from unime_jax.data import sources
 from unime_jax.evaluation import smol
 from unime_jax.types import UserError
-
-MAIN = "mean R@10"
-FAMILIES = {
-    "stages": "Stages",
-    "negatives": "Negatives",
-    "margin": "False-negative margin",
-    "k": "Negatives per query",
-}
-METRICS = ("i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", MAIN, "Spearman", "gloss R@10")
 
 
 def main(argv: list[str]) -> None:
@@ -57,68 +49,111 @@ def validate(config) -> None:
       UserError: the first impossible value, named with its key.
     """
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
-    for key in ("seeds", "splits", "rates"):
-        found = config[key]
+    lists = {"seeds": config.seeds, "splits": config.splits}
+    lists |= {f"rates.{stage}": config.rates[stage] for stage in ablation.STAGES}
+    for key, found in lists.items():
         check(len(found) > 0, f"config.{key} is empty")
         check(len(set(found)) == len(found), f"config.{key}={found}: the same twice")
-    check(all(rate > 0 for rate in config.rates), f"config.rates={config.rates}: above 0")
-    check(all(split > 0 for split in config.splits), f"config.splits={config.splits}: from 1 on")
+        if key != "seeds":
+            low = "from 1 on" if key == "splits" else "above 0"
+            check(all(value > 0 for value in found), f"config.{key}={found}: {low}")
     ablation.read_variants(config.variants)
 
 
 def run(config) -> pathlib.Path:
     """Trains what is not trained yet and returns the path of report.md."""
     variants = ablation.read_variants(config.variants)
-    cells = list(itertools.product(config.splits, config.seeds))
     output = pathlib.Path(config.output).expanduser()
-    work = _Work(config, output, len(variants) * (len(config.rates) + len(cells) - 1))
-    work.expect([v.stage for v in variants] * (len(config.rates) + len(cells) - 1))
-    rates: dict[str, float] = {}
-    scores: ablation.Scores = {}
-    for split, seed in cells:
-        chosen: dict[str, pathlib.Path] = {}
+    cells = list(itertools.product(config.splits, config.seeds))
+    work = _Work(config, output)
+    work.expect(stage for v in variants for stage in [v.stage] * (len(cells) - 1))
+    work.expect(stage for v in variants for stage in [v.stage] * len(config.rates[v.stage]))
+    found = ablation.Findings()
+    for cell in cells:
+        chosen: dict[str, Run] = {}
         for variant in variants:
-            base = str(chosen[variant.base]) if variant.base else work.student(split)
-            trial = variant.name not in rates
-            wanted = config.rates if trial else (rates[variant.name],)
-            runs = [Run(variant, split, seed, rate, trial) for rate in wanted]
-            validation = {run.rate: work.train(run, base) for run in runs}
-            if trial:
-                rates[variant.name] = ablation.chosen_rate(validation)
-            best = next(run for run in runs if run.rate == rates[variant.name])
-            for other in runs:  # trials that lost need no more disk
-                if other is not best:
-                    shutil.rmtree(other.directory(output) / "checkpoints", ignore_errors=True)
-            chosen[variant.name] = best.directory(output)
-            scores.setdefault(variant.name, {})[split, seed] = work.test(best)
-        path = _report(config, output, variants, scores, rates)
+            if best := _best(work, variant, cell, chosen, found):
+                chosen[variant.name] = best
+                found.scores.setdefault(variant.name, {})[cell] = work.test(best)
+        path = ablation.write_report(config, output, variants, found)
     print(f"\nreport  {path}\nplot    {output / 'differences.png'}")
     return path
+
+
+def _best(
+    work: "_Work",
+    variant: Variant,
+    cell: ablation.Cell,
+    chosen: Mapping[str, Run],
+    found: ablation.Findings,
+) -> Run | None:
+    """Trains a variant, with every rate in the first cell; None where nothing came of it.
+
+    Args:
+      work: trains.
+      variant: to train.
+      cell: split and seed.
+      chosen: runs of this cell, by variant; the base is one of them.
+      found: rates of earlier cells; gets the variant's, or why there is no run.
+    """
+    trial = variant.name not in found.rates
+    rates = work.rates(variant) if trial else [found.rates[variant.name]]
+    runs = [Run(variant, *cell, rate, trial) for rate in rates if rate is not None]
+    if not runs or (variant.base and variant.base not in chosen):
+        work.pass_over(runs)
+        reason = f"no run of {variant.base!r} to start from" if runs else "diverged before"
+        found.missing.setdefault(variant.name, {})[cell] = reason
+        return None
+    base = chosen[variant.base].directory(work.output) if variant.base else work.student(cell[0])
+    results = {run: work.train(run, str(base)) for run in runs}
+    if trial:
+        scores = {run.rate: result["validation"] for run, result in results.items()}
+        found.rates[variant.name] = ablation.chosen_rate(scores)
+    kept = [run for run in runs if run.rate == found.rates[variant.name]]
+    for run in set(runs) - set(kept):  # trials that lost need no more disk
+        shutil.rmtree(run.directory(work.output) / "checkpoints", ignore_errors=True)
+    if not kept or results[kept[0]]["diverged"]:
+        found.missing.setdefault(variant.name, {})[cell] = "diverged"
+        return None
+    return kept[0]
 
 
 class _Work:
     """Trains and measures runs, and tells how far it is."""
 
-    def __init__(self, config, output: pathlib.Path, total: int):
-        self._config, self._output, self._total = config, output, total
+    def __init__(self, config, output: pathlib.Path):
+        self._config, self.output = config, output
         self._number = 0
         self._clock = ablation.Clock()
         self._left: list[str] = []
         self._stages: dict[str, Any] = {}  # their configs, as they are without changes
         self._measures: dict[int, _Measure] = {}
 
-    def expect(self, stages: Sequence[str]) -> None:
-        """Notes the stages of all runs to come."""
-        self._left = list(stages)
+    def expect(self, stages: Iterable[str]) -> None:
+        """Notes the stages of runs to come."""
+        self._left += stages
 
-    def student(self, split: int) -> str:
-        return str(self._assets(split) / "student")
+    def pass_over(self, runs: Sequence[Run]) -> None:
+        """Notes that there is nothing to start these runs from."""
+        for run in runs:
+            self._number += 1
+            self._left.remove(run.variant.stage)
 
-    def train(self, run: Run, base: str) -> float:
-        """Trains a run, if it is not there, and returns its validation score in percent."""
+    def rates(self, variant: Variant) -> Sequence[float]:
+        return self._config.rates[variant.stage]
+
+    def student(self, split: int) -> pathlib.Path:
+        return self._assets(split) / "student"
+
+    def train(self, run: Run, base: str) -> dict[str, Any]:
+        """Trains a run, if it is not there, and returns what is known of it.
+
+        "diverged": whether its loss was not finite. "validation": of a trial, its score in percent,
+        None where it diverged.
+        """
         self._number += 1
         self._left.remove(run.variant.stage)
-        directory = run.directory(self._output)
+        directory = run.directory(self.output)
         flags = self._flags(run, base)
         known = ablation.read_result(directory)
         if known and known["flags"] != flags:
@@ -131,21 +166,31 @@ class _Work:
             self._say(run)
             if run.variant.stage == "stage1":
                 self._teach(run.split)
-            score = self._trained(run, flags)
-            known = {"flags": flags, "validation": score, "seconds": time.monotonic() - started}
+            diverged, score = not self._finishes(run, flags), None
+            if run.trial and not diverged:
+                score = self._measure(run.split).validation(directory, run.variant.stage)
+                diverged = not math.isfinite(score)
+            known = {
+                "flags": flags,
+                "diverged": diverged,
+                "validation": None if diverged else score,
+                "seconds": time.monotonic() - started,
+            }
             ablation.write_result(directory, known)
+            if diverged:
+                print("  diverged: its loss was not finite", flush=True)
         self._clock.add(run.variant.stage, known["seconds"])
-        return -math.inf if known["validation"] is None else known["validation"]
+        return known
 
-    def _trained(self, run: Run, flags: Sequence[str]) -> float | None:
-        """Trains a run and returns its validation score; None if a trial's loss was not finite."""
-        directory, name = run.directory(self._output), self._stage_config(run.variant.stage)
+    def _finishes(self, run: Run, flags: Sequence[str]) -> bool:
+        """Trains a run to its end; False if its loss was not finite."""
+        directory, name = run.directory(self.output), self._stage_config(run.variant.stage)
         before = ablation.divergences(directory)
         try:
             _call([sys.executable, "-m", "unime_jax.train", *name, *flags], directory)
         except UserError:
-            if run.trial and ablation.divergences(directory) - before:
-                return None
+            if ablation.divergences(directory) - before:
+                return False
             raise
         wanted, done = self._steps(run.variant.stage, flags), ablation.steps_done(directory)
         if done < wanted:
@@ -153,16 +198,15 @@ class _Work:
                 f"{directory}: training was stopped after {done} of {wanted} steps; the same "
                 "command goes on from there"
             )
-        score = self._measure(run.split).validation(directory, run.variant.stage)
-        return score if math.isfinite(score) else None
+        return True
 
     def test(self, run: Run) -> dict[str, float]:
         """Returns a trained run's scores on the test data, in percent."""
-        directory = run.directory(self._output)
+        directory = run.directory(self.output)
         known = ablation.read_result(directory)
         if "test" not in known:
             started = time.monotonic()
-            known["test"] = self._measure(run.split).test(directory, run.variant.stage)
+            known["test"] = self._measure(run.split).test(directory, run.variant)
             known["seconds"] += time.monotonic() - started
             ablation.write_result(directory, known)
         return known["test"]
@@ -172,7 +216,7 @@ class _Work:
         ahead = "" if left is None else f"; about {report.format_seconds(left)} left"
         place = f"split {run.split}, seed {run.seed}"
         print(
-            f"[{self._number}/{self._total}] {place}: {run.variant.name}, "
+            f"[{self._number}/{self._number + len(self._left)}] {place}: {run.variant.name}, "
             f"learning rate x {run.rate:.3g}{ahead}",
             flush=True,
         )
@@ -199,7 +243,7 @@ class _Work:
         learning_rate = self._default(stage).optim.learning_rate * run.rate
         values: dict[str, Any] = {
             "seed": run.seed,
-            "output": run.directory(self._output),
+            "output": run.directory(self.output),
             "model.path": base,
             "data.path": assets / "data",
             "optim.learning_rate": float(f"{learning_rate:.4g}"),
@@ -211,9 +255,7 @@ class _Work:
             values["teacher.vectors"] = assets / "teacher-vectors"
         else:
             values["data.features"] = assets / "features"
-        if self._config.steps:
-            values["train.steps"] = self._config.steps
-        values |= dict(run.variant.changes)
+        values |= dict(self._config.changes[stage]) | dict(run.variant.changes)
         return [f"--config.{key}={value}" for key, value in values.items()]
 
     def _assets(self, split: int) -> pathlib.Path:
@@ -224,7 +266,7 @@ class _Work:
             print(f"preparing split {split}", flush=True)
             command = ["unime_jax.prepare", "smol", "--cache", str(cache), "--split", str(split)]
             smoke = ["--smoke"] if self._config.smoke else []
-            _call([sys.executable, "-m", *command, *smoke], self._output / f"split{split}")
+            _call([sys.executable, "-m", *command, *smoke], self.output / f"split{split}")
         return path
 
     def _teach(self, split: int) -> None:
@@ -237,7 +279,7 @@ class _Work:
         }
         flags = [f"--config.{key}={value}" for key, value in values.items()]
         name = self._stage_config("stage1")
-        place = self._output / f"split{split}"
+        place = self.output / f"split{split}"
         _call([sys.executable, "-m", "unime_jax.teach", *name, *flags], place)
 
     def _measure(self, split: int) -> "_Measure":
@@ -267,11 +309,13 @@ class _Measure:
         model = self._model(directory)
         if stage == "stage1":
             return self._spearman(model, first=0)
-        return self._recalls(model, "validation")[MAIN]
+        return self._recalls(model, "validation")[ablation.MAIN]
 
-    def test(self, directory: pathlib.Path, stage: str) -> dict[str, float]:
+    def test(self, directory: pathlib.Path, variant: Variant) -> dict[str, float]:
         model = self._model(directory)
-        found = {} if stage == "stage1" else self._recalls(model, "test")
+        found = {} if variant.stage == "stage1" else self._recalls(model, "test")
+        if variant.family not in ablation.WITH_SENTENCES:
+            return found
         found["Spearman"] = self._spearman(model, first=1)
         definitions = model.embed(texts=[row["text"] for row in self._glosses])
         examples = model.embed(texts=[row["second"] for row in self._glosses])
@@ -291,7 +335,7 @@ class _Measure:
             for short, way in (("i2t", "image_to_text"), ("t2i", "text_to_image"))
             for k in (1, 10)
         }
-        found[MAIN] = (found["i2t R@10"] + found["t2i R@10"]) / 2
+        found[ablation.MAIN] = (found["i2t R@10"] + found["t2i R@10"]) / 2
         return found
 
 
@@ -336,59 +380,6 @@ def _passing_on(process: subprocess.Popen):
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# ---------------------------------------------------------------- report
-
-
-def _report(
-    config,
-    output: pathlib.Path,
-    variants: Sequence[Variant],
-    scores: ablation.Scores,
-    rates: dict[str, float],
-) -> pathlib.Path:
-    """Writes the report of what is there so far, and prints its tables."""
-    (reference,) = (v.name for v in variants if v.family == ablation.REFERENCE)
-    cells = list(dict.fromkeys(cell for found in scores.values() for cell in found))
-    sections, panels, titles = [], {}, dict(config.reference)
-    for family, title in FAMILIES.items():
-        members = [v for v in variants if v.family in (family, ablation.REFERENCE)]
-        if len(members) < 2:
-            continue
-        own = titles.get(family, reference)
-        table = ablation.table(members, scores, rates, METRICS, MAIN, own)
-        sections.append(report.Section(title, table=table))
-        panels[title] = [
-            (own if v.name == reference else v.name, found.values, found.mean, found.error)
-            for v in members
-            if (found := ablation.paired(scores, v.name, reference, MAIN))
-        ]
-    label = f"{MAIN} on the test pairs, difference to “{reference}” in points"
-    report.plot_differences(panels, output / "differences.png", label=label)
-    sections.append(report.Section("Paired differences", image="differences.png"))
-    text = (
-        f"{len(cells)} trainings of each variant (splits x seeds). Mean ± standard deviation over "
-        f"them; the last column is the mean of the paired differences to “{reference}” ± its "
-        "standard error. Rate: times the learning rate of the stage's config, the best of "
-        f"{len(config.rates)} on validation data. In percent; R@k of the test pairs, Spearman "
-        "(x 100) of held-out sentences."
-    )
-    if config.smoke:
-        text = f"A smoke run of {config.steps} steps: the numbers mean nothing. {text}"
-    sections.insert(0, report.Section("How to read it", text))
-    path = report.write_report(
-        output, "Ablations", sections,
-        rates=rates,
-        scores={
-            name: [{"split": split, "seed": seed, **found} for (split, seed), found in by.items()]
-            for name, by in scores.items()
-        },
-    )  # fmt: skip
-    for section in sections:
-        if section.table is not None:
-            print(f"\n{section.title}, {len(cells)} of each\n\n{section.table.text()}", flush=True)
-    return path
 
 
 if __name__ == "__main__":

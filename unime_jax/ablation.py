@@ -14,7 +14,19 @@ from unime_jax import report
 from unime_jax.types import UserError
 
 RESULT_FILE = "ablation.json"  # in a run's directory, once it is trained and measured
+STAGES = ("stage1", "align", "stage2")  # of the pipeline
 REFERENCE = "reference"  # family of the variant that the others are compared with
+MAIN = "mean R@10"
+PICTURES = ("i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", MAIN)
+SENTENCES = ("Spearman", "gloss R@10")
+FAMILIES = {
+    "stages": "Stages",
+    "negatives": "Negatives",
+    "margin": "False-negative margin",
+    "k": "Negatives per query",
+}
+# Of the variants that differ in their stages; the others tune on pairs alone, and the same ones.
+WITH_SENTENCES = ("", "stages", REFERENCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +37,7 @@ class Variant:
       name: of its line in the tables.
       family: of variants that are shown together; "" for a step on the way.
       base: name of the variant that it starts from; "": the raw student.
-      stage: of the pipeline: "stage1", "align" or "stage2".
+      stage: one of STAGES.
       changes: keys of the stage's config -> other values.
     """
 
@@ -69,7 +81,7 @@ def read_variants(rows: Sequence[Sequence[Any]]) -> list[Variant]:
             raise UserError(f"config.variants: {name!r} twice")
         if base and base not in known:
             raise UserError(f"config.variants: {name!r} starts from {base!r}, which is not above")
-        if stage not in ("stage1", "align", "stage2"):
+        if stage not in STAGES:
             raise UserError(f"config.variants: {name!r}: stage {stage!r} is not in the pipeline")
         variants.append(Variant(name, family, base, stage, tuple(map(tuple, changes))))
     if sum(variant.family == REFERENCE for variant in variants) != 1:
@@ -77,19 +89,13 @@ def read_variants(rows: Sequence[Sequence[Any]]) -> list[Variant]:
     return variants
 
 
-def chosen_rate(scores: Mapping[float, float]) -> float:
+def chosen_rate(scores: Mapping[float, float | None]) -> float | None:
     """Returns the rate of the highest validation score; of equal ones the lowest rate.
 
-    Raises:
-      UserError: no score is finite.
+    None stands for a run that diverged, and is returned if all did.
     """
-    finite = {rate: score for rate, score in scores.items() if math.isfinite(score)}
-    if not finite:
-        tried = ", ".join(f"{rate:.3g}" for rate in scores)
-        raise UserError(
-            f"training diverged with every one of config.rates ({tried}): add a lower one"
-        )
-    return min(finite, key=lambda rate: (-finite[rate], rate))
+    finite = {rate: score for rate, score in scores.items() if score is not None}
+    return min(finite, key=lambda rate: (-finite[rate], rate), default=None)
 
 
 def divergences(directory: pathlib.Path) -> set[tuple[str, int]]:
@@ -142,6 +148,30 @@ Cell = tuple[int, int]  # split, seed
 Scores = dict[str, dict[Cell, dict[str, float]]]  # name of a variant -> cell -> metric -> value
 
 
+@dataclasses.dataclass
+class Findings:
+    """What came of the variants so far, by name.
+
+    Attributes:
+      rates: that they chose; None: they diverged with all.
+      scores: on the test data.
+      missing: cells without a run, and why.
+    """
+
+    rates: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    scores: Scores = dataclasses.field(default_factory=dict)
+    missing: dict[str, dict[Cell, str]] = dataclasses.field(default_factory=dict)
+
+    def missing_lines(self) -> str:
+        """Lists what is missing, a line for each variant and reason."""
+        lines = []
+        for name, cells in self.missing.items():
+            for reason in dict.fromkeys(cells.values()):
+                where = [f"{s}/{n}" for (s, n), why in cells.items() if why == reason]
+                lines.append(f"- {name}: {reason} (split/seed {', '.join(where)})")
+        return "\n".join(lines)
+
+
 @dataclasses.dataclass(frozen=True)
 class Difference:
     """Of a variant to the reference, in the cells that both have.
@@ -179,8 +209,7 @@ def spread(values: Sequence[float]) -> str:
 
 def table(
     variants: Sequence[Variant],
-    scores: Scores,
-    rates: Mapping[str, float],
+    found: Findings,
     metrics: Sequence[str],
     main: str,
     title: str = "",
@@ -189,28 +218,104 @@ def table(
 
     Args:
       variants: with the reference.
-      scores: of them.
-      rates: that they chose.
+      found: of them; those that have neither scores nor a reason are left out.
       metrics: columns; main: one of them.
       title: of the reference among these variants; "": its name.
     """
     (reference,) = (variant.name for variant in variants if variant.family == REFERENCE)
     rows = []
     for variant in variants:
-        cells = scores.get(variant.name, {})
-        if not cells:
+        if variant.name not in found.rates:
             continue
         name = title if title and variant.name == reference else variant.name
-        line: list[str | float | None] = [name, f"x {rates[variant.name]:.3g}"]
+        rate, cells = found.rates[variant.name], found.scores.get(variant.name, {})
+        line: list[str | float | None] = [name, None if rate is None else f"x {rate:.3g}"]
         for metric in metrics:
             values = [cell[metric] for cell in cells.values() if metric in cell]
             line.append(spread(values) if values else None)
-        found = paired(scores, variant.name, reference, main)
-        if found is None or variant.name == reference:
+        gap = paired(found.scores, variant.name, reference, main)
+        if gap is None or variant.name == reference:
             line.append(None)
-        elif found.error is None:
-            line.append(f"{found.mean:+.1f}")
+        elif gap.error is None:
+            line.append(f"{gap.mean:+.1f}")
         else:
-            line.append(f"{found.mean:+.1f} ± {found.error:.1f}")
+            line.append(f"{gap.mean:+.1f} ± {gap.error:.1f}")
         rows.append(line)
     return report.Table(("variant", "rate", *metrics, f"{main} - {reference}"), rows)
+
+
+# ---------------------------------------------------------------- report
+
+
+def write_report(
+    config, output: pathlib.Path, variants: Sequence[Variant], found: Findings
+) -> pathlib.Path:
+    """Writes the report of what is there so far, and prints its tables."""
+    (reference,) = (v.name for v in variants if v.family == REFERENCE)
+    cells = list(dict.fromkeys(cell for by in found.scores.values() for cell in by))
+    sections, panels, titles = [], {}, dict(config.reference)
+    for family, title in FAMILIES.items():
+        members = [v for v in variants if v.family in (family, REFERENCE)]
+        if len(members) < 2:
+            continue
+        own = titles.get(family, reference)
+        columns = (*PICTURES, *(SENTENCES if family in WITH_SENTENCES else ()))
+        sections.append(report.Section(title, table=table(members, found, columns, MAIN, own)))
+        panels[title] = [
+            (own if v.name == reference else v.name, gap.values, gap.mean, gap.error)
+            for v in members
+            if (gap := paired(found.scores, v.name, reference, MAIN))
+        ]
+    if any(panels.values()):
+        label = f"{MAIN} on the test pairs, difference to “{reference}” in points"
+        report.plot_differences(panels, output / "differences.png", label=label)
+        sections.append(report.Section("Paired differences", image="differences.png"))
+    if found.missing:
+        sections.append(report.Section("What is missing", found.missing_lines()))
+    sections.insert(
+        0, report.Section("How to read it", _explanation(config, len(cells), reference))
+    )
+    path = report.write_report(
+        output,
+        "Ablations",
+        sections,
+        rates=found.rates,
+        changes=config.changes.to_dict(),
+        scores=_records(found.scores),
+        missing=_records(
+            {
+                name: {cell: {"reason": why} for cell, why in by.items()}
+                for name, by in found.missing.items()
+            }
+        ),
+    )
+    for section in sections[1:]:
+        if section.table is not None:
+            print(f"\n{section.title}, {len(cells)} of each\n\n{section.table.text()}", flush=True)
+        elif section.text:
+            print(f"\n{section.title}\n\n{section.text}", flush=True)
+    return path
+
+
+def _records(by_name: Mapping[str, Mapping[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Returns what JSON can hold: a list of records instead of a key that is a pair."""
+    return {
+        name: [{"split": split, "seed": seed, **record} for (split, seed), record in by.items()]
+        for name, by in by_name.items()
+    }
+
+
+def _explanation(config, cells: int, reference: str) -> str:
+    tried = sorted({len(config.rates[stage]) for stage in ("align", "stage2")})
+    text = (
+        f"{cells} trainings of each variant (splits x seeds). Mean ± standard deviation over "
+        f"them; the last column is the mean of the paired differences to “{reference}” ± its "
+        "standard error. Rate: times the learning rate of the stage's config, the best of "
+        f"{' or '.join(map(str, tried))} on validation data of the first. In percent; R@k of the "
+        "test pairs, Spearman (x 100) of held-out sentences."
+    )
+    changed = {stage: dict(config.changes[stage]) for stage in STAGES}
+    told = [f"{stage} {key}={value}" for stage in changed for key, value in changed[stage].items()]
+    if told:
+        text = f"{text} Other than in the stages' configs: {', '.join(told)}."
+    return f"A smoke run: the numbers mean nothing. {text}" if config.smoke else text
