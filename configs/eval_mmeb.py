@@ -9,40 +9,20 @@ Add --sets classification,MSCOCO_t2i or --limit 100 for a part. MMEB-eval/ and t
 of TIGER-Lab/MMEB-eval on Hugging Face: MMEB-eval/SET/test-*.parquet, and images.zip unpacked.
 """
 
-from ml_collections import ConfigDict, config_dict
-
 from unime_jax import tiny
+from unime_jax.config import evaluation_config
 
 
 def get_config(arg: str = ""):
     """Returns the configuration; `arg` is "" or "smoke"."""
-    c = ConfigDict()
+    c = evaluation_config()
     c.benchmark = "mmeb"
     c.output = "runs/eval_mmeb"  # directory of report.md, report.json, plots and answers
     c.sets = ""  # names, meta-tasks, ind or ood, separated by commas; "": all 36
     c.limit = 0  # queries of each set, evenly spread; 0: all
     c.images = "eval_images"  # directory that the sets' image paths start from
     c.before = ""  # output of an earlier evaluation, drawn as "before"; "": chance
-    c.cache = ""  # vectors of all models and benchmarks; "": ~/.cache/unime_jax/vectors
-
-    c.model = ConfigDict()
-    c.model.path = ""  # Hugging Face directory or hub id, run, PEFT adapter
-    c.model.dtype = "bfloat16"  # of parameters and computation: float32 or bfloat16
-
-    c.data = ConfigDict()
     c.data.path = "MMEB-eval"  # directory of the sets
-    # How rows become inputs; left open, as the model was trained, else as the published evaluation.
-    c.data.prompt = ""  # key of data/prompts.py: TEMPLATES; "": mmeb, the rows' own wording
-    c.data.fusion = ""  # of an image with a text: together, or sum (models of stage 1)
-    c.data.image_size = config_dict.placeholder(int)  # side of a square; 0: images as they are
-    c.data.image_crops = config_dict.placeholder(int)  # most crops (Phi-3.5-V); 0: the checkpoint's
-
-    # Every process loads the model on its own devices. Whole copies need no gathers; where a device
-    # is too small for one: --config.mesh.data=1 --config.mesh.fsdp=-1.
-    c.mesh = ConfigDict()
-    c.mesh.data = -1
-    c.mesh.fsdp = 1
-    c.mesh.tensor = 1
     if arg == "smoke":
         _shrink(c)
     return c

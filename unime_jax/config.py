@@ -118,6 +118,34 @@ def base_config() -> ConfigDict:
     return c
 
 
+def evaluation_config() -> ConfigDict:
+    """Returns the keys that evaluations on published sets share, with their defaults."""
+    c = ConfigDict()
+    c.cache = ""  # vectors of all models and benchmarks; "": ~/.cache/unime_jax/vectors
+
+    c.model = ConfigDict()
+    c.model.path = ""  # Hugging Face directory or hub id, run, PEFT adapter
+    c.model.dtype = "bfloat16"  # of parameters and computation: float32 or bfloat16
+
+    # How rows become inputs; left open, as the model was trained, else as the published evaluation.
+    # Texts are never cut: the published run of Phi-3.5-V on MMEB cuts those without an image at 256
+    # tokens, that of LLaVA-1.6 at 4096.
+    c.data = ConfigDict()
+    c.data.path = ""  # directory of the sets
+    c.data.prompt = ""  # key of data/prompts.py: TEMPLATES; "": the published evaluation's
+    c.data.fusion = ""  # of an image with a text: together, or sum (models of stage 1)
+    c.data.image_size = config_dict.placeholder(int)  # side of a square; 0: images as they are
+    c.data.image_crops = config_dict.placeholder(int)  # most crops (Phi-3.5-V); 0: the checkpoint's
+
+    # Every process loads the model on its own devices. Whole copies need no gathers; where a device
+    # is too small for one: --config.mesh.data=1 --config.mesh.fsdp=-1.
+    c.mesh = ConfigDict()
+    c.mesh.data = -1
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+    return c
+
+
 def parse(argv: list[str], doc: str) -> ConfigDict:
     """Reads `--config FILE[:ARG]` and `--config.key=value` overrides.
 

@@ -17,18 +17,27 @@ from unime_jax.evaluation import mmeb as mmeb_run
 TESTS = pathlib.Path(__file__).parents[1]
 CODE = """
 import json, pathlib, sys
-import jax
 address, process, directory = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
-jax.distributed.initialize(address, 2, process)
+from unime_jax import cluster, runtime
+cluster.take_flags(["", f"--coordinator={address}", "--processes=2", f"--process={process}"])
+runtime.start()
 import fake_models
 from test_mmeb_run import SETTINGS, config_of
-from unime_jax.evaluation import encode, mmeb as mmeb_run
+from unime_jax.evaluation import encode, hosts, mmeb as mmeb_run
+from unime_jax.types import UserError
 encode._TOGETHER = 8  # a batch for each set
+agreed = hosts.same_sets([{"b": 0, "a": 0}, {"a": 1, "b": 1, "c": 1}][process])
+try:
+    told = str(hosts.same_sets([{"a": 0, "b": 0}, {"a": 1}][process]))
+except UserError as error:
+    told = str(error)
 config = config_of(directory / "MMEB-eval", directory / "eval_images", directory / f"out{process}")
 items, sets, problems = mmeb_run._read(config)
 encoder = fake_models.encoder_of(items, fake_models.FakeModel(), directory / f"cache{process}")
 found = mmeb_run.measure(config, encoder, items, sets, problems, SETTINGS)
-print(json.dumps({
+(directory / f"{process}.json").write_text(json.dumps({
+    "agreed": agreed,
+    "told": told,
     "embedded": encoder.embedded, "rows": encoder.rows, "kept": len(encoder._store),
     "failed": sorted(encoder.failed.values()),
     "sets": list(found["results"]["sets"]) if found else [],
@@ -64,14 +73,15 @@ def test_each_row_is_embedded_by_one_process_and_known_to_both(tmp_path):
         subprocess.Popen(
             [sys.executable, "-c", CODE, address, str(process), str(tmp_path)],
             env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )  # fmt: skip
+        )
         for process in range(2)
     ]
-    outputs = [process.communicate(timeout=500)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    first, second = (json.loads(text.strip().splitlines()[-1]) for text in outputs)
+    assert [process.wait(timeout=500) for process in started] == [0, 0]
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
+    assert list(first["agreed"].items()) == [("b", 0), ("a", 0)]
+    assert list(second["agreed"].items()) == [("b", 1), ("a", 1)]  # the others' order, not its own
+    assert "process 1 cannot read 1 of the 2 sets" in first["told"]
+    assert "process 1 cannot read 1 of the 2 sets that process 0 has (b)" in second["told"]
     rows = first["rows"]
     # A damaged query of two sets, a candidate of two.
     assert len(first["failed"]) == len(second["failed"]) == 4

@@ -11,7 +11,7 @@ import pytest
 from unime_jax.benchmarks import mmeb
 from unime_jax.data import eval_synthetic
 from unime_jax.evaluation import mmeb as mmeb_run
-from unime_jax.evaluation import mmeb_report, opening, store
+from unime_jax.evaluation import opening, page, store
 from unime_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def world(tmp_path_factory):
 def no_plots(monkeypatch):
     """Draws nothing: a second of every test."""
     for name in ("plot_groups", "plot_dumbbells", "plot_sheet", "plot_cosine_matrices"):
-        monkeypatch.setattr(mmeb_report.report, name, lambda *args, **kwargs: None)
+        monkeypatch.setattr(page.report, name, lambda *args, **kwargs: None)
 
 
 def run(world, tmp_path, model, cache=None, **changes):

@@ -10,7 +10,7 @@ import pytest
 from unime_jax import evaluate
 from unime_jax.benchmarks import mmeb
 from unime_jax.data import eval_synthetic
-from unime_jax.evaluation import compare, opening, published, retrieval
+from unime_jax.evaluation import compare, opening, page, published, retrieval
 from unime_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_an_oracle_finds_all_and_embeds_every_row_once(captions, tmp_path):
 
 def test_a_constant_embedding_finds_nothing(captions, tmp_path, monkeypatch):
     for name in ("plot_groups", "plot_sheet", "plot_cosine_matrices"):
-        monkeypatch.setattr(retrieval.report, name, lambda *args, **kwargs: None)
+        monkeypatch.setattr(page.report, name, lambda *args, **kwargs: None)
     found, _, _ = run(captions, tmp_path, constant=True)
     for each in found["sets"].values():
         # With 5 images the right one is always among the first 5 places but for ties.
@@ -86,7 +86,7 @@ def test_a_constant_embedding_finds_nothing(captions, tmp_path, monkeypatch):
 
 def test_missing_sets_files_and_images_are_told(tmp_path, monkeypatch):
     for name in ("plot_groups", "plot_sheet", "plot_cosine_matrices"):
-        monkeypatch.setattr(retrieval.report, name, lambda *args, **kwargs: None)
+        monkeypatch.setattr(page.report, name, lambda *args, **kwargs: None)
     path = eval_synthetic.write_captions(tmp_path / "data", images=4)
     (path / "flickr30k_test" / "test-00000-of-00001.parquet").unlink()
     (path / "Urban1k" / "image" / "2.jpg").unlink()
@@ -107,6 +107,8 @@ def test_missing_sets_files_and_images_are_told(tmp_path, monkeypatch):
     gaps = {row["set"]: row["difference"] for row in rows}
     assert gaps["Urban1K"] == "-" != gaps["COCO"]
     assert "Not comparable, for some of their items have no vector: Urban1K." in text
+    means = text.partition("## Means")[2].partition("\n## ")[0]
+    assert "Not comparable, for some of their items have no vector: long." in means
     with pytest.raises(UserError, match="none of the sets is there"):
         retrieval.read(config_of(tmp_path / "out", tmp_path))
 
@@ -168,7 +170,7 @@ def test_runs_are_compared_side_by_side_with_the_published_rows(tmp_path, capsys
 
 def test_what_was_scored_on_other_items_has_no_difference(tmp_path, captions, monkeypatch):
     for name in ("plot_groups", "plot_dumbbells", "plot_sheet", "plot_cosine_matrices"):
-        monkeypatch.setattr(retrieval.report, name, lambda *args, **kwargs: None)
+        monkeypatch.setattr(page.report, name, lambda *args, **kwargs: None)
     whole = mmeb_report(tmp_path / "a", 0.5, ["GQA", "CIRR"])
     part = mmeb_report(tmp_path / "lr=1e-4", 0.75, ["GQA", "CIRR"])
     file = tmp_path / "lr=1e-4" / "report.json"

@@ -1,11 +1,17 @@
 """Checks that all benchmarks of published sets share."""
 
+import pathlib
+
 from unime_jax import embedder, sharding
-from unime_jax.config import check, check_choice
+from unime_jax.config import check, check_choice, check_path
 
 
-def common(config) -> None:
+def common(config, directory: str) -> None:
     """Checks the keys that both configurations have.
+
+    Args:
+      config: of the evaluation.
+      directory: what config.data.path is to be the directory of.
 
     Raises:
       UserError: the first impossible value, named with its key.
@@ -23,3 +29,8 @@ def common(config) -> None:
         check(value is None or value >= 0, f"config.data.{key}={value}: must not be negative")
     unknown = sorted(set(config.mesh) ^ set(sharding.AXES))
     check(not unknown, f"config.mesh: the axes are {', '.join(sharding.AXES)}")
+    check_path(config, "data.path")
+    check(
+        pathlib.Path(config.data.path).expanduser().is_dir(),
+        f"config.data.path={config.data.path}: give the directory {directory}",
+    )

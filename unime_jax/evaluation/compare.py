@@ -10,15 +10,16 @@ import numpy as np
 from unime_jax import report
 from unime_jax.benchmarks import mmeb, sugarcrepe
 from unime_jax.evaluation import published
-from unime_jax.evaluation.mmeb_report import (
-    TASK_TITLES,
-    is_partial,
-    not_whole,
-    percent,
-    read_results,
-    signed,
+from unime_jax.evaluation.mmeb_report import TASK_TITLES
+from unime_jax.evaluation.page import is_partial, not_whole, percent, read_results, signed
+from unime_jax.evaluation.retrieval_report import (
+    LENGTHS,
+    SHORT,
+    TITLES,
+    bars_of,
+    not_whole_means,
+    published_bars,
 )  # fmt: skip
-from unime_jax.evaluation.retrieval_report import LENGTHS, SHORT, TITLES, bars_of, published_bars
 from unime_jax.types import UserError
 
 DEFAULT_OUTPUT = "runs/compare"
@@ -140,14 +141,12 @@ def _mmeb_summary(found, means) -> report.Section:
         "Precision@1, %. mean of 36: the leaderboard's; mean of 4: the paper's. Below, published "
         f"({published.source()})."
     )
-    notes = [_sampled(found)]
     partial = [
         each.name
         for each in mmeb.SETS
         if any(is_partial(run["results"]["sets"].get(each.name, {})) for run in found.values())
     ]
-    if partial:
-        notes.append(not_whole(partial))
+    notes = [_sampled(found), not_whole(partial)]
     if incomplete:
         notes.append("Not all sets are measured: a mean that lacks some of its sets is no score.")
     if incomplete or partial or notes[0]:
@@ -242,7 +241,7 @@ def _retrieval(found, output: pathlib.Path) -> list[report.Section]:
         for label in labels
         if any(any(own.get(label, ())[1:]) for own in counts)
     ]
-    notes = [_sampled(found), not_whole(partial) if partial else ""]
+    notes = [_sampled(found), not_whole(partial)]
     sections = [report.Section("Retrieval", text, table, note=" ".join(filter(None, notes)))]
     means = [
         [name, *(percent(run["results"]["means"].get(length)) for length in LENGTHS)]
@@ -254,7 +253,9 @@ def _retrieval(found, output: pathlib.Path) -> list[report.Section]:
     ]
     if any(value is not None for row in means[: len(found)] for value in row[1:]):
         table = report.Table(["row", *LENGTHS], means, ["", *[".1f"] * len(LENGTHS)])
-        sections.append(report.Section("Means", "The paper's three means.", table))
+        lacking = dict.fromkeys(not_whole_means(run["results"]) for run in found.values())
+        note = " ".join(filter(None, [_sampled(found), *lacking]))
+        sections.append(report.Section("Means", "The paper's three means.", table, note=note))
     if labels:
         drawn = {
             name: {label: row.get(label) for label in labels} for name, row in all_rows.items()

@@ -127,6 +127,13 @@ class Encoder:
         """Counts the rows that have neither a vector nor a fault."""
         return len(self._pending)
 
+    def describe(self) -> str:
+        """Says what there is to do."""
+        return (
+            f"{len(self._keys)} items, {self.rows} different rows; {self.rows - self.missing} of "
+            f"them have vectors, {self.missing} to embed"
+        )
+
     def _digests(self, items: Iterable[Item]) -> dict[pathlib.Path | str, bytes | str]:
         """Hashes every image once; where one cannot be read, says why."""
         images = {identity(item.image): item.image for item in items if item.image is not None}

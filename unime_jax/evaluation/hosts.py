@@ -1,11 +1,15 @@
 """Several processes embed one benchmark: each takes a share, all get to know what came of it."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from unime_jax import runtime
 from unime_jax.evaluation.store import KEY_BYTES, VectorStore
+from unime_jax.types import UserError
 
 _ROWS = 4096  # exchanged at a time
 _REASON = 200  # bytes of a reason that are passed on
@@ -30,6 +34,28 @@ def first_ones(array: np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
+def same_sets(sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the sets that process 0 has read, in its order: all go through the same ones.
+
+    Raises:
+      UserError: in every process, if one of them lacks a set.
+    """
+    if count() == 1:
+        return dict(sets)
+    from jax.experimental import multihost_utils
+
+    names = json.loads(runtime.from_main(json.dumps(list(sets))))
+    lacking = [name for name in names if name not in sets]
+    counts = np.asarray(multihost_utils.process_allgather(np.int32(len(lacking))))
+    if counts.any():
+        which = f" ({', '.join(lacking)})" if lacking else ""
+        raise UserError(
+            f"process {int(counts.argmax())} cannot read {counts.max()} of the {len(names)} sets "
+            f"that process 0 has{which}; config.data.path must lie where all processes see it"
+        )
+    return {name: sets[name] for name in names}
 
 
 def agreed(keys: list[bytes]) -> list[bytes]:

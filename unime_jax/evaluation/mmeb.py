@@ -9,11 +9,12 @@ import numpy as np
 
 from unime_jax import metrics, report, weights
 from unime_jax.benchmarks import mmeb
-from unime_jax.config import check, check_path
+from unime_jax.config import check_path
 from unime_jax.data import mmeb_eval
 from unime_jax.data.eval_items import ImageFolder, Items
 from unime_jax.evaluation import checks, examples, hosts, mmeb_report, opening
 from unime_jax.evaluation.encode import Encoder
+from unime_jax.evaluation.page import read_results
 from unime_jax.types import UserError
 
 
@@ -40,15 +41,10 @@ class Measured:
 
 def validate(config) -> None:
     """Checks the configuration before any work."""
-    checks.common(config)
+    checks.common(config, "of MMEB-eval's sets")
     mmeb.choose(config.sets)
-    check_path(config, "data.path")
-    check(
-        pathlib.Path(config.data.path).expanduser().is_dir(),
-        f"config.data.path={config.data.path}: give the directory of MMEB-eval's sets",
-    )
     check_path(config, "images")
-    if config.before and mmeb_report.read_results(config.before)["results"]["benchmark"] != "mmeb":
+    if config.before and read_results(config.before)["results"]["benchmark"] != "mmeb":
         raise UserError(f"config.before={config.before}: not the output of an evaluation on MMEB")
 
 
@@ -57,6 +53,7 @@ def run(config) -> dict[str, Any]:
     found = weights.find(config.model.path)
     settings = opening.settings_of(found, config, benchmark="mmeb")
     items, sets, problems = _read(config)
+    sets = hosts.same_sets(sets)
     encoder = opening.open_encoder(config, found, list(items), settings)
     return measure(config, encoder, items, sets, problems, settings)
 
@@ -94,25 +91,20 @@ def measure(
     """Embeds and scores set by set; whatever ends it, the finished sets are in the report."""
     started = time.perf_counter()
     queries = sum(len(rows.queries) for rows in sets.values())
-    print(
-        f"{len(sets)} sets, {queries} queries, {len(items)} items, {encoder.rows} different rows; "
-        f"{encoder.rows - encoder.missing} of them have vectors, {encoder.missing} to embed",
-        flush=True,
-    )
-    measured: dict[str, Measured] = {}
+    print(f"{len(sets)} sets, {queries} queries, {encoder.describe()}", flush=True)
     page = mmeb_report.Page(config, settings, problems)
     shown = examples.Gallery(items)
     wanted = {name: _wanted(rows) for name, rows in sets.items()}
-    begun = time.perf_counter()
-    for name in encoder.embed(wanted):
-        if not hosts.is_first():
-            continue
+    begun = started
+
+    def score(name: str) -> None:
+        nonlocal begun
         rows = sets[name]
         task = _task(encoder, rows)
         outcome = mmeb.score(
             task, encoder.vectors, encoder.same, encoder.usable, metrics.first_places
         )
-        measured[name] = Measured(
+        measured = Measured(
             outcome,
             rows.total,
             len(np.unique(np.concatenate(task.candidates or [task.queries]))),
@@ -121,16 +113,12 @@ def measure(
             time.perf_counter() - begun,
         )
         shown.take(name, examples.of_mmeb(name, task, outcome), encoder)
-        page.add(name, measured[name])
+        page.add(name, measured)
         if not outcome.answers:
-            problems[name] = "no query could be scored; " + _hint(config, measured[name])
+            problems[name] = "no query could be scored; " + _hint(config, measured)
         begun = time.perf_counter()
-        page.write(measured, seconds=time.perf_counter() - started, rows=encoder.embedded)
-    if not hosts.is_first():
-        return {}
-    found = page.finish(measured, shown, time.perf_counter() - started, encoder.embedded)
-    report.print_report(pathlib.Path(found["report"]), page.sections)
-    return found
+
+    return page.fill(encoder, wanted, shown, score, lambda: time.perf_counter() - started)
 
 
 def _wanted(rows: mmeb_eval.Rows) -> np.ndarray:

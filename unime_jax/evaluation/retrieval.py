@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax import metrics, report, weights
+from unime_jax import metrics, weights
 from unime_jax.benchmarks import caption_retrieval, sugarcrepe
-from unime_jax.config import check, check_path
+from unime_jax.config import check_path
 from unime_jax.data import caption_sets
 from unime_jax.data.eval_items import Items
 from unime_jax.evaluation import checks, examples, hosts, opening, retrieval_report
@@ -27,13 +27,8 @@ Data = caption_sets.CaptionSet | dict[str, caption_sets.Triples]
 
 def validate(config) -> None:
     """Checks the configuration before any work."""
-    checks.common(config)
+    checks.common(config, "that holds the sets")
     caption_retrieval.choose(config.sets)
-    check_path(config, "data.path")
-    check(
-        pathlib.Path(config.data.path).expanduser().is_dir(),
-        f"config.data.path={config.data.path}: give the directory that holds the sets",
-    )
     if config.images:
         check_path(config, "images")
 
@@ -43,6 +38,7 @@ def run(config) -> dict[str, Any]:
     found = weights.find(config.model.path)
     settings = opening.settings_of(found, config, benchmark="retrieval")
     items, sets, problems = read(config)
+    sets = hosts.same_sets(sets)
     encoder = opening.open_encoder(config, found, list(items), settings)
     return measure(config, encoder, items, sets, problems, settings)
 
@@ -129,29 +125,20 @@ def measure(
 ) -> dict[str, Any]:
     """Embeds and scores set by set; whatever ends it, the finished sets are in the report."""
     started = time.perf_counter()
-    print(
-        f"{len(sets)} sets, {len(items)} items, {encoder.rows} different rows; "
-        f"{encoder.rows - encoder.missing} of them have vectors, {encoder.missing} to embed",
-        flush=True,
-    )
+    print(f"{len(sets)} sets, {encoder.describe()}", flush=True)
     page = retrieval_report.Page(config, settings, problems)
     gallery = examples.Gallery(items)
     wanted = {name: _wanted(data) for name, data in sets.items()}
-    for name in encoder.embed(wanted):
-        if not hosts.is_first():
-            continue
+
+    def score(name: str) -> None:
         data = sets[name]
         if isinstance(data, dict):
             page.add_files({file: _score_file(rows, encoder) for file, rows in data.items()})
         else:
             page.add(name, _score(name, data, encoder, gallery), len(data.images))
         page.note(name, encoder.problems(items, wanted[name]))
-        page.write(seconds=time.perf_counter() - started, rows=encoder.embedded)
-    if not hosts.is_first():
-        return {}
-    found = page.finish(gallery, time.perf_counter() - started, encoder.embedded)
-    report.print_report(pathlib.Path(found["report"]), page.sections)
-    return found
+
+    return page.fill(encoder, wanted, gallery, score, lambda: time.perf_counter() - started)
 
 
 def _wanted(data: Data) -> np.ndarray:

@@ -1,40 +1,31 @@
 """The report of zero-shot retrieval: tables, plots, and the same as JSON for `compare`."""
 
-import json
-import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from unime_jax import report
 from unime_jax.benchmarks import caption_retrieval, sugarcrepe
-from unime_jax.evaluation import examples, opening, published
-from unime_jax.evaluation.mmeb_report import THIS, is_partial, not_whole, percent, signed
+from unime_jax.evaluation import opening, page, published
+from unime_jax.evaluation.page import THIS, is_partial, not_whole, number, percent, signed
 
 KS = caption_retrieval.KS
 TITLES = {each.name: each.title for each in caption_retrieval.SETS}
 SHORT = {"text_to_image": "t2i", "image_to_text": "i2t"}
 ARROWS = {"text_to_image": "text to image", "image_to_text": "image to text"}
 LENGTHS = ("short", "long", "compositional")
-_FAILURES, _EXAMPLES = 8, 8
 
 
-class Page:
-    """Writes the report as far as it is.
+class Page(page.Page):
+    """Writes the report as far as it is; see `page.Page`."""
 
-    Args:
-      config: of the evaluation.
-      settings: see `opening.Settings`.
-      problems: sets that could not be read, and why.
-    """
+    benchmark, title = "retrieval", "Zero-shot retrieval"
+    pair_sets = tuple(f"{TITLES[name]} i2t" for name in ("coco", "flickr30k"))
 
     def __init__(self, config, settings: opening.Settings, problems: dict[str, str]):
-        self._config, self._settings, self._problems = config, settings, problems
-        self._output = pathlib.Path(config.output).expanduser()
+        super().__init__(config, settings, problems)
         self._sets: dict[str, dict[str, Any]] = {}
         self._files: dict[str, dict[str, Any]] = {}
         self._notes: dict[str, dict[str, str]] = {}
-        self.sections: list[report.Section] = []
 
     def add(
         self, name: str, outcomes: Mapping[str, caption_retrieval.Outcome], images: int
@@ -44,7 +35,7 @@ class Page:
             "images": images,
             **{
                 direction: {
-                    "recall": {str(k): _number(found.recall(k)) for k in KS},
+                    "recall": {str(k): number(found.recall(k)) for k in KS},
                     "ties": found.ties,
                     "scored": len(found.answers),
                     "left_out": found.left_out,
@@ -59,7 +50,7 @@ class Page:
         """Keeps the scores of SugarCrepe's files."""
         self._files = {
             name: {
-                "accuracy": _number(found.accuracy),
+                "accuracy": number(found.accuracy),
                 "ties": found.ties,
                 "scored": len(found.hits),
                 "left_out": found.left_out,
@@ -97,35 +88,18 @@ class Page:
             found["compositional"] = sum(kinds.values()) / len(kinds)
         return found
 
-    # ---- files
+    def results(self) -> dict[str, Any]:
+        return {
+            "sets": self._sets,
+            "sugarcrepe": {"files": self._files, "means": self.kinds()},
+            "means": self.overall(),
+        }
 
-    def write(self, *, seconds: float, rows: int, plots=(), **more) -> pathlib.Path:
-        """Writes report.md and report.json."""
-        self.sections = [section for section in (
-            self._recalls(), self._sugarcrepe(), self._means(), *plots, self._trouble()
-        ) if section is not None]  # fmt: skip
-        return report.write_report(
-            self._output,
-            "Zero-shot retrieval",
-            self.sections,
-            model=self._config.model.path,
-            settings={
-                "model_type": self._settings.model_type,
-                "dtype": self._settings.dtype,
-                **self._settings.preparation,
-            },
-            limit=self._config.limit,
-            rows_embedded=rows,
-            seconds=round(seconds, 1),
-            results={
-                "benchmark": "retrieval",
-                "sets": self._sets,
-                "sugarcrepe": {"files": self._files, "means": self.kinds()},
-                "means": self.overall(),
-                "problems": self._problems,
-                **more,
-            },
-        )
+    # ---- sections
+
+    def tables(self) -> list[report.Section]:
+        found = (self._recalls(), self._sugarcrepe(), self._means())
+        return [section for section in found if section is not None]
 
     def _recalls(self) -> report.Section | None:
         if not self._sets:
@@ -152,19 +126,14 @@ class Page:
         formats = ["", "", *[".1f"] * (len(KS) + len(names)), *([".1f"] if rival else [])]
         header += ["ties", "queries", "left out", "candidates"]
         text = "R@k, %. Ties lose. Published: " + published.source() + "."
-        partial = {
-            n: any(map(is_partial, (f[way] for way in ARROWS))) for n, f in self._sets.items()
-        }
-        notes = (
-            [not_whole([TITLES[n] for n in partial if partial[n]])] if any(partial.values()) else []
-        )
+        notes = [not_whole([TITLES[name] for name in partial_sets(self.results())])]
         if self._config.limit:
             notes.append(
                 f"At most {self._config.limit} images of each set: a sample, easier than the whole."
             )
         return report.Section(
             "Captions and images", text, report.Table(header, rows, formats),
-            note=" ".join(notes),
+            note=" ".join(filter(None, notes)),
         )  # fmt: skip
 
     def _sugarcrepe(self) -> report.Section | None:
@@ -185,9 +154,10 @@ class Page:
         header = ["file", THIS, *names, "ties", "rows", "left out"]
         formats = ["", *[".1f"] * (1 + len(names))]
         text = "Share of rows, %, whose image is nearer to its caption than to the wrong one."
-        partial = [name for name, found in self._files.items() if found["left_out"]]
-        note = not_whole(partial) if partial else ""
-        return report.Section("SugarCrepe", text, report.Table(header, rows, formats), note=note)
+        partial = [name for name, found in self._files.items() if is_partial(found)]
+        return report.Section(
+            "SugarCrepe", text, report.Table(header, rows, formats), note=not_whole(partial)
+        )
 
     def _means(self) -> report.Section | None:
         overall = self.overall()
@@ -201,40 +171,28 @@ class Page:
             "(ShareGPT4V, Urban1K); compositional is the mean of SugarCrepe's three. Below, the "
             "paper's ablation of the stages."
         )
+        notes = [not_whole_means(self.results())]
+        if self._config.limit:
+            notes.append("Of samples, easier than the whole.")
         return report.Section(
-            "Means", text, report.Table(["row", *LENGTHS], rows, ["", *[".1f"] * 3])
-        )
+            "Means", text, report.Table(["row", *LENGTHS], rows, ["", *[".1f"] * 3]),
+            note=" ".join(filter(None, notes)),
+        )  # fmt: skip
 
-    def _trouble(self) -> report.Section | None:
-        lines = [f"- **{name}**: {reason}" for name, reason in self._problems.items()]
+    def lacking(self) -> list[str]:
+        lines = []
         for name, found in self._notes.items():
             first, reason = next(iter(found.items()))
             lines.append(f"- {name}: {len(found)} items without a vector; {reason or first}")
-        return report.Section("What is missing", "\n".join(lines)) if lines else None
+        return lines
 
     # ---- plots
 
-    def finish(self, gallery: examples.Gallery, seconds: float, rows: int) -> dict[str, Any]:
-        """Draws the plots and writes the whole report; returns what report.json holds."""
-        plots = self._bars() + self._cosines(gallery)
-        spread = gallery.examples[:: max(1, len(gallery.examples) // _EXAMPLES)][:_EXAMPLES]
-        for title, name, chosen in (
-            ("Queries and their nearest candidates", "sheet.png", spread),
-            ("Hardest failures", "failures.png", examples.hardest(gallery.failures, _FAILURES)),
-        ):
-            if chosen:
-                report.plot_sheet(gallery.sheet(chosen), self._output / name)
-                plots.append(report.Section(title, image=name))
-        pairs = {name: matrix.round(3).tolist() for name, matrix in self._pairs(gallery).items()}
-        path = self.write(seconds=seconds, rows=rows, plots=plots, pairs=pairs)
-        return json.loads((path.parent / "report.json").read_text()) | {"report": str(path)}
+    def pair_axes(self, name: str) -> tuple[str, str]:
+        return ("image", "caption") if name.endswith("i2t") else ("caption", "image")
 
-    def bars(self) -> dict[str, float | None]:
-        """Returns R@1 of every set and direction and SugarCrepe's means, in percent, by label."""
-        return bars_of(self._sets, self.kinds())
-
-    def _bars(self) -> list[report.Section]:
-        own = self.bars()
+    def bars(self) -> list[report.Section]:
+        own = bars_of(self._sets, self.kinds())
         if not own:
             return []
         rows: dict[str, dict[str, float | None]] = {THIS: own}
@@ -248,22 +206,23 @@ class Page:
         note = "t2i: a text looks for its image; i2t: the reverse. Grey: published."
         return [report.Section("R@1", image="retrieval.png", note=note)]
 
-    def _pairs(self, gallery: examples.Gallery) -> dict[str, Any]:
-        wanted = [f"{TITLES[name]} i2t" for name in ("coco", "flickr30k")]
-        for name in (*wanted, *gallery.pairs):
-            if name in gallery.pairs:
-                return {name: gallery.pairs[name]}
-        return {}
 
-    def _cosines(self, gallery: examples.Gallery) -> list[report.Section]:
-        found = self._pairs(gallery)
-        if not found:
-            return []
-        ((name, matrix),) = found.items()
-        axes = ("image", "caption") if name.endswith("i2t") else ("caption", "image")
-        report.plot_cosine_matrices([(name, matrix)], self._output / "cosine.png", axes=axes)
-        title = f"Cosines of {len(matrix)} pairs of {name}"
-        return [report.Section(title, image="cosine.png", note="As UniME, Fig. 4.")]
+def partial_sets(results: Mapping[str, Any]) -> list[str]:
+    """Names the sets, SugarCrepe's aside, of which something could not be embedded."""
+    return [
+        name
+        for name, found in results["sets"].items()
+        if any(is_partial(found[way]) for way in ARROWS)
+    ]
+
+
+def not_whole_means(results: Mapping[str, Any]) -> str:
+    """Says which of the three means are over sets that lack items."""
+    lengths = {each.name: each.length for each in caption_retrieval.SETS}
+    lacking = {lengths[name] for name in partial_sets(results)}
+    if any(map(is_partial, results["sugarcrepe"]["files"].values())):
+        lacking.add("compositional")
+    return not_whole([length for length in LENGTHS if length in lacking & set(results["means"])])
 
 
 def bars_of(
@@ -289,7 +248,3 @@ def published_bars(row: Mapping[str, Any]) -> dict[str, float]:
             found[f"{title}\nt2i"] = row[name]["text_to_image"]
             found[f"{title}\ni2t"] = row[name]["image_to_text"]
     return found
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
