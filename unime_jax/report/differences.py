@@ -37,6 +37,7 @@ def plot_differences(
                 ax.annotate(
                     f"{mean:+.1f}" if any(values) else "", (mean, place), (0, 6),
                     textcoords="offset points", ha="center", fontsize=6.5, color=MUTED,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
                 )  # fmt: skip
             ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
             ax.set_ylim(len(rows) - 0.4, -0.6)

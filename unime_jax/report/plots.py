@@ -117,9 +117,9 @@ def plot_cosine_matrices(
             same = np.eye(len(matrix), dtype=bool)
             image = ax.imshow(matrix, cmap=colors, vmin=low, vmax=1, interpolation="nearest")
             ax.set_title(title, pad=19)
-            others = f"{matrix[~same].mean():.2f}" if len(matrix) > 1 else "-"
+            others = f"{matrix[~same].mean():z.2f}" if len(matrix) > 1 else "-"
             ax.text(
-                0, 1.025, f"pairs {matrix[same].mean():.2f}   others {others}",
+                0, 1.025, f"pairs {matrix[same].mean():z.2f}   others {others}",
                 transform=ax.transAxes, color=MUTED, fontsize=8.5, va="bottom",
             )  # fmt: skip
             ticks = [0, len(matrix) - 1]
