@@ -64,12 +64,12 @@ def get_config(arg: str = ""):
     # A margin of 2 filters nothing, for cosines differ by no more; the last k takes all.
     rows = variants(margins=(0.0, 0.2, 2.0), ks=(1, 2, 32, 127))
     if quick:
-        rows = variants(margins=(0.0, 2.0), ks=(2, 63))
-        c.rates.stage1, c.rates.align, c.rates.stage2 = (1.0,), (1.0, 3.0), (1.0, 8.0)
+        rows = variants(margins=(2.0,), ks=(63,))
+        c.rates.stage1, c.rates.align, c.rates.stage2 = (1.0,), (1.0,), (1.0, 8.0)
         batch = ("train.batch_size", 64)
-        c.changes.stage1 = (batch, ("train.steps", 80), ("data.length_bins", 2))
-        c.changes.align = (batch, ("train.steps", 80), ("data.extra_texts", 0.0))
-        c.changes.stage2 = (batch, ("train.steps", 20), ("train.chunk", 0))
+        c.changes.stage1 = (batch, ("train.steps", 50), ("data.length_bins", 2))
+        c.changes.align = (batch, ("train.steps", 60), ("data.extra_texts", 0.0))
+        c.changes.stage2 = (batch, ("train.steps", 16), ("train.chunk", 0))
     c.variants = tuple(
         (name, family, base, stage, tuple(changes.items()))
         for name, family, base, stage, changes in rows

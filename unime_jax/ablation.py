@@ -26,7 +26,7 @@ FAMILIES = {
     "k": "Negatives per query",
 }
 # Of the variants that differ in their stages; the others tune on pairs alone, and the same ones.
-WITH_SENTENCES = ("", "stages", REFERENCE)
+WITH_SENTENCES = ("stages", REFERENCE)
 
 
 @dataclasses.dataclass(frozen=True)
