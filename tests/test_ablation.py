@@ -134,7 +134,7 @@ def test_a_run_that_diverges_is_listed_and_the_rest_goes_on(
 ):
     monkeypatch.setattr(report, "plot_differences", lambda *args, **kwargs: None)
     machine.best = 8.0
-    config = config_of(CONFIG + ":quick", *assets, "--config.seeds=(0, 1)")
+    config = config_of(CONFIG + ":quick", *assets)
 
     def results():
         ablate.run(config)
@@ -155,17 +155,18 @@ def test_a_run_that_diverges_is_listed_and_the_rest_goes_on(
     missing, rates, scores = results()
     assert missing["stage 1"] == [{"split": 1, "seed": 1, "reason": "diverged"}]
     assert missing["both"][0]["reason"] == "no run of 'stage 1' to start from"
-    assert scores["stage 1"] == scores["both"] == 1 and scores["stage 2"] == 2
+    assert scores["stage 1"] == scores["both"] == 2 and scores["stage 2"] == 3
     out = capsys.readouterr().out
     assert "- both: no run of 'stage 1' to start from (split/seed 1/1)" in out
-    total = sum(len(config.rates[stage]) + 1 for *_, stage, _ in config.variants)
-    assert f"/{total}]" in out and f"/{total + 1}]" not in out
+    total = sum(len(config.rates[stage]) + 2 for *_, stage, _ in config.variants)
+    assert f"[{total}/{total}]" in out
 
     shutil.rmtree(tmp_path / "out")
     machine.diverges = "/both-rate"  # the reference, with every rate
     missing, rates, scores = results()
-    assert rates["both"] is None and "both" not in scores and scores["easy negatives"] == 2
-    assert [each["reason"] for each in missing["both"]] == ["diverged", "diverged before"]
+    assert rates["both"] is None and "both" not in scores and scores["easy negatives"] == 3
+    reasons = [each["reason"] for each in missing["both"]]
+    assert reasons == ["diverged", "diverged before", "diverged before"]
 
 
 def test_a_training_that_was_stopped_early_is_not_measured(machine, one):
