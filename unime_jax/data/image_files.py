@@ -130,15 +130,15 @@ def read_file(path: pathlib.Path) -> bytes:
     """
     try:
         with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
+            size = os.fstat(file.fileno()).st_size
+            if size <= MAX_BYTES:
+                return file.read()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise Missing(f"{path}: cannot be read (no such image)") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(f"{path}: cannot be read ({reason})") from None
-    if len(content) > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES >> 20} MiB are no image")
-    return content
+    raise UserError(f"{path}: {size >> 20} MiB; of {MAX_BYTES >> 20} or more no image is read")
 
 
 def _short(name: str) -> str:

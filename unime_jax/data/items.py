@@ -195,7 +195,7 @@ class Input:
 
         try:
             return pyarrow.parquet.ParquetFile(self.path)
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.name}: cannot be read as Parquet ({reason})") from None
 
@@ -203,7 +203,10 @@ class Input:
         import pyarrow
 
         file = self._parquet()
-        there = file.schema_arrow.names
+        try:
+            there = file.schema_arrow.names
+        except UnicodeDecodeError:
+            raise UserError(f"{self.name}: a column's name is not UTF-8") from None
         keys = dataclasses.astuple(self._keys)
         columns = [name for name in keys if name in there]
         if not {self._keys.text, self._keys.image} & set(columns):
@@ -217,7 +220,7 @@ class Input:
             for batch in batches:
                 for content in parquet_rows.dicts(batch):
                     yield self._read(next(count), content)
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.name}: damaged after row {next(count)} ({reason})") from None
 

@@ -102,7 +102,7 @@ def _table(files: list[pathlib.Path]):
                     f"{path}: no column {', '.join(missing)}; is it a file of TIGER-Lab/MMEB-eval?"
                 )
             tables.append(file.read(columns=list(COLUMNS)))
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"{path}: not a readable parquet file ({reason}); fetch it again"

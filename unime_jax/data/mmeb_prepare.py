@@ -170,7 +170,7 @@ def _parquet(path: pathlib.Path):
 
     try:
         return pyarrow.parquet.ParquetFile(path)
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable parquet file ({reason}); fetch it again") from None
 
@@ -193,7 +193,7 @@ def _rows(files: list[pathlib.Path], cap: int) -> Iterator[dict[str, str]]:
                         return
                     left = None if left is None else left - 1
                     yield {key: value or "" for key, value in row.items()}
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{path} is damaged ({reason}); fetch it again") from None
 

@@ -213,10 +213,12 @@ def _from_floats(image):
     from PIL import Image
 
     values = np.asarray(image)
-    if not np.isfinite(values).all():
+    least, most = float(values.min()), float(values.max())  # NaN if there is one
+    if not np.isfinite([least, most]).all():
         raise ValueError("NaN or infinite pixels")
-    scale = next((255 / top for top in (1, 255) if values.max(initial=0) <= top), 1 / 257)
-    return Image.fromarray(np.clip(values * scale, 0, 255).astype(np.uint8))
+    scale = next((255 / top for top in (1, 255) if most <= top), 1 / 257)
+    values = values * np.float32(scale)
+    return Image.fromarray(np.clip(values, 0, 255, out=values).astype(np.uint8))
 
 
 def augment(image, rng: np.random.Generator):

@@ -18,6 +18,7 @@ _CLIP = {
     "rescale_factor": 1 / 255,
 }
 _BICUBIC = 3
+_CROPS = 1024  # of an image: with more the longest row of any model is full
 _EXPECTED = {
     "phi_hd": {**_CLIP},
     "llava_anyres": {
@@ -56,8 +57,8 @@ def make_transform(spec: ImageSpec, directory: str | pathlib.Path, *, crops: int
     if spec.kind == "phi_hd":
         _check(path, settings, "num_img_tokens", spec.features)
         crops = crops or settings.get("num_crops", spec.crops)
-        if not isinstance(crops, int) or crops < 1:
-            raise UserError(f"{path}: num_crops={crops!r} must be an integer of at least 1")
+        if isinstance(crops, bool) or not isinstance(crops, int) or not 1 <= crops <= _CROPS:
+            raise UserError(f"{path}: num_crops={crops!r} must be an integer from 1 to {_CROPS}")
         return PhiHD(spec, crops)
     for key in ("size", "crop_size"):
         sides = settings.get(key)
@@ -81,7 +82,7 @@ def _read(directory: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
             continue
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not readable JSON: {error}") from None
         found = found if part is None else found.get(part, {})
         if isinstance(found, dict):

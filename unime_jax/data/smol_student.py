@@ -4,6 +4,7 @@ Keys are those of PyTorch checkpoints: `language_model.model.*` as a Llama's, `v
 EfficientNet-Lite0's .pth, `multi_modal_projector.*` freshly drawn.
 """
 
+import contextlib
 import pathlib
 
 import numpy as np
@@ -33,19 +34,36 @@ class LanguageModel:
             import gguf
         except ModuleNotFoundError:
             raise UserError("reading GGUF needs the `smol` extra: pip install gguf") from None
-        try:
-            self._reader = gguf.GGUFReader(str(path))
+        self._path = path
+        with self._naming_damage():
+            self._reader = _strict(gguf.GGUFReader)(str(path))
             fields = {key: field.contents() for key, field in self._reader.fields.items()}
-        except (ValueError, IndexError, OSError) as error:
-            raise UserError(f"{path} is not a readable GGUF file: {error}") from None
-        if fields["general.architecture"] != "llama" or fields["tokenizer.ggml.pre"] != "smollm":
-            raise UserError(f"{path} holds no SmolLM2: {fields['general.architecture']}")
+            kind = fields["general.architecture"]
+            if kind != "llama" or fields["tokenizer.ggml.pre"] != "smollm":
+                raise UserError(f"{path} holds no SmolLM2: {kind}")
+            self.all_layers = int(fields["llama.block_count"])
         self._dequantise = gguf.dequantize
         self._fields = fields
-        self.all_layers = fields["llama.block_count"]
+
+    @contextlib.contextmanager
+    def _naming_damage(self):
+        """Turns what gguf, numpy and tokenizers raise, each its own kinds, into one line."""
+        try:
+            yield
+        except UserError:
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise  # but what tokenizers' Rust code panics with
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            raise UserError(f"{self._path} is not a readable GGUF file ({reason})") from None
 
     def config(self, layers: int) -> dict:
         """Is the transformers LlamaConfig of the model's first `layers` layers."""
+        with self._naming_damage():
+            return self._config(layers)
+
+    def _config(self, layers: int) -> dict:
         fields = self._fields
         heads = fields["llama.attention.head_count"]
         return {
@@ -75,6 +93,10 @@ class LanguageModel:
 
     def tensors(self, layers: int) -> dict[str, np.ndarray]:
         """Dequantises the first `layers` layers to f32, under transformers' names."""
+        with self._naming_damage():
+            return self._tensors(layers)
+
+    def _tensors(self, layers: int) -> dict[str, np.ndarray]:
         kv_heads = self._fields["llama.attention.head_count_kv"]
         heads = {"attn_q": self._fields["llama.attention.head_count"], "attn_k": kv_heads}
         found = {}
@@ -89,6 +111,10 @@ class LanguageModel:
 
     def tokenizer(self) -> tuple[str, dict]:
         """Rebuilds tokenizer.json's text and tokenizer_config.json's content."""
+        with self._naming_damage():
+            return self._tokenizer()
+
+    def _tokenizer(self) -> tuple[str, dict]:
         import tokenizers
         from tokenizers import decoders, models, pre_tokenizers
 
@@ -132,6 +158,22 @@ class LanguageModel:
             **named,
         }
         return tokenizer.to_str(pretty=True), config
+
+
+def _strict(reader: type) -> type:
+    """Returns gguf's reader, that stops at the file's end whatever number of values is announced.
+
+    As it is, it goes on with empty arrays, for 2**60 values if a damaged file says so.
+    """
+
+    class Strict(reader):
+        def _get(self, offset, dtype, count=1, *rest, **options):
+            found = super()._get(offset, dtype, count, *rest, **options)
+            if len(found) < count:
+                raise ValueError("cut short, or more announced than there is")
+            return found
+
+    return Strict
 
 
 def _hf_key(name: str, layers: int) -> tuple[str | None, str]:

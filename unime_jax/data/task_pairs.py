@@ -174,7 +174,7 @@ def _table(path: pathlib.Path, faults: list[str] | None) -> Iterator[tuple[str, 
                 json_files.keep(faults, UserError(f"{where}: {broken} is not UTF-8"))
             else:
                 yield where, row
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: not a readable parquet file ({reason})") from None
 

@@ -58,9 +58,11 @@ def read(directory: str | os.PathLike, texts: Sequence[str] | None = None) -> tu
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         count, shard_rows = manifest["count"], manifest["shard_rows"]
+        if not all(isinstance(x, int) and x > 0 for x in (count, shard_rows)):
+            raise ValueError(f"count {count!r}, shard_rows {shard_rows!r}")
     except FileNotFoundError:
         raise UserError(f"{directory} holds no teacher vectors: {again}") from None
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{directory / MANIFEST} is damaged ({error}): {again}") from None
     if texts is not None and manifest.get("sentences_sha256") != sentences_hash(texts):
         raise UserError(f"{directory}: vectors of other sentences than the data now has: {again}")
@@ -68,8 +70,10 @@ def read(directory: str | os.PathLike, texts: Sequence[str] | None = None) -> tu
     for start in range(0, count, shard_rows):
         path = directory / f"vectors-{start // shard_rows:05d}.npy"
         try:
-            shard = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+            if shard.ndim != 2 or shard.dtype != np.float32:
+                raise ValueError(f"{shard.dtype} of shape {shard.shape}")
+        except Exception as error:  # numpy parses headers with Python's own tokenizer
             raise UserError(f"{path}: cannot be read ({error}): {again}") from None
         if len(shard) != min(shard_rows, count - start):
             raise UserError(f"{path}: {len(shard)} rows, {min(shard_rows, count - start)} expected")

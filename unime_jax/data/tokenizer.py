@@ -1,14 +1,20 @@
 """Reads a checkpoint's tokenizer and encodes prompts with it."""
 
+import contextlib
 import functools
 import itertools
 import json
 import pathlib
 import re
+import threading
 from collections.abc import Sequence
 
 from unime_jax.data.prompts import Segment
 from unime_jax.types import UserError
+
+MAX_LETTERS = 1 << 21  # of a text; some take a second for every 250,000 and .5 KB a letter
+_MANY = 1 << 17  # letters of a text that is encoded when no other such is
+_ALONE = threading.Lock()
 
 
 class Tokenizer:
@@ -74,7 +80,22 @@ class Tokenizer:
         Returns:
           Token ids, and where the user's text (the last one of several) starts and stops among
           them. A token that spans the border belongs to the prompt.
+
+        Raises:
+          UserError: a text that is no Unicode, or too long for any model.
         """
+        letters = sum(len(segment.value) for segment in segments)
+        if letters > MAX_LETTERS:
+            raise UserError(f"a text of {letters} letters; {MAX_LETTERS} are the most: cut it")
+        try:
+            for segment in segments:
+                segment.value.encode()
+        except UnicodeEncodeError:
+            raise UserError("half a surrogate pair in a text, which is no character") from None
+        with _ALONE if letters > _MANY else contextlib.nullcontext():
+            return self._encode(segments, image_slot)
+
+    def _encode(self, segments: Sequence[Segment], image_slot: int) -> tuple[list[int], int, int]:
         ids: list[int] = []
         span = None
         for number, string in enumerate(_split(segments) if self._apart else [segments]):
@@ -207,11 +228,15 @@ def _read_json(path: pathlib.Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a tokenizer's settings")
     return content
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 def _build(path: pathlib.Path, content: dict):
@@ -219,9 +244,12 @@ def _build(path: pathlib.Path, content: dict):
 
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-    # tokenizers raises bare Exception for whatever it does not understand.
-    except Exception as error:
-        raise UserError(f"{path} is not a readable tokenizer: {error}") from None
+    # tokenizers raises bare Exception for whatever it does not understand, and what its Rust code
+    # panics with is none of these.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{path} is not a readable tokenizer: {_reason(error)}") from None
     # A tokenizer.json may carry the cutting and padding of whoever saved it.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
+from unime_jax.models import hf
+from unime_jax.models.config_json import check_numbers
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.models.layers import (
     Embedding,
@@ -71,9 +73,16 @@ class BertConfig:
         pooling = config.get("pooling", "mean")
         if pooling not in POOLINGS:
             raise UserError(f"pooling {pooling!r} is unknown; use one of {', '.join(POOLINGS)}")
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        fields = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        required = tuple(fields)
         if missing := [name for name in required if name not in config]:
             raise UserError(f"config.json of a bert model lacks {', '.join(missing)}")
+        check_numbers(config, whole=required[:-1], real=required[-1:])
+        if config["hidden_size"] % config["num_attention_heads"]:
+            raise UserError(
+                f"config.json: hidden_size = {config['hidden_size']} is no multiple of "
+                f"num_attention_heads = {config['num_attention_heads']}"
+            )
         return cls(**{name: config[name] for name in required}, pooling=pooling, **options)
 
 
@@ -92,10 +101,7 @@ def read_pooling(directory, known: Mapping[str, str] = _NAMES) -> str | None:
     path = pathlib.Path(directory) / "1_Pooling" / "config.json"
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from None
+    content = hf.read_json(path)
     prefix = "pooling_mode_"
     modes = {key.removeprefix(prefix) for key, on in content.items() if on is True}
     modes = {key for key in modes if f"{prefix}{key}" in content}
@@ -110,7 +116,7 @@ def _refuse_unknown_modules(path: pathlib.Path) -> None:
         return
     try:
         kinds = [str(module["type"]) for module in json.loads(path.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     # Names come with their package: "sentence_transformers.models.Pooling".
     unknown = [kind for kind in kinds if kind.rsplit(".", 1)[-1] not in MODULES]
@@ -243,12 +249,12 @@ class Bert(nnx.Module):
             Rule(f"embeddings.{name}.weight", f"{name}/embedding")
             for name in ("word_embeddings", "position_embeddings", "token_type_embeddings")
         ]
-        for hf, ours in linears.items():
-            rules.append(Rule(f"{layer}{hf}.weight", f"layers/{ours}/kernel", "linear"))
-            rules.append(Rule(f"{layer}{hf}.bias", f"layers/{ours}/bias"))
-        for hf, ours in norms.items():
-            rules.append(Rule(f"{hf}.weight", f"{ours}/scale"))
-            rules.append(Rule(f"{hf}.bias", f"{ours}/bias"))
+        for theirs, ours in linears.items():
+            rules.append(Rule(f"{layer}{theirs}.weight", f"layers/{ours}/kernel", "linear"))
+            rules.append(Rule(f"{layer}{theirs}.bias", f"layers/{ours}/bias"))
+        for theirs, ours in norms.items():
+            rules.append(Rule(f"{theirs}.weight", f"{ours}/scale"))
+            rules.append(Rule(f"{theirs}.bias", f"{ours}/bias"))
         return KeyMap(
             tuple(rules),
             ignored=(r"embeddings\.position_ids", r"pooler\..*", r"cls\..*"),

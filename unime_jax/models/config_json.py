@@ -6,6 +6,9 @@ from typing import Any
 
 from unime_jax.types import UserError
 
+# What a model's sizes stay below: larger ones come from damaged files, and take for ever.
+_SIZE, _LAYERS = 2**28, 10_000
+
 
 def part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Returns a nested object; {} where it is absent or null.
@@ -46,7 +49,8 @@ def check_numbers(
         if value is None:
             raise UserError(f"config.json lacks {where}{name}")
         kinds = int if name in whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        limit = _LAYERS if "layers" in name else _SIZE if name in whole else math.inf
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < limit:
             kind = "whole " if name in whole else ""
             raise UserError(
                 f"config.json: {where}{name} = {value!r} must be a positive {kind}number"

@@ -16,10 +16,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
+from unime_jax.models.config_json import check_numbers
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.models.layers import Linear
 from unime_jax.types import Array, UserError
 
+_MOST = 10_000  # of each number of a stage
 STRIDE = 32  # pixels per position of the last grid, on either side
 _STAGES = (
     (3, 1, 1, 16, 1),
@@ -69,9 +71,12 @@ class EfficientNetConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(config) - known):
             raise UserError(f"vision_config: unknown keys {', '.join(unknown)}")
-        size = config.get("image_size")
-        if not isinstance(size, int) or size < STRIDE or size % STRIDE:
+        sizes = ("image_size", "grid", "stem", "head", "num_classes")
+        check_numbers(config, whole=sizes, real=("eps",), optional=True, where="vision_config.")
+        size = config.get("image_size") or 0
+        if size < STRIDE or size % STRIDE:
             raise UserError(f"vision_config.image_size = {size!r} is no multiple of {STRIDE}")
+        config = {key: value for key, value in config.items() if value is not None}
         config.setdefault("grid", size // STRIDE)
         if not 1 <= config["grid"] <= size // STRIDE:
             raise UserError(
@@ -79,8 +84,23 @@ class EfficientNetConfig:
                 f"what an image_size of {size} gives"
             )
         if "stages" in config:
-            config["stages"] = tuple(map(tuple, config["stages"]))
+            config["stages"] = _stages(config["stages"])
         return cls(**config)
+
+
+def _stages(given: Any) -> tuple[tuple[int, int, int, int, int], ...]:
+    good = isinstance(given, (list, tuple)) and all(
+        isinstance(stage, (list, tuple))
+        and len(stage) == 5
+        and all(type(number) is int and 0 < number < _MOST for number in stage)
+        for stage in given
+    )
+    if not good or not given:
+        raise UserError(
+            "vision_config.stages: give five positive whole numbers for each: kernel, stride, "
+            "expansion, channels, blocks"
+        )
+    return tuple(map(tuple, given))
 
 
 class Conv(nnx.Module):

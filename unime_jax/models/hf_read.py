@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,17 +117,27 @@ def _weight_files(directory: pathlib.Path) -> dict[pathlib.Path, set[str]]:
     if single.exists():
         return {single: set()}
     if not index.exists():
-        hint = "; .bin files are not read" if any(directory.glob("*.bin")) else ""
-        raise UserError(f"{directory} holds neither {single.name} nor {index.name}{hint}")
+        pickled = next((path.name for path in sorted(directory.glob("*.bin"))), "")
+        hint = f"; {pickled} may run code when read, and is not: convert it to safetensors"
+        raise UserError(
+            f"{directory} holds neither {single.name} nor {index.name}{hint if pickled else ''}"
+        )
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index} has no weight_map")
     if strange := [key for key, name in names.items() if not isinstance(name, str)]:
         raise UserError(f"{index}: weight_map names no files for {listed('keys', strange)}")
+    # A file of another directory is none of this model's.
+    if outside := sorted({name for name in names.values() if not _is_plain(name)}):
+        raise UserError(f"{index}: weight_map names files elsewhere: {', '.join(outside[:3])}")
     files: dict[pathlib.Path, set[str]] = {}
     for key, name in sorted(names.items(), key=lambda item: item[1]):
         files.setdefault(directory / name, set()).add(key)
     return files
+
+
+def _is_plain(name: str) -> bool:
+    return re.fullmatch(r"[^/\\\0]{1,200}", name) is not None and name not in (".", "..")
 
 
 def load(directory, key_map: KeyMap, abstract: Params) -> Params:

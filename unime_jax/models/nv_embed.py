@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Float
 
 from unime_jax.models import decoder
+from unime_jax.models.config_json import check_numbers
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.models.layers import LayerNorm, Linear, attention, unit
@@ -20,6 +21,7 @@ from unime_jax.types import Array, Inputs, UserError
 _NORM_EPS = 1e-5
 _FEED_FORWARD = 4  # width between the two linear layers, in widths of the model
 # Values of config.json that change the mathematics, and the only ones built.
+_LATENT_SIZES = ("num_latents_value", "num_cross_heads", "cross_dim_head")
 _KNOWN = {"padding_side": "right", "mask_type": "b", "add_eos": True}
 
 
@@ -68,16 +70,12 @@ class NVEmbedConfig:
                     f"config.json: latent_attention_config.{name} = {latent[name]} must be "
                     f"text_config.hidden_size = {parsed.hidden_size}"
                 )
-        try:
-            return cls(
-                text=dataclasses.replace(parsed, causal=False, head=False),
-                num_latents_value=latent["num_latents_value"],
-                num_cross_heads=latent["num_cross_heads"],
-                cross_dim_head=latent["cross_dim_head"],
-                is_mask_instruction=config.get("is_mask_instruction", True),
-            )
-        except KeyError as error:
-            raise UserError(f"config.json: latent_attention_config lacks {error}") from None
+        check_numbers(latent, whole=_LATENT_SIZES, where="latent_attention_config.")
+        return cls(
+            text=dataclasses.replace(parsed, causal=False, head=False),
+            **{name: latent[name] for name in _LATENT_SIZES},
+            is_mask_instruction=config.get("is_mask_instruction", True),
+        )
 
 
 class LatentAttention(nnx.Module):

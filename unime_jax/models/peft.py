@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from unime_jax.models import hf
+from unime_jax.models import hf, peft_config
 from unime_jax.models.hf import KeyMap, Source, Tensor
 from unime_jax.types import UserError
 
@@ -25,19 +25,6 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?")
-
-# Keys of adapter_config.json that say nothing about what the weights mean.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config",
-    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "modules_to_save",
-    "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules",
-    "task_type",
-}  # fmt: skip
-_READ = {"alpha_pattern", "lora_alpha", "peft_type", "r", "rank_pattern", "use_dora", "use_rslora"}
-# Initialisations that leave the base as it is; the others (PiSSA, OLoRA, ...) store adapters for a
-# base that they have changed.
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +205,7 @@ def read(directory, key_map: KeyMap) -> Adapter:
     """
     directory = pathlib.Path(directory)
     config = hf.read_json(directory / CONFIG_FILE)
-    problems = _unsupported(config)
+    problems = peft_config.unsupported(config)
     if problems:
         raise UserError(f"{directory}/{CONFIG_FILE}: not supported: {', '.join(problems)}")
     parts: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
@@ -250,29 +237,6 @@ def read(directory, key_map: KeyMap) -> Adapter:
     return Adapter(str(directory), low_rank, replaced, config.get("lora_dropout") or 0.0)
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Returns what adapter_config.json asks for and is not built."""
-    if config.get("peft_type") != "LORA":
-        return [f"peft_type {config.get('peft_type')!r}, only 'LORA'"]
-    known = _HARMLESS | _READ | {"bias", "init_lora_weights"}
-    found = [f"{key} = {value!r}" for key, value in config.items() if key not in known and value]
-    if config.get("bias", "none") != "none":
-        found.append(f"bias = {config['bias']!r}")
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        found.append(f"init_lora_weights = {start!r}, which changes the base")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float):
-            found.append(f"{key} = {config.get(key)!r}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        values = config.get(key) or {}
-        if not isinstance(values, dict) or not all(
-            isinstance(value, int | float) for value in values.values()
-        ):
-            found.append(f"{key} = {values!r}")
-    return found
-
-
 def _tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
     path = directory / WEIGHTS_FILE
     if not path.is_file():
@@ -283,6 +247,8 @@ def _tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
         found = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path} is corrupt or cut short ({error}); fetch it again") from None
+    except (ValueError, TypeError, KeyError) as error:  # of a dtype that numpy does not have
+        raise UserError(f"{path}: holds what numpy cannot ({error}); save it in f32") from None
     if not found:  # a common fault of saving what is spread over devices
         raise UserError(f"{path} holds no tensors; save the adapter again")
     return {name: value.astype(np.float32) for name, value in found.items()}
@@ -294,7 +260,7 @@ def _misfit(config: Mapping[str, Any], module: str, arrays: Mapping[str, np.ndar
     if set(arrays) != wanted:
         return f"has {', '.join(sorted(arrays))} instead of {', '.join(sorted(wanted))}"
     a, b = arrays["lora_A"], arrays["lora_B"]
-    rank = _pattern(config.get("rank_pattern"), module, config["r"])
+    rank = peft_config.of_module(config.get("rank_pattern"), module, config["r"])
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
         return f"has arrays {a.shape} and {b.shape}, not a linear layer's of rank {rank}"
     magnitude = arrays.get("lora_magnitude_vector")
@@ -306,18 +272,10 @@ def _misfit(config: Mapping[str, Any], module: str, arrays: Mapping[str, np.ndar
 def _low_rank(config: Mapping[str, Any], module: str, arrays: Mapping[str, np.ndarray]) -> LowRank:
     a, b = arrays["lora_A"], arrays["lora_B"]
     rank = a.shape[0]
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
+    alpha = peft_config.of_module(config.get("alpha_pattern"), module, config["lora_alpha"])
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     magnitude = arrays.get("lora_magnitude_vector")
     return LowRank(a, b, scale, None if magnitude is None else magnitude.reshape(-1))
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default):
-    """Returns a module's own value: of the first pattern that its name ends with."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def write(directory, adapter: Adapter, base: Source, *, base_name: str, key_map: KeyMap) -> None:

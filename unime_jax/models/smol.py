@@ -69,15 +69,16 @@ class SmolConfig:
                 raise UserError(f"config.json of a unime_smol model lacks {part}")
         projector = config["projector"]
         unknown = sorted(set(projector) - {"hidden", "norm"})
-        if unknown or not isinstance(projector.get("hidden"), int):
+        hidden = projector.get("hidden")
+        if unknown or type(hidden) is not int or not 0 < hidden < 2**28:
             raise UserError(
-                f"config.json: projector = {projector} must have an integer `hidden` and nothing "
-                "else but `norm`"
+                f"config.json: projector = {projector} must have a positive integer `hidden` and "
+                "nothing else but `norm`"
             )
         return cls(
             text=DecoderConfig.from_hf(config["text_config"], **options),
             vision=EfficientNetConfig.from_hf(config["vision_config"]),
-            projector_hidden=projector["hidden"],
+            projector_hidden=hidden,
             projector_norm=projector.get("norm", True),
         )
 

@@ -62,9 +62,13 @@ class SuRope:
         factors = []
         for name in ("short_factor", "long_factor"):
             values = scaling.get(name)
-            if not isinstance(values, list) or len(values) != head_width // 2:
+            if (
+                not isinstance(values, list)
+                or len(values) != head_width // 2
+                or not all(isinstance(x, int | float) and 0 < x < math.inf for x in values)
+            ):
                 raise UserError(
-                    f"config.json: rope_scaling.{name} must hold {head_width // 2} numbers"
+                    f"config.json: rope_scaling.{name} must hold {head_width // 2} positive numbers"
                 )
             factors.append(tuple(map(float, values)))
         lengths = []
