@@ -137,7 +137,7 @@ def read_run(path: str | os.PathLike) -> dict[str, Any]:
     """Returns the resolved configuration of a run directory."""
     try:
         return json.loads((pathlib.Path(path) / RUN_FILE).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}/{RUN_FILE}: cannot be read ({error})") from error
 
 

@@ -171,14 +171,37 @@ def _find(name: str | os.PathLike) -> Weights:
 def _preparation(path: pathlib.Path) -> dict[str, Any] | None:
     """Returns what a directory says of how rows are prepared; None if nothing."""
     if checkpoint.is_run(path):
-        data = checkpoint.read_run(path)["data"]
-        return {key: data[key] for key in PREPARATION if key in data}
+        data = _setting(path, "data", dict)
+        found = {key: data[key] for key in PREPARATION if key in data}
+        return _checked(path / checkpoint.RUN_FILE, found)
     if not (path / PREPARATION_FILE).is_file():
         return None
     found = hf.read_json(path / PREPARATION_FILE)
     unknown = sorted(set(found) - set(PREPARATION))
     if unknown:
         raise UserError(f"{path / PREPARATION_FILE}: unknown {', '.join(unknown)}")
+    return _checked(path / PREPARATION_FILE, found)
+
+
+def _checked(file: pathlib.Path, preparation: dict[str, Any]) -> dict[str, Any]:
+    for key, value in preparation.items():
+        kind = int if key.startswith("image_") else str
+        if type(value) is not kind or (kind is int and not 0 <= value < 2**16):
+            raise UserError(f"{file}: {key} is {value!r}; is the file damaged?")
+    return preparation
+
+
+def _setting(run: pathlib.Path, name: str, kind) -> Any:
+    """Returns a value of a run's configuration.
+
+    Raises:
+      UserError: it is not there or of another kind.
+    """
+    found: Any = checkpoint.read_run(run)
+    for key in name.split("."):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool) or found == 0:
+        raise UserError(f"{run}/{checkpoint.RUN_FILE}: {name} is {found!r}; is the file damaged?")
     return found
 
 
@@ -201,7 +224,7 @@ def _changed(weights: Weights, path: pathlib.Path) -> Weights:
 
 
 def _base_of_run(path: pathlib.Path) -> str | pathlib.Path:
-    base = pathlib.Path(checkpoint.read_run(path)["model"]["path"])
+    base = pathlib.Path(_setting(path, "model.path", str))
     for place in (base, path.parent / base.name):  # the second: runs that were moved together
         if _is_other(place, path):
             return place
@@ -230,7 +253,9 @@ def _is_other(place: pathlib.Path, path: pathlib.Path) -> bool:
 
 def _read_run(run: pathlib.Path, weights: Weights) -> peft.Adapter:
     """Returns a run's newest trainable parameters in the layout of files."""
-    settings = checkpoint.read_run(run)["train"]["adapters"]
+    dropout = _setting(run, "train.adapters", dict).get("dropout")
+    if not isinstance(dropout, int | float):
+        raise UserError(f"{run}: train.adapters.dropout is {dropout!r}; is the file damaged?")
     trained = checkpoint.read_trainable(run)
     rules = {rule.ours: rule for rule in weights.key_map.rules}
     low_rank, replaced, unknown = {}, {}, []
@@ -240,7 +265,10 @@ def _read_run(run: pathlib.Path, weights: Weights) -> peft.Adapter:
         if rule is None:
             unknown.append(path)
         elif name == "lora_A":
-            scale = settings["alpha"] / settings["rank"]
+            alpha, rank = (
+                _setting(run, f"train.adapters.{key}", int | float) for key in ("alpha", "rank")
+            )
+            scale = alpha / rank
             other = trained[f"{module}/lora_B"]
             pairs = zip(_layers(rule, value), _layers(rule, other), strict=True)
             for key, (a, b) in zip(hf.keys_of(rule, value.shape), pairs, strict=True):
@@ -253,7 +281,7 @@ def _read_run(run: pathlib.Path, weights: Weights) -> peft.Adapter:
     if unknown:
         names = ", ".join(sorted(unknown)[:5])
         raise UserError(f"{run}: parameters unknown to its base model: {names}")
-    return peft.Adapter(str(run), low_rank, replaced, settings["dropout"])
+    return peft.Adapter(str(run), low_rank, replaced, float(dropout))
 
 
 def _layers(rule: hf.Rule, value: np.ndarray):

@@ -72,7 +72,7 @@ class SmolConfig:
         hidden = projector.get("hidden")
         if unknown or type(hidden) is not int or not 0 < hidden < 2**28:
             raise UserError(
-                f"config.json: projector = {projector} must have a positive integer `hidden` and "
+                f"config.json: projector = {projector} must have an integer `hidden` above 0 and "
                 "nothing else but `norm`"
             )
         return cls(
