@@ -151,6 +151,7 @@ def test_a_run_that_diverges_is_listed_and_the_rest_goes_on(
     assert len(machine.commands) == count
 
     shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
     machine.diverges = "seed1/stage-1-rate"  # what no longer chooses
     missing, rates, scores = results()
     assert missing["stage 1"] == [{"split": 1, "seed": 1, "reason": "diverged"}]
