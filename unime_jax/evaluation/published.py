@@ -1,4 +1,7 @@
-"""The published scores that measured ones are set beside."""
+"""The published scores that measured ones are set beside.
+
+Of MMEB these are means alone: the paper's tables have no scores of single sets.
+"""
 
 import functools
 import json
