@@ -7,7 +7,7 @@ learning rate is the best of its stage's in config.rates on the validation data 
 and seed; the test data are seen by the chosen run alone. A run whose loss is not finite is listed
 as diverged, with what would have started from it, and the rest goes on. Finished runs are skipped:
 interrupted or killed, the same command goes on. Writes report.md, report.json and differences.png
-to config.output, anew after every split and seed.
+to config.output, anew after every variant.
 """
 
 import contextlib
@@ -76,8 +76,8 @@ def run(config) -> pathlib.Path:
                 chosen[variant.name] = best
                 if variant.family:  # a step on the way stands in no table
                     found.scores.setdefault(variant.name, {})[cell] = work.test(best)
-        path = ablation.write_report(config, output, variants, found)
-    print(f"\nreport  {path}\nplot    {output / 'differences.png'}")
+            path, sections = ablation.write_report(config, output, variants, found)
+        report.print_report(path, sections)
     return path
 
 

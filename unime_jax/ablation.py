@@ -229,7 +229,7 @@ def table(
             continue
         name = title if title and variant.name == reference else variant.name
         rate, cells = found.rates[variant.name], found.scores.get(variant.name, {})
-        line: list[str | float | None] = [name, None if rate is None else f"x {rate:.3g}"]
+        line: list[Any] = [name, None if rate is None else f"x {rate:.3g}", len(cells)]
         for metric in metrics:
             values = [cell[metric] for cell in cells.values() if metric in cell]
             line.append(spread(values) if values else None)
@@ -241,7 +241,7 @@ def table(
         else:
             line.append(f"{gap.mean:+.1f} ± {gap.error:.1f}")
         rows.append(line)
-    return report.Table(("variant", "rate", *metrics, f"{main} - {reference}"), rows)
+    return report.Table(("variant", "rate", "runs", *metrics, f"{main} - {reference}"), rows)
 
 
 # ---------------------------------------------------------------- report
@@ -249,10 +249,9 @@ def table(
 
 def write_report(
     config, output: pathlib.Path, variants: Sequence[Variant], found: Findings
-) -> pathlib.Path:
-    """Writes the report of what is there so far, and prints its tables."""
+) -> tuple[pathlib.Path, list[report.Section]]:
+    """Writes the report of what is there so far; returns the path of report.md and its sections."""
     (reference,) = (v.name for v in variants if v.family == REFERENCE)
-    cells = list(dict.fromkeys(cell for by in found.scores.values() for cell in by))
     sections, panels, titles = [], {}, dict(config.reference)
     for family, title in FAMILIES.items():
         members = [v for v in variants if v.family in (family, REFERENCE)]
@@ -272,9 +271,7 @@ def write_report(
         sections.append(report.Section("Paired differences", image="differences.png"))
     if found.missing:
         sections.append(report.Section("What is missing", found.missing_lines()))
-    sections.insert(
-        0, report.Section("How to read it", _explanation(config, len(cells), reference))
-    )
+    sections.insert(0, report.Section("How to read it", _explanation(config, reference)))
     path = report.write_report(
         output,
         "Ablations",
@@ -289,12 +286,7 @@ def write_report(
             }
         ),
     )
-    for section in sections[1:]:
-        if section.table is not None:
-            print(f"\n{section.title}, {len(cells)} of each\n\n{section.table.text()}", flush=True)
-        elif section.text:
-            print(f"\n{section.title}\n\n{section.text}", flush=True)
-    return path
+    return path, sections
 
 
 def _records(by_name: Mapping[str, Mapping[Cell, Mapping[str, Any]]]) -> dict[str, Any]:
@@ -305,12 +297,12 @@ def _records(by_name: Mapping[str, Mapping[Cell, Mapping[str, Any]]]) -> dict[st
     }
 
 
-def _explanation(config, cells: int, reference: str) -> str:
+def _explanation(config, reference: str) -> str:
     tried = sorted({len(config.rates[stage]) for stage in ("align", "stage2")})
     text = (
-        f"{cells} trainings of each variant (splits x seeds). Mean ± standard deviation over "
-        f"them; the last column is the mean of the paired differences to “{reference}” ± its "
-        "standard error. Rate: times the learning rate of the stage's config, the best of "
+        "Runs: trainings of a variant, splits x seeds. Mean ± standard deviation over them; the "
+        f"last column is the mean of the paired differences to “{reference}” ± its standard error. "
+        "Rate: times the learning rate of the stage's config, the best of "
         f"{' or '.join(map(str, tried))} on validation data of the first. In percent; R@k of the "
         "test pairs, Spearman (x 100) of held-out sentences."
     )
