@@ -64,6 +64,15 @@ def test_chunking_changes_nothing(chunk):
     np.testing.assert_allclose(expected_kernel, kernel, atol=1e-5)
 
 
+def test_own_rows_are_placed_as_whole_batches_are():
+    """Of one process all rows are its own; groups hold 7 and 9, on eight devices."""
+    mesh, batch = sharding.make_mesh(data=2, fsdp=4), toy.batch(16)
+    sizes = {"query": [7, 9], "target": [9, 7], "negative": []}
+    whole, own = steps.place_batch(batch, mesh), steps.place_batch(batch, mesh, sizes)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, whole, own))
+    jax.tree.map(np.testing.assert_array_equal, whole, own)
+
+
 def test_eight_devices_equal_one():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     results = []

@@ -93,7 +93,7 @@ class Loop:
             batch = next(batches)
             waited = time.perf_counter() - asked
             self._trace.before(step + 1)
-            placed = steps.place_batch(batch, self._mesh)
+            placed = steps.place_batch(batch, self._mesh, self._data.shared)
             if step == first:
                 self._flops = self._count(state, placed)
             state, values = self._train_step(state, self._frozen, placed)

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import logging
 import mmap
 import os
@@ -241,14 +242,31 @@ def from_main(text: str) -> str:
     """Returns what process 0 gives; all processes call this and `barrier` in the same order."""
     if not _together():
         return text
-    number = next(_CALLS)
-    if number % _KEPT == _KEPT - 1:
-        barrier()
-    key = f"{_SAID}/{number}"
+    key = _next_key()
     if is_main():
         _messages().key_value_set(key, text)
         return text
     return _messages().blocking_key_value_get(key, _WAIT_MS)
+
+
+def _next_key() -> str:
+    number = next(_CALLS)
+    if number % _KEPT == _KEPT - 1:
+        barrier()
+    return f"{_SAID}/{number}"
+
+
+def exchange(text: str) -> list[str]:
+    """Returns what every process gives, in their order; to be called like `from_main`."""
+    if not _together():
+        return [text]
+    key = _next_key()
+    if not is_main():
+        _messages().key_value_set(f"{key}/{_PLACE[0]}", text)
+        return json.loads(from_main(""))
+    others = range(1, _PLACE[1])
+    said = [_messages().blocking_key_value_get(f"{key}/{number}", _WAIT_MS) for number in others]
+    return json.loads(from_main(json.dumps([text, *said])))
 
 
 def barrier() -> None:

@@ -135,6 +135,38 @@ def shard_batch(tree, mesh: Mesh):
     return jax.tree.map(one, tree)
 
 
+def processes(mesh: Mesh) -> int:
+    """Counts the processes whose devices are in a mesh."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def own_rows(rows: int, mesh: Mesh) -> np.ndarray:
+    """Returns bool[rows]: those of a group that this process's devices hold.
+
+    Where the rows do not divide, copies of the last one fill up (see `steps.place_batch`).
+    """
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    padded = -(-rows // devices) * devices
+    held = NamedSharding(mesh, BATCH).addressable_devices_indices_map((padded,))
+    found = np.zeros(rows, bool)
+    for (part,) in held.values():
+        found[np.minimum(np.arange(padded)[part], rows - 1)] = True
+    return found
+
+
+def put_own(x: np.ndarray, rows: int, mesh: Mesh) -> jax.Array:
+    """Makes a group's array of the rows that each process has of it, those of `own_rows`."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    padded = -(-rows // devices) * devices
+    place = np.cumsum(own_rows(rows, mesh)) - 1  # of a row of the group among those that are here
+
+    def read(index):
+        return x[place[np.minimum(np.arange(padded)[index[0]], rows - 1)]][:, *index[1:]]
+
+    where = NamedSharding(mesh, BATCH)
+    return jax.make_array_from_callback((padded, *x.shape[1:]), where, read)
+
+
 def put(tree, sharding: NamedSharding):
     """Puts arrays that every process has alike on devices; each process feeds its own."""
     if sharding.is_fully_addressable:

@@ -61,29 +61,39 @@ def create_state(trainable: dict[str, Array], optimizer, *, mesh=None) -> TrainS
     return jax.jit(create, out_shardings=placed)(trainable)
 
 
-def place_batch(batch: Batch, mesh) -> Batch:
+def place_batch(batch: Batch, mesh, sizes: Mapping[str, Sequence[int]] | None = None) -> Batch:
     """Puts a batch on the mesh, the rows of every group split over data x fsdp.
 
     A group whose rows do not divide gets copies of its last one, which nobody asks for: orders name
     the same rows as before. Whatever is no group is small and goes to every device.
+
+    Args:
+      batch: the whole, or with `sizes` groups of this process's rows alone (`sharding.own_rows`).
+      mesh: of the devices.
+      sizes: rows of the whole groups of each side.
     """
     devices = _batch_devices(mesh)
-    changes = {}
-    for side in ("query", "target", "negative"):
-        groups, order = getattr(batch, side), getattr(batch, f"{side}_order")
-        sizes = np.array([group.rows for group in groups], int)
-        padded = -(-sizes // devices) * devices
-        if order is not None and (sizes != padded).any():
-            shift = np.cumsum(padded) - padded - (np.cumsum(sizes) - sizes)
-            group_of = np.searchsorted(np.cumsum(sizes), order, side="right")
-            changes[f"{side}_order"] = (order + shift[group_of]).astype(np.int32)
-        changes[side] = tuple(map(_pad_rows, groups, (padded - sizes).tolist()))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, BATCH)
-    batch = dataclasses.replace(batch, **changes)
-    sides = {side: getattr(batch, side) for side in ("query", "target", "negative")}
-    rest = dataclasses.replace(batch, **dict.fromkeys(sides, ()))
-    return dataclasses.replace(sharding.put(rest, everywhere), **sharding.put(sides, split))
+    orders, sides = {}, {}
+    for side in ("query", "target", "negative"):
+        groups, order = getattr(batch, side), getattr(batch, f"{side}_order")
+        rows = np.array([group.rows for group in groups] if sizes is None else sizes[side], int)
+        padded = -(-rows // devices) * devices
+        if order is not None and (rows != padded).any():
+            shift = np.cumsum(padded) - padded - (np.cumsum(rows) - rows)
+            group_of = np.searchsorted(np.cumsum(rows), order, side="right")
+            orders[f"{side}_order"] = (order + shift[group_of]).astype(np.int32)
+        if sizes is None:
+            whole = tuple(map(_pad_rows, groups, (padded - rows).tolist()))
+            sides[side] = sharding.put(whole, split)
+        else:
+            sides[side] = tuple(
+                jax.tree.map(lambda x, count=count: sharding.put_own(x, count, mesh), group)
+                for group, count in zip(groups, rows.tolist(), strict=True)
+            )
+    rest = dataclasses.replace(batch, **orders, **dict.fromkeys(sides, ()))
+    return dataclasses.replace(sharding.put(rest, everywhere), **sides)
 
 
 def _pad_rows(group: Inputs, extra: int) -> Inputs:

@@ -6,31 +6,30 @@ disk or in memory; the steps then read them by number.
 
 import collections
 import contextlib
-import hashlib
-import json
-import os
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from unime_jax import report, runtime
+from unime_jax import report, runtime, sharding
 from unime_jax.data import (
     couples,
     image_files,
     mmeb,
     nli,
     pipeline,
+    shares,
     sources,
     task_pairs,
     teacher_vectors,
 )
 from unime_jax.data.texts import Places
 from unime_jax.embedder import Embedder
-from unime_jax.types import Batch, UserError, flatten
+from unime_jax.tower_features import cache_features
+from unime_jax.types import Batch, UserError
 
-_IMAGES_AT_ONCE = 32
 _LONG = 50_000  # rows whose measuring takes long enough to be shown
 
 
@@ -42,7 +41,11 @@ class TrainData:
       counts: rows and positions of a batch.
       sets: names of the data sets.
       info: what batches are made of.
+      shared: rows of the groups of each side, where batches have this process's rows alone
+        (`shares.SharedBatches`); None where they are whole.
     """
+
+    shared: dict[str, list[int]] | None = None
 
     def __init__(
         self,
@@ -54,9 +57,15 @@ class TrainData:
         workers: int = 0,
         note: str = "",
         bad_file: pathlib.Path | None = None,
+        mesh=None,
     ):
         self._batches, self._threads, self._note = batches, threads, note
         self._workers, self._bad_file = workers, bad_file
+        self._made = batches
+        if mesh is not None and sharding.processes(mesh) > 1:
+            own = functools.partial(sharding.own_rows, mesh=mesh)
+            self._made = shares.SharedBatches(batches, own, runtime.exchange)
+            self.shared = self._made.sizes
         self.info = batches.info
         self.sets = batches.info.sets
         rows = sum(rows for rows, _, _ in batches.info.query_shapes)
@@ -75,7 +84,7 @@ class TrainData:
           UserError: more rows are bad than config.data.max_bad_share allows.
         """
         how = {"threads": self._threads, "workers": self._workers}
-        made = self._batches.iterate(first, self.steps, **how)
+        made = self._made.iterate(first, self.steps, **how)
         with contextlib.closing(made):
             try:
                 self._list_bad()
@@ -229,6 +238,7 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         workers=data["workers"],
         note=note,
         bad_file=pathlib.Path(settings["output"]) / "bad_rows.jsonl",
+        mesh=embedder.mesh,
     )
 
 
@@ -314,86 +324,3 @@ def _texts_of_row(source: sources.Source) -> int:
 def _by_text(texts: Sequence[str], stored) -> Callable[[list[str]], np.ndarray]:
     places = Places(texts)
     return lambda wanted: stored[places(wanted)]
-
-
-def cache_features(
-    pairs: sources.Pairs, embedder: Embedder, directory: pathlib.Path, *, variants: int
-) -> np.ndarray:
-    """Runs the frozen vision tower over every view of every image, once.
-
-    View 0 is the image itself, the others are random flips and crops, the same on every call.
-    Begun files are gone on with; another tower or other images get a file of their own. An image
-    that cannot be read gets zeros, which `pipeline.Batches` takes for a bad row, and a warning.
-
-    Returns:
-      f16[images, variants, P, D], memory-mapped.
-    """
-    directory = directory.expanduser()
-    directory.mkdir(parents=True, exist_ok=True)
-    spec = embedder.image_spec
-    name = f"features-{_fingerprint(pairs, embedder)}-{variants}"
-    path, done_path = directory / f"{name}.npy", directory / f"{name}.done.json"
-    total = len(pairs.rows)
-    done = json.loads(done_path.read_text())["images"] if done_path.is_file() else 0
-    if path.is_file() and done == total:
-        return np.load(path, mmap_mode="r")
-    if not path.is_file():
-        width = embedder.featurise(np.zeros((1, spec.size, spec.size, 3), np.uint8)).shape[-1]
-        shape, done = (total, variants, spec.features, width), 0
-        runtime.barrier()  # all have seen that there is none
-        if runtime.is_main():
-            np.lib.format.open_memmap(path, "w+", np.float16, shape)
-        runtime.barrier()
-    features = np.load(path, mmap_mode="r+")
-    bad = 0
-    with report.Progress(total, "vision features", start=done, unit="image") as progress:
-        for start in range(done, total, _IMAGES_AT_ONCE):
-            numbers = range(start, min(start + _IMAGES_AT_ONCE, total))
-            tiles = []
-            for number in numbers:
-                views = _views(pairs, number, embedder, variants)
-                bad += views is None
-                blank = np.zeros((variants, spec.size, spec.size, 3), np.uint8)
-                tiles.append(blank if views is None else views)
-            found = embedder.featurise(np.concatenate(tiles))
-            if not runtime.is_main():
-                continue
-            features[start : numbers.stop] = found.reshape(len(numbers), *features.shape[1:])
-            features.flush()
-            _write_json(done_path, {"images": numbers.stop})
-            progress.update(numbers.stop)
-    if bad:
-        print(f"{bad} of {total} images cannot be read; their rows are skipped")
-    runtime.barrier()
-    return np.load(path, mmap_mode="r")
-
-
-def _views(pairs, number: int, embedder: Embedder, variants: int) -> np.ndarray | None:
-    try:
-        content = pairs.image(number)
-        views = [embedder.preprocessor.image(content).tiles]
-        for variant in range(1, variants):
-            rng = np.random.default_rng((number, variant))
-            views.append(embedder.preprocessor.image(content, augment=rng).tiles)
-    except UserError:
-        return None
-    return np.concatenate(views)
-
-
-def _fingerprint(pairs: sources.Pairs, embedder: Embedder) -> str:
-    """Hashes the tower's weights, the tile size and the rows."""
-    digest = hashlib.sha256(repr(embedder.image_spec).encode())
-    if embedder.preprocessor.image_size:
-        digest.update(f"image_size {embedder.preprocessor.image_size}".encode())
-    for path, leaf in sorted(flatten(embedder.params).items()):
-        if path.startswith("vision_tower/"):
-            digest.update(path.encode() + np.asarray(leaf).tobytes()[:4096])
-    for row in pairs.rows:
-        digest.update(f"{row.source}\t{row.caption}\n".encode())
-    return digest.hexdigest()[:12]
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value))
-    os.replace(part, path)

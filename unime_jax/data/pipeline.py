@@ -6,19 +6,19 @@ resuming needs nothing but the step.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
-import hashlib
 import pathlib
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import numpy as np
 
 from unime_jax.data import bad_rows, batch_info, mixture, prompts, strata, text_keys
+from unime_jax.data.ahead import ahead_of_time
 from unime_jax.data.preprocess import Preprocessor
-from unime_jax.data.rows import Picture, Row
-from unime_jax.data.sources import Example, ImageRef, Source, sides_of
+from unime_jax.data.rows import Drawn, Fault, Picture, Row, Wanted
+from unime_jax.data.sources import Example, ImageRef, Item, Source, sides_of
 from unime_jax.types import Batch, Inputs, UserError
 
 SIDES = 3  # query, target, negatives
@@ -27,28 +27,6 @@ _TRIES = 100  # rows to try in place of unreadable ones
 
 Text = str | prompts.Slotted | None
 Encoded = tuple[Row, Picture | None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """One row of a batch.
-
-    Attributes:
-      sides: of query, target and negatives: what `Preprocessor.group` takes, each with its shape
-        (T, C); a query and a target, or none where a side is not encoded.
-      texts: of the sides that are texts.
-      target_id: as in `Example`, found if it is not given.
-      negative_id: as in `Example`.
-      scores: as in `Example`.
-      set: number of the row's data set.
-    """
-
-    sides: tuple[list[tuple], ...]
-    texts: list[str]
-    target_id: str
-    negative_id: str
-    scores: tuple[float, ...]
-    set: int
 
 
 class Batches:
@@ -78,6 +56,7 @@ class Batches:
     Attributes:
       info: see `Info`.
       bad: unreadable rows met so far; another row of the stratum took the place of each.
+      members: step -> stratum and member of every row of its batch.
     """
 
     def __init__(
@@ -142,6 +121,7 @@ class Batches:
         )
         sizes = [len(stratum.members) for stratum in self._strata]
         self._mixture = mixture.Mixture(sizes, batch_size, weights=counts, seed=seed)
+        self.members = self._mixture.rows
         lost = sum(int(found[:, SIDES].sum()) for found in measured.values())
         self.info = batch_info.describe(
             self._data,
@@ -167,86 +147,71 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         """Makes the batch of a step."""
-        rows = [self._example(step, i, *row) for i, row in enumerate(self._mixture.rows(step))]
+        rows = enumerate(self.members(step))
+        return self.pack([self.draw(step, place, *row, self._count_bad) for place, row in rows])
+
+    def _count_bad(self, attempt: int, row: tuple[int, int], error: UserError) -> None:
+        del attempt
+        self.bad.add(row, *bad_rows.told(error))
+
+    def pack(self, rows: list[Drawn]) -> Batch:
+        """Makes a batch of its rows, in order; items that nobody encoded are in no group."""
         groups = []
         for side in range(SIDES):
             found = [item for row in rows for item in row.sides[side]]
             groups.append(self._groups(found) if found else ((), None))
         (query, query_order), (target, target_order), (negative, negative_order) = groups
-        vectors = None
-        if self._vectors is not None:
-            columns = zip(*(row.texts for row in rows), strict=True)
-            vectors = np.concatenate([self._vectors(list(column)) for column in columns])
         return Batch(
             query,
             target,
             query_order,
             target_order,
-            None if vectors is None else vectors.astype(np.float32, copy=False),
-            _ids([row.target_id for row in rows]),
-            negative,
-            negative_order,
-            _ids([row.negative_id for row in rows]) if negative and rows[0].negative_id else None,
-            np.array([row.scores for row in rows], np.float32) if rows[0].scores else None,
-            np.array([row.set for row in rows], np.int32),
+            negative=negative,
+            negative_order=negative_order,
+            **self.facts(rows),
         )
+
+    def facts(self, rows: list[Drawn]) -> dict[str, np.ndarray | None]:
+        """Returns what a batch says of its rows beside their groups."""
+        vectors = None
+        if self._vectors is not None:
+            columns = zip(*(row.texts for row in rows), strict=True)
+            vectors = np.concatenate([self._vectors(list(column)) for column in columns])
+        scores = [row.scores for row in rows]
+        negatives = [row.negative_id for row in rows]
+        named = negatives[0] and rows[0].sides[2]
+        return {
+            "vectors": None if vectors is None else vectors.astype(np.float32, copy=False),
+            "target_ids": text_keys.numbers([row.target_id for row in rows]),
+            "negative_ids": text_keys.numbers(negatives) if named else None,
+            "scores": np.array(scores, np.float32) if scores[0] else None,
+            "sets": np.array([row.set for row in rows], np.int32),
+        }
 
     def rows_of(self, step: int) -> list[dict]:
         """Names the rows of a batch in order, those that took the place of known bad ones."""
         bad = {row for row, _ in self.bad.items()}
         named = []
-        for stratum, member in self._mixture.rows(step):
+        for stratum, member in self.members(step):
             source, members = self._strata[stratum].source, self._strata[stratum].members
             numbers = (int(members[(member + i) % len(members)]) for i in range(_TRIES))
             number = next(number for number in numbers if (source, number) not in bad)
             named.append(batch_info.name_row(self._data[source], number))
         return named
 
-    def dataset(self, steps: int):
-        """Returns the first `steps` batches as a grain.MapDataset."""
-        import grain
-
-        return grain.MapDataset.range(steps).map(self._with_problems)
-
     def _with_problems(self, step: int) -> tuple[Batch, list]:
         batch = self[step]
         return batch, self.bad.items()
 
-    def iterate(
-        self, first: int, steps: int, *, threads: int = 2, workers: int = 0, ahead: int = 4
-    ) -> Iterator[Batch]:
-        """Yields batches first..steps-1, made ahead of time.
-
-        Args:
-          first: step of the first batch.
-          steps: behind the last one.
-          threads: that make batches, in each worker.
-          workers: processes; 0: the threads run in this one. They change no batch.
-          ahead: batches that each worker, or this process, makes ahead of the reader.
-        """
-        import grain
-
-        if first >= steps:
-            return
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        dataset = self.dataset(steps)[first:].to_iter_dataset(options)
-        if workers:
-            from absl import flags
-
-            if not flags.FLAGS.is_parsed():  # grain asks a flag of its own
-                flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-            )
-        found = iter(dataset)
-        try:
-            for batch, problems in found:
+    def iterate(self, first: int, steps: int, **options) -> Iterator[Batch]:
+        """Yields batches first..steps-1, made ahead of time; options as of `ahead_of_time`."""
+        with contextlib.closing(
+            ahead_of_time(self._with_problems, first, steps, **options)
+        ) as made:
+            for batch, problems in made:
                 for row, problem in problems:
                     self.bad.add(tuple(row), *problem)
                 yield batch
-        finally:
-            if hasattr(found, "close"):
-                found.close()
 
     # ---- one row
 
@@ -269,29 +234,75 @@ class Batches:
     def _tiles(self, has_image: bool) -> int:
         return self._preprocessor.fixed_layout.tiles if has_image else 0
 
-    def _example(self, step: int, place: int, stratum: int, member: int) -> Drawn:
-        """Makes one row; an unreadable one gives way to the next of its stratum."""
-        found = self._strata[stratum]
+    def shapes(self) -> list[list[list[tuple[int, int]]]]:
+        """Returns (T, C) of every item by place, then by side; all batches have the same."""
+        found = []
+        for stratum, count in zip(self._strata, self._mixture.counts, strict=True):
+            sides = sides_of(self._data[stratum.source][int(stratum.members[0])])
+            shapes = [
+                [(tokens, self._tiles(item.image is not None)) for item in items if tokens]
+                for tokens, items in zip(stratum.tokens, sides, strict=True)
+            ]
+            found += [shapes] * count
+        return found
+
+    def draw(
+        self,
+        step: int,
+        place: int,
+        stratum: int,
+        member: int,
+        fault: Fault,
+        *,
+        wanted: Wanted | None = None,
+        bad: Container[int] = (),
+    ) -> Drawn:
+        """Makes one row of a batch; an unreadable one gives way to the next of its stratum.
+
+        Args:
+          step, place: of the batch, and of the row in it.
+          stratum, member: which row stands there, as `members` says.
+          fault: called with every unreadable row: attempt, (source, row), error.
+          wanted: items to encode, by side; None: all of them.
+          bad: attempts that are known to be unreadable.
+
+        Raises:
+          UserError: too many of them, or what `fault` raises.
+        """
+        found, problem = self._strata[stratum], ""
         for attempt in range(_TRIES):
+            if attempt in bad:
+                continue
             number = int(found.members[(member + attempt) % len(found.members)])
             example = self._data[found.source][number]
             rng = np.random.default_rng((self._seed, step, place))
             try:
-                return self._draw(example, found, rng)
+                return self._draw(example, found, rng, wanted)
             except UserError as error:
-                self.bad.add((found.source, number), *bad_rows.told(error))
-        raise UserError(f"{_TRIES} rows in a row are unreadable: {self.bad.problems()[-1]}")
+                problem = str(error)
+                fault(attempt, (found.source, number), error)
+        raise UserError(f"{_TRIES} rows in a row are unreadable: {problem}")
 
-    def _draw(self, example: Example, found: strata.Stratum, rng: np.random.Generator) -> Drawn:
+    def _draw(
+        self,
+        example: Example,
+        found: strata.Stratum,
+        rng: np.random.Generator,
+        wanted: Wanted | None,
+    ) -> Drawn:
         example = self._with_other_text(example, found, rng)
         sides, texts, target_id = [], [], example.target_id
         for side, (tokens, items) in enumerate(zip(found.tokens, sides_of(example), strict=True)):
             made = []
-            for item in items if tokens else ():
-                encoded, content = self._side(item.text, item.image, rng)
+            for number, item in enumerate(items if tokens else ()):
+                needs_id = side == 1 and not target_id
+                if wanted is None or wanted[side][number]:
+                    encoded, content = self._side(item.text, item.image, rng)
+                else:
+                    encoded, content = None, self._pass(item, rng, needs_id)
                 made.append(((tokens, self._tiles(item.image is not None)), encoded))
-                if side == 1 and not target_id:
-                    target_id = _content_id(item.text, content)
+                if needs_id:
+                    target_id = text_keys.content_id(item.text, content)
             sides.append(made)
             texts += [item.text for item in items if item.image is None and item.text is not None]
         return Drawn(
@@ -327,7 +338,7 @@ class Batches:
         if self._features is not None:
             variant = rng.integers(self._features.shape[1])
             features = np.asarray(self._features[image.number, variant])[None]
-            if not features.any():  # what `train_data.cache_features` writes for such an image
+            if not features.any():  # what `tower_features` writes for such an image
                 raise UserError(f"{image.name}: was unreadable when its features were computed")
             return (row, Picture(features, self._preprocessor.fixed_layout)), b""
         try:
@@ -338,6 +349,17 @@ class Batches:
             kind, named = type(error), str(error).startswith(image.name)
             raise kind(str(error) if named else f"{image.name}: {error}") from None
 
+    def _pass(self, item: Item, rng: np.random.Generator, needs_content: bool) -> bytes:
+        """Draws what `_side` would draw, without decoding; returns the encoded image if needed."""
+        if item.image is None:
+            return b""
+        if self._features is not None:
+            rng.integers(self._features.shape[1])
+            return b""
+        if self._augment:  # what it draws depends on the image's size
+            return self._side(item.text, item.image, rng)[1]
+        return item.image.load() if needs_content else b""
+
     def _groups(self, sides: list[tuple]) -> tuple[tuple[Inputs, ...], np.ndarray]:
         """Packs one side of a batch into groups, and says where each row went."""
         by_shape = collections.defaultdict(list)
@@ -345,10 +367,14 @@ class Batches:
             by_shape[shape].append(place)
         groups, placed = [], []
         for shape, places in sorted(by_shape.items()):
-            rows = [sides[place][1] for place in places]
-            groups.append(self._preprocessor.group(rows, tokens=shape[0], tiles=shape[1]))
+            rows = [sides[place][1] for place in places if sides[place][1] is not None]
+            groups.append(self.group(rows, shape))
             placed += places
         return tuple(groups), np.argsort(np.array(placed)).astype(np.int32)
+
+    def group(self, rows: list[Encoded], shape: tuple[int, int]) -> Inputs:
+        """Packs rows of one shape (T, C)."""
+        return self._preprocessor.group(rows, tokens=shape[0], tiles=shape[1])
 
     # ---- lengths
 
@@ -372,11 +398,3 @@ class Batches:
                 longest = max(longest, row.length(self._positions(item.image is not None)))
             lengths.append(longest)
         return [*lengths, lost]
-
-
-def _content_id(text: Text, image: bytes) -> str:
-    return hashlib.blake2b(f"{text}\0".encode() + image, digest_size=8).hexdigest()
-
-
-def _ids(names: list[str]) -> np.ndarray:
-    return np.array([zlib.crc32(name.encode()) & 0x7FFFFFFF for name in names], np.int32)

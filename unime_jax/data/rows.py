@@ -1,6 +1,7 @@
 """Tokenised prompts and prepared images, before they are packed into groups."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float16, Float32
@@ -11,6 +12,11 @@ from unime_jax.types import UserError
 IMAGE_SLOT = -1
 
 Features = Float16[np.ndarray, "C P D"] | Float32[np.ndarray, "C P D"]
+
+# Which items of a training row are encoded here, by side.
+Wanted = Sequence[Sequence[bool]]
+# Called with an unreadable row: attempt, (source, row), error.
+Fault = Callable[[int, tuple[int, int], UserError], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,6 +76,29 @@ class Row:
         stop = self.stop - extra
         ids = self.ids[:stop] + self.ids[self.stop :]
         return Row(ids, self.start, stop, self.lost + extra, self.skip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One row of a batch.
+
+    Attributes:
+      sides: of query, target and negatives: what `Preprocessor.group` takes, each with its shape
+        (T, C); a query and a target, or none where a side is not encoded. None for an item that
+        another process encodes.
+      texts: of the sides that are texts.
+      target_id: as in `Example`, found if it is not given.
+      negative_id: as in `Example`.
+      scores: as in `Example`.
+      set: number of the row's data set.
+    """
+
+    sides: tuple[list[tuple], ...]
+    texts: list[str]
+    target_id: str
+    negative_id: str
+    scores: tuple[float, ...]
+    set: int
 
 
 def without_padding(token_rows, attention_mask) -> list[np.ndarray]:

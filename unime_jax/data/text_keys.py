@@ -1,7 +1,12 @@
 """When two captions count as the same: the rule the train/test split rests on."""
 
+import hashlib
 import re
 import unicodedata
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
 
 # Words that carry no meaning of their own in a caption.
 STOP_WORDS = frozenset(
@@ -73,3 +78,13 @@ def compact_key(text: str) -> str:
 def content_words(text: str) -> list[str]:
     """Is the caption's words that carry meaning."""
     return [word for word in words(text) if word not in STOP_WORDS]
+
+
+def content_id(text: object, image: bytes) -> str:
+    """Returns an identity of a text and an encoded image: equal for equal content."""
+    return hashlib.blake2b(f"{text}\0".encode() + image, digest_size=8).hexdigest()
+
+
+def numbers(names: Sequence[str]) -> np.ndarray:
+    """Returns int32 numbers, equal for equal names."""
+    return np.array([zlib.crc32(name.encode()) & 0x7FFFFFFF for name in names], np.int32)

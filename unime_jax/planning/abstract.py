@@ -89,6 +89,32 @@ def run(
     return Run(step, state, frozen, batch(composition, spec, width, mesh))
 
 
+def loss(settings: dict[str, Any], composition: Composition, width: int, *, mesh) -> Run:
+    """Builds the loss over a batch's embeddings and its gradient, whole on every device.
+
+    Args:
+      settings, composition, mesh: as for `run`.
+      width: of an embedding.
+    """
+    everywhere = NamedSharding(mesh, P())
+    groups = (getattr(composition, side) for side in SIDES)
+    sides = [
+        Leaf((sum(rows for rows, _, _ in side), width), jnp.float32, sharding=everywhere)
+        for side in groups
+        if side
+    ]
+    objective = steps.make_objective(
+        settings["stage"], **settings["loss"], set_names=composition.sets
+    )
+
+    def step(sides, frozen, batch):
+        del frozen
+        return jax.value_and_grad(objective, has_aux=True)(sides, batch, jax.random.key(0))
+
+    nothing = dataclasses.replace(composition, **dict.fromkeys(SIDES, ()))
+    return Run(jax.jit(step), sides, {}, batch(nothing, None, 0, mesh))
+
+
 def _tower_width(built: nnx.Module, composition: Composition) -> int:
     """Returns the width of cached features; 0 where none are cached."""
     if not composition.features:

@@ -2,7 +2,11 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib.metadata
+import json
 import os
+import pathlib
 import re
 import sys
 import tempfile
@@ -42,14 +46,28 @@ class Compiled:
     counted: bool = True
     refusal: str = ""
 
+    @property
+    def beside(self) -> float:
+        """Is what the program takes beside its arguments at its peak."""
+        return max(0.0, self.peak - self.arguments)
 
-def compile_step(run: Run, platform: str, *, devices_of_host: int | None = None) -> Compiled:
+
+def compile_step(
+    run: Run,
+    platform: str,
+    *,
+    devices_of_host: int | None = None,
+    cache: pathlib.Path | None = None,
+    hardware: str = "",
+) -> Compiled:
     """Compiles a step for the devices that its arguments are placed on, "tpu" or "gpu".
 
     Args:
       run: the step.
       platform: decides the compiler's options.
       devices_of_host: as `collectives.read` takes it.
+      cache: directory where what compilers said is kept, by program; None: nowhere.
+      hardware: what else than the program decides what they say.
 
     Raises:
       UserError: the compiler needs something that is not installed.
@@ -57,13 +75,39 @@ def compile_step(run: Run, platform: str, *, devices_of_host: int | None = None)
     import jax
 
     started = time.perf_counter()
+    with _quiet():
+        lowered = _lower(run)
+    path = None
+    if cache is not None:
+        said = f"{lowered.as_text()}{platform}{hardware}{devices_of_host}{_compilers()}"
+        path = cache / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
+        if path.is_file():
+            return _read(path)
     try:
         with _quiet():
-            program = run.step.lower(*run.arguments).compile(_OPTIONS.get(platform))
+            program = lowered.compile(_OPTIONS.get(platform))
+        memory = program.memory_analysis()
+        moved, counted = collectives.read(program.as_text(), devices_of_host)
+        found = Compiled(
+            time.perf_counter() - started,
+            float(memory.argument_size_in_bytes),
+            float(memory.temp_size_in_bytes),
+            float(memory.peak_memory_in_bytes),
+            moved,
+            counted,
+        )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _refused(str(error), time.perf_counter() - started)
+        found = _refused(str(error), time.perf_counter() - started)
+    if path is not None:
+        _write(path, found)
+    return found
+
+
+def _lower(run: Run):
+    try:
+        return run.step.lower(*run.arguments)
     except RuntimeError as error:
         if "cuDNN is not detected" not in str(error):
             raise
@@ -71,17 +115,30 @@ def compile_step(run: Run, platform: str, *, devices_of_host: int | None = None)
             "--compile: attention on GPUs needs cuDNN to be compiled: pip install "
             "-e '.[plan-gpu]', or plan with --config.model.attention=xla"
         ) from None
-    seconds = time.perf_counter() - started
-    memory = program.memory_analysis()
-    moved, counted = collectives.read(program.as_text(), devices_of_host)
-    return Compiled(
-        seconds,
-        float(memory.argument_size_in_bytes),
-        float(memory.temp_size_in_bytes),
-        float(memory.peak_memory_in_bytes),
-        moved,
-        counted,
+
+
+def _compilers() -> str:
+    """Names all that has a say in what a program takes, but for the program."""
+    versions = []
+    for name in ("jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn-cu12"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    return (
+        f"{versions} {_OPTIONS} {os.environ.get('XLA_FLAGS')} {os.environ.get('LIBTPU_INIT_ARGS')}"
     )
+
+
+def _write(path: pathlib.Path, found: Compiled) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(json.dumps(dataclasses.asdict(found)))
+    part.replace(path)
+
+
+def _read(path: pathlib.Path) -> Compiled:
+    found = json.loads(path.read_text())
+    moved = [collectives.Collective(**one) for one in found.pop("moved")]
+    return Compiled(**found, moved=moved)
 
 
 _SIZE = r"\(?([\d.]+)([KMGT]?)i?B?\)?"

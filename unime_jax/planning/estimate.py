@@ -187,6 +187,11 @@ class Estimator:
     def _model(self) -> nnx.Module:
         return abstract.model(self._settings, self._config, "xla")
 
+    @property
+    def width(self) -> int:
+        """Width of an embedding."""
+        return self._model.embedding_width
+
     @functools.cached_property
     def _quantised(self) -> float:
         """Weights that are held as codes."""

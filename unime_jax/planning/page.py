@@ -142,6 +142,19 @@ def compiling(plan: dict[str, Any]) -> str:
     return f"\nCompiling for {plan['topology']['title']} ..."
 
 
+def piece(found, done: int, total: int, seconds: float) -> str:
+    """Tells of a piece of a step that is compiled; `seconds` are those since the first began."""
+    one = found.compiled
+    result = (
+        "does not fit"
+        if one.refusal
+        else f"{_gib(one.beside)} GiB of temporaries, {_gib(found.held)} of them kept"
+    )
+    left = seconds / done * (total - done)
+    rest = f"; about {max(left, 1):.0f} s left" if done < total else ""
+    return f"  {done}/{total} {found.piece.describe()}: {result} ({one.seconds:.0f} s{rest})"
+
+
 def compiled(found: dict[str, Any], plan: dict[str, Any]) -> str:
     limit = plan["limit"]
     title = f"Compiled in {found['seconds']:.0f} s, attention {found['attention']}"

@@ -1,6 +1,8 @@
 """Puts a plan together, part by part, the quick ones first."""
 
+import contextlib
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +21,7 @@ from unime_jax.planning import (
     flops,
     memory,
     page,
+    pieces,
 )
 from unime_jax.planning import topology as topologies
 from unime_jax.planning.topology import Topology
@@ -33,7 +36,7 @@ def make(
     topology: Topology,
     *,
     mfu: float,
-    compiles: bool,
+    compiles: str | None,
     searches: bool,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -44,7 +47,7 @@ def make(
       name: of its file.
       topology: what to plan for.
       mfu: share of the peak rate that products run at.
-      compiles: compile the step.
+      compiles: compile the step, in "pieces" or "whole"; None: not.
       searches: compare values of chunk and remat.
       tell: gets the text of every part as soon as it is known.
 
@@ -61,11 +64,11 @@ def make(
     plan |= planner.current()
     tell(page.current(plan))
     if searches:
-        plan |= planner.search(compiles, tell)
+        plan |= planner.search(compiles is not None, tell)
         tell(page.search(plan))
     elif compiles:
         tell(page.compiling(plan))
-        plan |= planner.compile(planner.setting)
+        plan |= planner.compile(planner.setting, tell, whole=compiles == "whole")
         tell(page.compiled(plan["compiled"], plan))
     return plan
 
@@ -187,18 +190,27 @@ class _Planner:
                 result["compiled"] = best["compiled"]
         return result
 
-    def compile(self, setting: tuple[int, str]) -> dict[str, Any]:
-        """Compiles one setting."""
-        devices = topologies.compile_devices(self.topology)
-        mesh = sharding.make_mesh(*self.mesh.shape.values(), devices=devices)
-        attention = runtime.resolve_attention(
-            self.settings["model"]["attention"], self.settings["model"]["dtype"], mesh
-        )
-        found = compiled.compile_step(
-            self._run(setting, mesh, attention),
-            self.topology.chip.platform,
-            devices_of_host=self.topology.linked,
-        )
+    def compile(
+        self,
+        setting: tuple[int, str],
+        tell: Callable[[str], None] = lambda text: None,
+        *,
+        whole: bool = False,
+    ) -> dict[str, Any]:
+        """Compiles one setting, piece by piece or whole."""
+        started = time.perf_counter()
+        if whole:
+            attention, found = self._compile_whole(setting)
+            parts, match = [], found.arguments + self._idle == self._arguments.total
+        else:
+            parts = self._compile_pieces(setting, tell)
+            attention, match = parts[0].attention, all(one.arguments_match for one in parts)
+            found = pieces.together(
+                parts,
+                self._arguments.total - self._idle,
+                self._arguments.adapters,
+                time.perf_counter() - started,
+            )
         crossing = [one for one in found.moved if one.hosts > 1]
         return {
             "compiled": {
@@ -212,28 +224,70 @@ class _Planner:
                 "peak": found.peak + self._idle,
                 "fits": not found.refusal and found.peak + self._idle <= self.estimator.limit,
                 "refusal": found.refusal,
-                "arguments_match": bool(found.refusal)
-                or found.arguments + self._idle == self._arguments.total,
+                "arguments_match": bool(found.refusal) or match,
                 "collectives": [dataclasses.asdict(one) for one in found.moved],
                 "collective_bytes": sum(one.bytes for one in found.moved),
                 "collective_seconds": sum(one.sent / self._speed(one) for one in found.moved),
                 "network_seconds": sum(one.sent / self._speed(one) for one in crossing),
                 "loops_known": found.counted,
+                "pieces": [one.summary() for one in parts],
             }
         }
+
+    def _compile_whole(self, setting: tuple[int, str]) -> tuple[str, compiled.Compiled]:
+        devices = topologies.compile_devices(self.topology)
+        mesh = sharding.make_mesh(*self.mesh.shape.values(), devices=devices)
+        attention = runtime.resolve_attention(
+            self.settings["model"]["attention"], self.settings["model"]["dtype"], mesh
+        )
+        return attention, compiled.compile_step(
+            self._run(setting, mesh, attention),
+            self.topology.chip.platform,
+            devices_of_host=self.topology.linked,
+        )
+
+    def _compile_pieces(self, setting: tuple[int, str], tell) -> list[pieces.Found]:
+        """Compiles pieces until all are done or it is clear that the step does not fit."""
+        topologies.check_compiler(self.topology)
+        wanted = pieces.divide(self.composition, setting[0])
+        job = pieces.Job(
+            self._set(setting),
+            self.backbone.config,
+            self.composition,
+            self.topology,
+            tuple(self.mesh.shape.values()),
+            self.estimator.width,
+            self._flash(),
+        )
+        started, found = time.perf_counter(), []
+        with contextlib.closing(pieces.compile_all(wanted, job)) as coming:
+            for one in coming:
+                found.append(one)
+                tell(page.piece(one, len(found), len(wanted), time.perf_counter() - started))
+                base = self._arguments.total
+                peak = pieces.together(found, base, self._arguments.adapters, 0.0).peak
+                if one.compiled.refusal or peak > self.estimator.limit:
+                    break
+        return found
 
     # ---- parts
 
     def _run(self, setting: tuple[int, str], mesh, attention: str = "xla") -> abstract.Run:
+        return abstract.run(
+            self._set(setting),
+            self.backbone.config,
+            self.composition,
+            mesh=mesh,
+            attention=attention,
+        )
+
+    def _set(self, setting: tuple[int, str]) -> dict[str, Any]:
         chunk, remat = setting
-        settings = {
+        return {
             **self.settings,
             "model": {**self.settings["model"], "remat": remat},
             "train": {**self.settings["train"], "chunk": chunk},
         }
-        return abstract.run(
-            settings, self.backbone.config, self.composition, mesh=mesh, attention=attention
-        )
 
     def _speed(self, moved: collectives.Collective) -> float:
         """Returns bytes/s at which each device of a ring sends: hosts' networks may be slower."""
@@ -305,7 +359,7 @@ class _Planner:
             return tried
 
         def fits(one: dict[str, Any]) -> bool:
-            result = self.compile((one["chunk"], one["remat"]))["compiled"]
+            result = self.compile(_setting(one), tell)["compiled"]
             tried.append({**one, "fits": result["fits"], "compiled": result})
             tell(page.tried(result))
             if np.isfinite(result["peak"]):

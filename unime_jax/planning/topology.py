@@ -249,14 +249,12 @@ def use_no_accelerator() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def compile_devices(topology: Topology) -> list:
-    """Returns devices to compile for.
+def check_compiler(topology: Topology) -> None:
+    """Checks that there is a compiler for the hardware.
 
     Raises:
-      UserError: the compiler of this platform is not installed, or does not know the hardware.
+      UserError: there is none; the message names the extra that has it.
     """
-    from jax.experimental import topologies
-
     chip = topology.chip
     modules, extra = (
         (("libtpu",), "plan-tpu")
@@ -268,6 +266,18 @@ def compile_devices(topology: Topology) -> list:
             f"--compile for {chip.title} needs its compiler: pip install -e '.[{extra}]' (no "
             "such hardware is needed), or plan without --compile"
         )
+
+
+def compile_devices(topology: Topology) -> list:
+    """Returns devices to compile for.
+
+    Raises:
+      UserError: the compiler of this platform is not installed, or does not know the hardware.
+    """
+    from jax.experimental import topologies
+
+    check_compiler(topology)
+    chip = topology.chip
     if chip.platform == "gpu":
         hosts, count = topology.shape
         name, platform = f"1x{hosts}x{count}", "cuda"

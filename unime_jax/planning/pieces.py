@@ -1,0 +1,261 @@
+"""Compiles a step piece by piece: a program for each shape of rows, and one for the loss.
+
+A step encodes groups of rows of a dozen shapes, forth and back, and compiling all of it in one
+program takes as long as all pieces one after the other, or longer. Every piece is the training step
+of a batch that has this group alone: the same chunks, adapters, gathers and update, on the same
+devices. Together they take what the whole step takes, but for two sums, made here: what groups hold
+at the same time, and what devices send.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+from unime_jax import runtime, sharding
+from unime_jax.planning import abstract, collectives, compiled, flops, liveness, memory
+from unime_jax.planning import topology as topologies
+from unime_jax.planning.composition import SIDES, Composition, Shape
+
+_GIB_A_PROCESS = 2.5  # what a compiler takes of this machine's memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A part of a step.
+
+    Attributes:
+      group: rows, T and C; None for the loss.
+      chunk: config.train.chunk with which this group alone is encoded as among the others.
+      times: how many groups of a step are alike.
+    """
+
+    group: Shape | None
+    chunk: int = 0
+    times: int = 1
+
+    def describe(self) -> str:
+        if self.group is None:
+            return "the loss"
+        rows, tokens, tiles = self.group
+        images = f" with {tiles} tile(s)" if tiles else ""
+        return f"{rows} rows of {tokens}{images}" + (f", {self.times} times" * (self.times > 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What another process needs to compile pieces of a step.
+
+    Attributes:
+      settings: the resolved configuration, with the chunk and remat to compile.
+      config: content of config.json.
+      composition: of a whole batch.
+      topology: to compile for.
+      mesh: its sides.
+      width: of an embedding.
+      flash: whether attention never holds the scores of all pairs of positions.
+    """
+
+    settings: dict[str, Any]
+    config: dict[str, Any]
+    composition: Composition
+    topology: topologies.Topology
+    mesh: tuple[int, int, int]
+    width: int
+    flash: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a piece takes; bytes of one device.
+
+    Attributes:
+      piece: which.
+      attention: the kernel it has.
+      compiled: what the compiler says of it.
+      arguments: those it should have, but for what it never reads.
+      kept: of its temporaries those that it holds from the way there to the way back.
+    """
+
+    piece: Piece
+    attention: str
+    compiled: compiled.Compiled
+    arguments: float
+    kept: float
+
+    @property
+    def held(self) -> float:
+        """Is `kept`, an estimate, but never more than the compiler says."""
+        return min(self.kept, self.compiled.beside)
+
+    @property
+    def arguments_match(self) -> bool:
+        return bool(self.compiled.refusal) or self.compiled.arguments == self.arguments
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what a report says of it."""
+        return {
+            "piece": self.piece.describe(),
+            "group": self.piece.group,
+            "chunk": self.piece.chunk,
+            "times": self.piece.times,
+            "seconds": self.compiled.seconds,
+            "temporaries": self.compiled.beside,
+            "kept": self.held,
+        }
+
+
+def divide(composition: Composition, chunk: int) -> list[Piece]:
+    """Lists the pieces of a step, those that should take most memory first."""
+    found: collections.Counter[tuple[Shape, int]] = collections.Counter()
+    for side in SIDES:
+        groups = getattr(composition, side)
+        longest = max((tokens for _, tokens, _ in groups), default=0)
+        for group in groups:
+            found[group, chunk * longest // group[1]] += 1
+    pieces = [Piece(group, size, times) for (group, size), times in found.items()]
+    pieces.sort(key=lambda piece: (piece.group[2] > 0, _positions(piece)), reverse=True)
+    return [*pieces, Piece(None)]
+
+
+def _positions(piece: Piece) -> int:
+    """Counts the positions that are encoded at a time."""
+    rows, tokens, _ = piece.group
+    return tokens * (min(rows, piece.chunk) if piece.chunk else rows)
+
+
+def compile_all(pieces: list[Piece], job: Job) -> Iterator[Found]:
+    """Compiles pieces in processes of their own and yields them as they come.
+
+    Closing the iterator ends the others.
+    """
+    workers = max(1, min(len(pieces), os.cpu_count() or 1, int(_free_gib() // _GIB_A_PROCESS)))
+    context = multiprocessing.get_context("spawn")
+    pool = futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
+    running = [pool.submit(compile_piece, piece, job) for piece in pieces]
+    try:
+        for done in futures.as_completed(running):
+            yield done.result()
+    finally:
+        for one in running:
+            one.cancel()
+        for child in multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown()
+
+
+def _free_gib() -> float:
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo") as file:
+            line = next(line for line in file if line.startswith("MemAvailable"))
+        return int(line.split()[1]) / 2**20
+    return 2 * _GIB_A_PROCESS
+
+
+def _prepare() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits
+    topologies.use_no_accelerator()
+
+
+def compile_piece(piece: Piece, job: Job) -> Found:
+    """Compiles one piece."""
+    devices = topologies.compile_devices(job.topology)
+    mesh = sharding.make_mesh(*job.mesh, devices=devices)
+    settings, made = _alone(piece, job)
+    model = settings["model"]
+    attention = runtime.resolve_attention(model["attention"], model["dtype"], mesh)
+    if piece.group is None:
+        run, kept = abstract.loss(settings, made, job.width, mesh=mesh), 0.0
+    else:
+        run = abstract.run(settings, job.config, made, mesh=mesh, attention=attention)
+        kept = _kept(piece, job, mesh.shape["data"] * mesh.shape["fsdp"])
+    used = flops.trace(run.step, *run.arguments)[1]
+    found = compiled.compile_step(
+        run,
+        job.topology.chip.platform,
+        devices_of_host=job.topology.linked,
+        cache=runtime.cache_directory() / "plans",
+        hardware=f"{job.topology} {job.mesh}",
+    )
+    arguments = memory.size(run.arguments) - memory.idle(run, used)
+    return Found(piece, attention, found, arguments, kept)
+
+
+def _alone(piece: Piece, job: Job) -> tuple[dict[str, Any], Composition]:
+    """Returns settings and batch of a step that encodes one group.
+
+    Cached vectors stand for the other side of its loss, which is small; the batch's own loss is a
+    piece by itself.
+    """
+    settings, made = job.settings, job.composition
+    if piece.group is None:
+        return settings, made
+    stage = "distill" if settings["stage"] == "distill" else "contrast"
+    settings = {
+        **settings,
+        "stage": stage,
+        "loss": {**settings["loss"], "k": 0},
+        "train": {**settings["train"], "chunk": piece.chunk},
+    }
+    rows = piece.group[0]
+    width = made.vectors[1] if stage == "distill" else job.width
+    made = dataclasses.replace(
+        made,
+        **{side: (piece.group,) if side == "query" else () for side in SIDES},
+        rows=rows,
+        vectors=(rows, width),
+        judged=0,
+        negative_ids=False,
+    )
+    return settings, made
+
+
+def _kept(piece: Piece, job: Job, devices: int) -> float:
+    """Estimates what one device holds of a group between the way there and the way back."""
+    rows, tokens, tiles = piece.group
+    alone = dataclasses.replace(
+        piece,
+        group=(-(-rows // devices), tokens, tiles),
+        chunk=max(1, piece.chunk // devices) if piece.chunk else 0,
+    )
+    settings, made = _alone(alone, job)
+    run = abstract.run(settings, job.config, made)
+    jaxpr, _ = flops.trace(run.step, *run.arguments)
+    return liveness.kept(jaxpr, flash=job.flash)
+
+
+def together(
+    found: list[Found], arguments: float, gradients: float, seconds: float
+) -> compiled.Compiled:
+    """Puts the pieces of a step together.
+
+    Args:
+      found: all pieces, or as many as it took to see that the step does not fit.
+      arguments: of the whole step, those that it reads.
+      gradients: bytes of the gradients, which add up group by group.
+      seconds: that it took.
+    """
+    several = sum(one.piece.times for one in found if one.piece.group) > 1
+    temporaries = sum(one.piece.times * one.held for one in found)
+    temporaries += max(one.compiled.beside - one.held for one in found) + gradients * several
+    calls: dict[tuple, list] = collections.defaultdict(lambda: [0, 0.0])
+    for one in found:
+        for moved in one.compiled.moved:
+            total = calls[moved.kind, moved.shape, moved.group, moved.hosts]
+            total[0] += one.piece.times * moved.calls
+            total[1] += one.piece.times * moved.bytes
+    moved = [collectives.Collective(*kind, *total) for kind, total in calls.items()]
+    return compiled.Compiled(
+        seconds,
+        arguments,
+        temporaries,
+        arguments + temporaries,
+        sorted(moved, key=lambda one: -one.bytes),
+        all(one.compiled.counted for one in found),
+        next((one.compiled.refusal for one in found if one.compiled.refusal), ""),
+    )
