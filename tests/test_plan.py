@@ -180,7 +180,7 @@ def test_the_fastest_settings_are_compiled_until_one_fits():
     made.estimator = types.SimpleNamespace(limit=10.0)
     asked = []
 
-    def compile(setting):
+    def compile(setting, tell):
         asked.append(setting)
         peak = {(32, "none"): 14.0, (16, "dots"): 9.0}[setting]
         return {"compiled": {"peak": peak, "fits": peak < 10, "seconds": 1.0,
@@ -210,7 +210,7 @@ def searched(peaks: dict, found: list[dict], base: float = 1.0):
     made._limit = dict
     asked, said = [], []
 
-    def compile(setting):
+    def compile(setting, tell):
         asked.append(setting)
         peak = peaks[setting]
         return {"compiled": {"peak": peak, "fits": peak < 10, "seconds": 1.0,
@@ -278,7 +278,7 @@ def test_compiling_a_setting(monkeypatch):
         return found
 
     asked, made._run = [], run
-    found = made.compile((8, "dots"))["compiled"]
+    found = made.compile((8, "dots"), how="whole")["compiled"]
     assert asked == [((8, "dots"), "xla")] and found["attention"] == "xla"
     assert (found["chunk"], found["remat"], found["refusal"]) == (8, "dots", "")
     assert found["fits"] and found["arguments_match"] and found["loops_known"]
@@ -292,7 +292,7 @@ def test_compiling_a_setting(monkeypatch):
     text = page.compiled(found, {"limit": limit, "topology": hardware})
     assert "if nothing hid them, at 300 GB/s a device, between hosts 25 GB/s of network" in text
     made.estimator.limit = 64.0
-    assert not made.compile((8, "dots"))["compiled"]["fits"]
+    assert not made.compile((8, "dots"), how="whole")["compiled"]["fits"]
 
 
 def test_a_ring_between_hosts_is_as_fast_as_their_networks():
@@ -300,7 +300,7 @@ def test_a_ring_between_hosts_is_as_fast_as_their_networks():
 
     def speed(name: str, group: int, hosts: int) -> float:
         made.topology = topology.parse(name)
-        return made._speed(collectives.Collective("all-gather", "", group, hosts, 1, 1.0))
+        return made._speed(collectives.Collective("all-gather", "", group, hosts, 1, 1, 1.0))
 
     assert speed("a100-80g:2x8", 8, 1) == 300e9  # NVLink
     assert speed("a100-80g:2x8", 16, 2) == 8 * 25e9  # every device's card
@@ -310,12 +310,12 @@ def test_a_ring_between_hosts_is_as_fast_as_their_networks():
 
 
 def test_what_compilers_write_is_shown_if_they_fail(capfd):
-    with compiled._quiet():
+    with compiled.quiet():
         os.write(2, b"no GPU here")
-    with pytest.raises(RuntimeError), compiled._quiet():
+    with pytest.raises(RuntimeError), compiled.quiet():
         os.write(2, b"out of memory")
         raise RuntimeError("RESOURCE_EXHAUSTED: too large")
-    with pytest.raises(ValueError), compiled._quiet():
+    with pytest.raises(ValueError), compiled.quiet():
         os.write(2, b"the reason")
         raise ValueError
     assert capfd.readouterr().err == "the reason"

@@ -6,9 +6,10 @@
   --topology NAME  TPU slices as v5e:4x4, v6e:2x4, v5p:2x2x2; GPUs as a100-80g:8, a100-40g:8,
                    h100:8, h200:1, and a100-80g:2x8 for two hosts of eight
   --compile        compiles the real step for it (no such hardware is needed; extras plan-tpu and
-                   plan-gpu): temporaries, peak, whether it fits, every collective; piece by piece,
-                   each shape of rows a program, and what was compiled before is not again
-  --compile=whole  as one program, as training does; takes longer
+                   plan-gpu): temporaries, peak, whether it fits, every collective. Groups of rows
+                   are compiled one by one, one for all that differ in length alone; what was
+                   compiled before is not again
+  --compile=pieces  every group; --compile=whole  all in one program, as training does. Longer
   --search         compares values of train.chunk and model.remat, recommends the fastest that
                    fits; on estimates, or with --compile on compiled programs
   --mfu SHARE      of the peak rate that products run at, recomputed ones counted (0.45)
@@ -25,6 +26,8 @@ from unime_jax import config as config_lib
 from unime_jax import runtime
 from unime_jax.planning import topology
 from unime_jax.types import UserError
+
+COMPILES = ("kinds", "pieces", "whole")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,7 +73,7 @@ def _options(argv: list[str]):
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--topology")
     parser.add_argument("--mfu", type=float, default=0.45)
-    parser.add_argument("--compile", nargs="?", const="pieces", choices=("pieces", "whole"))
+    parser.add_argument("--compile", nargs="?", const="kinds", choices=COMPILES)
     for flag in ("--search", "--json"):
         parser.add_argument(flag, action="store_true")
     if len(argv) < 2 or any(a in ("-h", "--help", "-help") for a in argv[1:]):

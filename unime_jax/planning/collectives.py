@@ -32,6 +32,7 @@ class Collective:
       shape: as the compiler writes it.
       group: devices that take part.
       hosts: that they are on, at most.
+      loop: how often the outermost loop around them runs; 1 without a loop.
       calls: in one step.
       bytes: of all calls, on one device.
     """
@@ -40,6 +41,7 @@ class Collective:
     shape: str
     group: int
     hosts: int
+    loop: int
     calls: int
     bytes: float
 
@@ -66,7 +68,7 @@ def read(text: str, devices_of_host: int | None = None) -> tuple[list[Collective
     calls: collections.Counter = collections.Counter()
     known = True
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int, loop: int) -> None:
         nonlocal known
         for line in computations.get(name, ()):
             found = _OPERATION.match(line)
@@ -77,22 +79,23 @@ def read(text: str, devices_of_host: int | None = None) -> tuple[list[Collective
             if kind in KINDS and not operation.endswith("-done"):
                 groups = _groups(rest)
                 taking, hosts = max(map(len, groups)), _hosts(groups, devices_of_host)
-                calls[kind, _result(result, operation), taking, hosts] += times
+                calls[kind, _result(result, operation), taking, hosts, loop] += times
                 continue
-            inner = times
+            inner, outermost = times, loop
             if operation == "while":
                 trips = _trips(line, computations)
                 inside = _reaches(line, computations)
                 known = known and (trips is not None or not inside)
                 inner = times * (1 if trips is None else trips)
+                outermost = loop if loop > 1 else trips or 1
             for called in _called(line):
-                visit(called, inner)
+                visit(called, inner, outermost)
 
-    visit(entry, 1)
+    visit(entry, 1, 1)
     found = []
-    for (kind, shape, group, hosts), count in calls.items():
+    for (kind, shape, group, hosts, loop), count in calls.items():
         size = _bytes(shape) * (group if kind == "reduce-scatter" else 1)
-        found.append(Collective(kind, shape, group, hosts, count, size * count))
+        found.append(Collective(kind, shape, group, hosts, loop, count, size * count))
     return sorted(found, key=lambda one: -one.bytes), known
 
 

@@ -142,17 +142,23 @@ def compiling(plan: dict[str, Any]) -> str:
     return f"\nCompiling for {plan['topology']['title']} ..."
 
 
-def piece(found, done: int, total: int, seconds: float) -> str:
-    """Tells of a piece of a step that is compiled; `seconds` are those since the first began."""
+def piece(found, alike, done: int, total: int, seconds: float) -> str:
+    """Tells of a piece of a step that is compiled.
+
+    Args:
+      found: the piece.
+      alike: those that follow from it.
+      done, total: pieces to compile.
+      seconds: since the first began.
+    """
     one = found.compiled
-    result = (
-        "does not fit"
-        if one.refusal
-        else f"{_gib(one.beside)} GiB of temporaries, {_gib(found.held)} of them kept"
+    result = "does not fit" if one.refusal else f"{_gib(one.beside)} GiB of temporaries"
+    others = f" (and {len(alike)} more like it)" if alike else ""
+    left = max(seconds / done * (total - done), 1.0)
+    rest = f"; about {left:.0f} s left" if done < total else ""
+    return (
+        f"  {done}/{total} {found.piece.describe()}{others}: {result} ({one.seconds:.0f} s{rest})"
     )
-    left = seconds / done * (total - done)
-    rest = f"; about {max(left, 1):.0f} s left" if done < total else ""
-    return f"  {done}/{total} {found.piece.describe()}: {result} ({one.seconds:.0f} s{rest})"
 
 
 def compiled(found: dict[str, Any], plan: dict[str, Any]) -> str:

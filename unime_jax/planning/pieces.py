@@ -80,6 +80,7 @@ class Found:
       compiled: what the compiler says of it.
       arguments: those it should have, but for what it never reads.
       kept: of its temporaries those that it holds from the way there to the way back.
+      like: the piece that was compiled in its place (`alike.follow`); None: itself.
     """
 
     piece: Piece
@@ -87,15 +88,12 @@ class Found:
     compiled: compiled.Compiled
     arguments: float
     kept: float
+    like: Piece | None = None
 
     @property
     def held(self) -> float:
         """Is `kept`, an estimate, but never more than the compiler says."""
         return min(self.kept, self.compiled.beside)
-
-    @property
-    def arguments_match(self) -> bool:
-        return bool(self.compiled.refusal) or self.compiled.arguments == self.arguments
 
     def summary(self) -> dict[str, Any]:
         """Returns what a report says of it."""
@@ -104,6 +102,7 @@ class Found:
             "group": self.piece.group,
             "chunk": self.piece.chunk,
             "times": self.piece.times,
+            "like": self.like and self.like.describe(),
             "seconds": self.compiled.seconds,
             "temporaries": self.compiled.beside,
             "kept": self.held,
@@ -111,7 +110,7 @@ class Found:
 
 
 def divide(composition: Composition, chunk: int) -> list[Piece]:
-    """Lists the pieces of a step, those that should take most memory first."""
+    """Lists the pieces of a step, the loss at the end."""
     found: collections.Counter[tuple[Shape, int]] = collections.Counter()
     for side in SIDES:
         groups = getattr(composition, side)
@@ -119,14 +118,7 @@ def divide(composition: Composition, chunk: int) -> list[Piece]:
         for group in groups:
             found[group, chunk * longest // group[1]] += 1
     pieces = [Piece(group, size, times) for (group, size), times in found.items()]
-    pieces.sort(key=lambda piece: (piece.group[2] > 0, _positions(piece)), reverse=True)
     return [*pieces, Piece(None)]
-
-
-def _positions(piece: Piece) -> int:
-    """Counts the positions that are encoded at a time."""
-    rows, tokens, _ = piece.group
-    return tokens * (min(rows, piece.chunk) if piece.chunk else rows)
 
 
 def compile_all(pieces: list[Piece], job: Job) -> Iterator[Found]:
@@ -164,6 +156,11 @@ def _prepare() -> None:
 
 def compile_piece(piece: Piece, job: Job) -> Found:
     """Compiles one piece."""
+    with compiled.quiet():
+        return _compile_piece(piece, job)
+
+
+def _compile_piece(piece: Piece, job: Job) -> Found:
     devices = topologies.compile_devices(job.topology)
     mesh = sharding.make_mesh(*job.mesh, devices=devices)
     settings, made = _alone(piece, job)
@@ -246,7 +243,7 @@ def together(
     calls: dict[tuple, list] = collections.defaultdict(lambda: [0, 0.0])
     for one in found:
         for moved in one.compiled.moved:
-            total = calls[moved.kind, moved.shape, moved.group, moved.hosts]
+            total = calls[moved.kind, moved.shape, moved.group, moved.hosts, moved.loop]
             total[0] += one.piece.times * moved.calls
             total[1] += one.piece.times * moved.bytes
     moved = [collectives.Collective(*kind, *total) for kind, total in calls.items()]

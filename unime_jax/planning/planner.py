@@ -13,6 +13,7 @@ from unime_jax import runtime, sharding
 from unime_jax.models import layers
 from unime_jax.planning import (
     abstract,
+    alike,
     backbones,
     collectives,
     compiled,
@@ -47,7 +48,7 @@ def make(
       name: of its file.
       topology: what to plan for.
       mfu: share of the peak rate that products run at.
-      compiles: compile the step, in "pieces" or "whole"; None: not.
+      compiles: compile the step, one of `plan.COMPILES`; None: not.
       searches: compare values of chunk and remat.
       tell: gets the text of every part as soon as it is known.
 
@@ -68,7 +69,7 @@ def make(
         tell(page.search(plan))
     elif compiles:
         tell(page.compiling(plan))
-        plan |= planner.compile(planner.setting, tell, whole=compiles == "whole")
+        plan |= planner.compile(planner.setting, tell, compiles)
         tell(page.compiled(plan["compiled"], plan))
     return plan
 
@@ -194,17 +195,17 @@ class _Planner:
         self,
         setting: tuple[int, str],
         tell: Callable[[str], None] = lambda text: None,
-        *,
-        whole: bool = False,
+        how: str = "kinds",
     ) -> dict[str, Any]:
-        """Compiles one setting, piece by piece or whole."""
-        started = time.perf_counter()
-        if whole:
+        """Compiles one setting: a piece of each kind, all "pieces" or the "whole" step."""
+        started, platform = time.perf_counter(), self.topology.chip.platform
+        if how == "whole":
             attention, found = self._compile_whole(setting)
-            parts, match = [], found.arguments + self._idle == self._arguments.total
+            parts, pairs = [], [(found.arguments, self._arguments.total - self._idle)]
         else:
-            parts = self._compile_pieces(setting, tell)
-            attention, match = parts[0].attention, all(one.arguments_match for one in parts)
+            parts = self._compile_pieces(setting, tell, how)
+            attention = parts[0].attention
+            pairs = [(one.compiled.arguments, one.arguments) for one in parts]
             found = pieces.together(
                 parts,
                 self._arguments.total - self._idle,
@@ -224,7 +225,8 @@ class _Planner:
                 "peak": found.peak + self._idle,
                 "fits": not found.refusal and found.peak + self._idle <= self.estimator.limit,
                 "refusal": found.refusal,
-                "arguments_match": bool(found.refusal) or match,
+                "arguments_match": bool(found.refusal)
+                or all(compiled.same_arguments(*pair, platform) for pair in pairs),
                 "collectives": [dataclasses.asdict(one) for one in found.moved],
                 "collective_bytes": sum(one.bytes for one in found.moved),
                 "collective_seconds": sum(one.sent / self._speed(one) for one in found.moved),
@@ -246,10 +248,14 @@ class _Planner:
             devices_of_host=self.topology.linked,
         )
 
-    def _compile_pieces(self, setting: tuple[int, str], tell) -> list[pieces.Found]:
+    def _compile_pieces(self, setting: tuple[int, str], tell, how: str) -> list[pieces.Found]:
         """Compiles pieces until all are done or it is clear that the step does not fit."""
         topologies.check_compiler(self.topology)
-        wanted = pieces.divide(self.composition, setting[0])
+        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        kinds = [[piece] for piece in pieces.divide(self.composition, setting[0])]
+        if how == "kinds" and self.mesh.shape["tensor"] == 1:  # else rows are exchanged too
+            kinds = alike.kinds([piece for (piece,) in kinds], devices)
+        others = {first: rest for first, *rest in kinds}
         job = pieces.Job(
             self._set(setting),
             self.backbone.config,
@@ -259,11 +265,14 @@ class _Planner:
             self.estimator.width,
             self._flash(),
         )
-        started, found = time.perf_counter(), []
-        with contextlib.closing(pieces.compile_all(wanted, job)) as coming:
+        started, found, done = time.perf_counter(), [], 0
+        with contextlib.closing(pieces.compile_all(list(others), job)) as coming:
             for one in coming:
-                found.append(one)
-                tell(page.piece(one, len(found), len(wanted), time.perf_counter() - started))
+                rest = others[one.piece]
+                found += [one, *(alike.follow(one, piece, devices) for piece in rest)]
+                done += 1
+                took = time.perf_counter() - started
+                tell(page.piece(one, rest, done, len(others), took))
                 base = self._arguments.total
                 peak = pieces.together(found, base, self._arguments.adapters, 0.0).peak
                 if one.compiled.refusal or peak > self.estimator.limit:

@@ -1,0 +1,130 @@
+"""Steps that are compiled piece by piece take what whole ones take."""
+
+import dataclasses
+
+import jax
+import llava_step
+import pytest
+
+from unime_jax import config as config_lib
+from unime_jax import sharding
+from unime_jax.planning import (
+    abstract,
+    alike,
+    collectives,
+    compiled,
+    composition,
+    pieces,
+    topology,
+)
+
+DEVICES = 4
+BATCH = composition.Composition(
+    query=((24, 8, 0), (40, 12, 0), (60, 20, 1), (16, 24, 1)),
+    target=((24, 8, 0), (99, 16, 1), (17, 28, 1)),
+    negative=(),
+    rows=140,
+    steps=3,
+    sets=("one",),
+    real_tokens=0.0,
+)
+
+
+def test_a_step_is_divided_by_the_shape_of_its_groups():
+    found = pieces.divide(BATCH, 16)
+    assert len(found) == 8 and found[-1].group is None
+    # Chunks of shorter groups have more rows, in proportion to the longest of their side.
+    assert [(*piece.group, piece.chunk) for piece in found[:-1]] == [
+        (24, 8, 0, 48), (40, 12, 0, 32), (60, 20, 1, 19), (16, 24, 1, 16),
+        (24, 8, 0, 56), (99, 16, 1, 28), (17, 28, 1, 16),
+    ]  # fmt: skip
+    whole = pieces.divide(BATCH, 0)
+    assert [piece.times for piece in whole if piece.group == (24, 8, 0)] == [2]
+    assert sum(piece.times for piece in whole) == 7 + 1
+
+
+def test_pieces_of_a_kind_are_those_of_one_program():
+    """Texts at once, images at once, images chunk by chunk, and the loss."""
+    found = alike.kinds(pieces.divide(BATCH, 16), DEVICES)
+    named = [[piece.group and piece.group[:2] for piece in kind] for kind in found]
+    # A device has 7 rows of 16 at a time, 3 of 28, 4 of 20; 4 of 24; 5 of 12; 6 of 8.
+    images = [[(99, 16), (17, 28), (60, 20)], [(16, 24)]]
+    assert named == [*images, [(40, 12)], [(24, 8), (24, 8)], [None]]
+
+
+def gather(shape, loop, calls, size):
+    return collectives.Collective("all-gather", shape, DEVICES, 1, loop, calls, size)
+
+
+def test_what_follows_from_a_piece():
+    first, other = pieces.Piece((64, 20, 1), 16), pieces.Piece((32, 16, 1), 16)
+    moved = [
+        gather("u4[64,64]", 4, 4 * 2 * 3, 24e3),  # weights, in each of four chunks
+        gather("f32[4,16,8]", 1, 1, 2048.0),  # embeddings: 16 rows a device
+        gather("f32[64,33]", 1, 2, 5e3),  # weights outside of loops
+    ]
+    program = compiled.Compiled(9.0, 100.0, 50.0, 160.0, moved)
+    found = pieces.Found(first, "xla", program, 100.0, kept=32.0)
+    made = alike.follow(found, other, DEVICES)
+    assert made.piece == other and made.like == first and made.kept == 16.0
+    assert [(one.calls, one.bytes) for one in made.compiled.moved[:2]] == [(12, 12e3), (1, 1024.0)]
+    assert made.compiled.beside == found.compiled.beside == 60.0
+    assert made.summary()["like"] == "64 rows of 20 with 1 tile(s)"
+
+
+def test_pieces_add_up():
+    """Kept values of all, and what the largest works with; bytes and calls of all."""
+    moved = [gather("f32[8]", 1, 2, 10.0)]
+    a = pieces.Found(
+        pieces.Piece((8, 4, 0), times=2), "xla", compiled.Compiled(1, 100, 30, 130, moved), 100, 20
+    )
+    b = pieces.Found(
+        pieces.Piece((8, 9, 1)), "xla", compiled.Compiled(1, 100, 90, 190, moved), 100, 25
+    )
+    loss = pieces.Found(pieces.Piece(None), "xla", compiled.Compiled(1, 10, 5, 15), 10, 0)
+    whole = pieces.together([a, b, loss], arguments=300, gradients=7, seconds=3)
+    assert whole.temporaries == 2 * 20 + 25 + (90 - 25) + 7
+    assert whole.peak == 300 + whole.temporaries and whole.seconds == 3
+    assert [(one.calls, one.bytes) for one in whole.moved] == [(6, 30.0)]
+    refused = dataclasses.replace(b, compiled=dataclasses.replace(b.compiled, refusal="too large"))
+    assert pieces.together([a, refused], 300, 7, 3).refusal == "too large"
+
+
+@pytest.mark.slow
+def test_pieces_send_what_the_whole_step_sends(monkeypatch, tmp_path):
+    """On devices of the CPU, whose memory is no measure; quantised weights over fsdp."""
+    monkeypatch.setenv("UNIME_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(topology, "compile_devices", lambda hardware: jax.devices()[:DEVICES])
+    file = llava_step.__file__.replace("tests/llava_step.py", "configs/llava16_stage2.py")
+    settings = config_lib.parse(["plan", f"--config={file}"], "doc").to_dict()
+    settings["model"] |= {"dtype": "float32", "remat": "none"}
+    settings["train"] |= {"chunk": 16, "quantize": "nf4"}
+    text = {**llava_step.CONFIG["text_config"], "hidden_size": 256, "intermediate_size": 512}
+    config = {**llava_step.CONFIG, "text_config": text}
+    made = dataclasses.replace(
+        BATCH, query=((24, 8, 0), (60, 20, 2)), target=((84, 24, 2),), rows=84
+    )
+    hardware = topology.parse("a100-80g:4")
+    job = pieces.Job(settings, config, made, hardware, (1, DEVICES, 1), 256, False)
+    kinds = alike.kinds(pieces.divide(made, 16), DEVICES)
+    assert sorted(map(len, kinds)) == [1, 1, 2]
+    found = []
+    for first, *rest in kinds:
+        found.append(pieces.compile_piece(first, job))
+        found += [alike.follow(found[-1], piece, DEVICES) for piece in rest]
+    again = pieces.compile_piece(kinds[-1][0], job)
+    assert again.compiled == found[-1].compiled and len(list(tmp_path.glob("plans/*.json"))) == 3
+    for one in found:
+        assert one.compiled.arguments == one.arguments or one.like is not None
+    mesh = sharding.make_mesh(*job.mesh, devices=jax.devices()[:DEVICES])
+    run = abstract.run(settings, config, made, mesh=mesh)
+    whole = compiled.compile_step(run, "cpu")
+    parts = pieces.together(found, whole.arguments, 0.0, 0.0)
+    assert total(parts, "all-gather") == pytest.approx(total(whole, "all-gather"), rel=0.02)
+    assert sum(one.bytes for one in parts.moved) == pytest.approx(
+        sum(one.bytes for one in whole.moved), rel=0.03
+    )
+
+
+def total(program, kind):
+    return sum(one.bytes for one in program.moved if one.kind == kind)
