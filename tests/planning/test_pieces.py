@@ -75,19 +75,20 @@ def test_what_follows_from_a_piece():
 def test_pieces_add_up():
     """Kept values of all, and what the largest works with; bytes and calls of all."""
     moved = [gather("f32[8]", 1, 2, 10.0)]
-    a = pieces.Found(
-        pieces.Piece((8, 4, 0), times=2), "xla", compiled.Compiled(1, 100, 30, 130, moved), 100, 20
-    )
-    b = pieces.Found(
-        pieces.Piece((8, 9, 1)), "xla", compiled.Compiled(1, 100, 90, 190, moved), 100, 25
-    )
-    loss = pieces.Found(pieces.Piece(None), "xla", compiled.Compiled(1, 10, 5, 15), 10, 0)
-    whole = pieces.together([a, b, loss], arguments=300, gradients=7, seconds=3)
+
+    def made(piece, beside, kept, moved=()):
+        program = compiled.Compiled(1.0, 100.0, beside, 100.0 + beside, list(moved))
+        return pieces.Found(piece, "xla", program, 100.0, kept)
+
+    a = made(pieces.Piece((8, 4, 0), times=2), 30.0, 20.0, moved)
+    b = made(pieces.Piece((8, 9, 1)), 90.0, 25.0, moved)
+    loss = made(pieces.Piece(None), 5.0, 0.0)
+    whole = pieces.together([a, b, loss], arguments=300.0, gradients=7.0, seconds=3.0)
     assert whole.temporaries == 2 * 20 + 25 + (90 - 25) + 7
     assert whole.peak == 300 + whole.temporaries and whole.seconds == 3
     assert [(one.calls, one.bytes) for one in whole.moved] == [(6, 30.0)]
     refused = dataclasses.replace(b, compiled=dataclasses.replace(b.compiled, refusal="too large"))
-    assert pieces.together([a, refused], 300, 7, 3).refusal == "too large"
+    assert pieces.together([a, refused], 300.0, 7.0, 3.0).refusal == "too large"
 
 
 @pytest.mark.slow
