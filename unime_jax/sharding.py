@@ -85,9 +85,11 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules=
     spec = P(*([None] * (len(shape) - len(spec)) + list(spec)))
     for size, axis in zip(shape, spec, strict=False):
         if axis is not None and size % mesh.shape[axis]:
+            scales = path.endswith("kernel_scales")
+            blocks = " (a scale for 64 inputs; or unset config.train.quantize)" if scales else ""
             raise UserError(
                 f"parameter {path} {shape}: {size} does not divide over mesh axis "
-                f"{axis}={mesh.shape[axis]}; choose another config.mesh"
+                f"{axis}={mesh.shape[axis]}; choose another config.mesh{blocks}"
             )
     return spec
 
