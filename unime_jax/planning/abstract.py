@@ -22,11 +22,12 @@ class Run:
 
     Attributes:
       step: jitted `(state, frozen, batch) -> (state, metrics)`.
-      state, frozen, batch: its arguments, on the mesh where there is one.
+      state, frozen, batch: its arguments, on the mesh where there is one. The loss alone has the
+        embeddings of the sides for a state.
     """
 
     step: Any
-    state: steps.TrainState
+    state: steps.TrainState | list[Leaf]
     frozen: dict[str, Leaf]
     batch: Batch
 

@@ -55,6 +55,8 @@ def make(
     Returns:
       The plan, ready for JSON: bytes of one device, operations of all.
     """
+    with compiled.quiet():
+        jax.devices()  # it reports what is not there
     planner = _Planner(settings, name, topology, mfu)
     plan = planner.head()
     tell(page.head(plan))
