@@ -1,5 +1,9 @@
 """Checkpoints: bit-equal restore, refusal of another configuration, what a reader finds."""
 
+import re
+import shutil
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,7 @@ import toy
 from test_steps import parts
 
 from unime_jax import checkpoint, sharding, steps
+from unime_jax.checkpoint import integrity
 from unime_jax.types import UserError
 
 
@@ -84,3 +89,149 @@ def test_a_broken_run_file_is_named(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match="run.json"):
         checkpoint.read_run(tmp_path)
+
+
+def count_up(directory, steps_wanted, **options):
+    """A run whose state is its number of steps; saves after each, goes on from what is there."""
+    state = steps.TrainState(jnp.int32(0), {"a/kernel": jnp.zeros(300)}, {"mu": jnp.zeros(300)})
+    saves = checkpoint.Checkpoints(directory, config={}, every_steps=1, **options)
+    state = saves.restore(state) or state
+    first = int(state.step)
+    while int(state.step) < steps_wanted:
+        moved = {"a/kernel": state.trainable["a/kernel"] + jnp.arange(300)}
+        state = steps.TrainState(state.step + 1, moved, {"mu": state.opt_state["mu"] - 1})
+        saves.save(state)
+    saves.close()
+    return first, state
+
+
+def largest(directory):
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def cut_short(step):
+    path = largest(step / "trainable")
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(step):
+    path = largest(step / "trainable")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def without_manifest(step):
+    """As a copy that was interrupted: Orbax's mark is there, most files are not."""
+    shutil.rmtree(step / "trainable")
+    (step / "manifest.json").unlink()
+
+
+def cut_manifest(step):
+    path = step / "manifest.json"
+    path.write_text(path.read_text()[:-30])
+
+
+DAMAGES = {
+    cut_short: "of .* bytes",
+    flip_a_bit: "another checksum",
+    lambda step: largest(step / "trainable").unlink(): "cannot be read",
+    cut_manifest: "manifest.json is missing or cut short",
+    empty: "manifest.json is missing or cut short",
+    without_manifest: "trainable",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, tmp_path, capfd):
+    _, whole = count_up(tmp_path, 3)
+    damage(tmp_path / "checkpoints" / "3")
+    found = checkpoint.read_trainable(tmp_path)["a/kernel"]
+    np.testing.assert_array_equal(found, 2 * np.arange(300))
+    said = capfd.readouterr()[1]
+    assert re.search(f"3 is damaged .*{DAMAGES[damage]}.*checkpoint 2 is read", said), said
+    assert (tmp_path / "checkpoints" / "3").is_dir(), "a reader moves nothing"
+
+    first, state = count_up(tmp_path, 3)
+    said = capfd.readouterr()[0]
+    assert first == 2 and said.count("\n") == 1
+    assert re.search(f"3 is damaged .*{DAMAGES[damage]}.*whole checkpoint is 2", said), said
+    assert (tmp_path / "damaged" / "3").is_dir()
+    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert count_up(tmp_path, 3)[0] == 3, "the step was saved again"
+    assert capfd.readouterr()[0] == ""
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
+    count_up(tmp_path, 3)
+    for step in (tmp_path / "checkpoints").iterdir():
+        flip_a_bit(step)
+    before = sorted(tmp_path.rglob("*"))
+    for read in (lambda: count_up(tmp_path, 3), lambda: checkpoint.read_trainable(tmp_path)):
+        with pytest.raises(UserError, match="no checkpoint is whole .*3: trainable.*2: trainable"):
+            read()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_state_of_another_shape_is_no_damage(tmp_path):
+    count_up(tmp_path, 2)
+    other = steps.TrainState(jnp.int32(0), {"a/kernel": jnp.zeros(7)}, {"mu": jnp.zeros(300)})
+    saves = checkpoint.Checkpoints(tmp_path, config={})
+    with pytest.raises(UserError, match="2 is whole but cannot be read"):
+        saves.restore(other)
+    saves.close()
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_what_a_kill_left_of_a_save_is_removed(tmp_path):
+    count_up(tmp_path, 2)
+    left = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
+    shutil.copytree(tmp_path / "checkpoints" / "2", left)
+    (tmp_path / "checkpoints" / "1.removed").mkdir()
+    assert count_up(tmp_path, 3)[0] == 2
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize("mode, best", [("max", ["1", "3"]), ("min", ["0", "2"])])
+def test_the_newest_and_the_best_are_kept(mode, best, tmp_path):
+    kept = [*best, "5", "6"]
+    saves = checkpoint.Checkpoints(tmp_path, config={}, keep=2, keep_best=2, best_mode=mode)
+    said = []
+    for step, score in enumerate([0.1, 0.8, 0.2, 0.9, 0.5, None, None]):
+        state = steps.TrainState(jnp.int32(step), {"a": jnp.full(3, step)}, {})
+        said.append(score is not None and saves.is_best(score))
+        saves.save(state, force=True, score=score)
+    saves.close()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
+    assert said[:5] == [True, True, True, mode == "max", False]
+    for step in kept:
+        path = tmp_path / "checkpoints" / step
+        np.testing.assert_array_equal(checkpoint.read_trainable(path)["a"], [int(step)] * 3)
+    with pytest.raises(UserError, match="checkpoints/4: no such checkpoint; there are "):
+        checkpoint.read_trainable(tmp_path / "checkpoints" / "4")
+
+
+def test_saves_do_not_wait_for_checksums(tmp_path, monkeypatch):
+    """They are made by the writer's thread, before the checkpoint gets its name."""
+    begun, go_on = threading.Event(), threading.Event()
+    write = integrity.write_manifest
+
+    def slow(directory, **notes):
+        begun.set()
+        assert go_on.wait(60)
+        write(directory, **notes)
+
+    monkeypatch.setattr(integrity, "write_manifest", slow)
+    saves = checkpoint.Checkpoints(tmp_path, config={}, every_steps=1)
+    saves.save(steps.TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {}))
+    assert begun.wait(60)
+    assert not (tmp_path / "checkpoints" / "1").exists()
+    go_on.set()
+    saves.close()
+    assert checkpoint.read_trainable(tmp_path)["a"].tolist() == [1, 1, 1]

@@ -45,15 +45,19 @@ def step_until(bad):
     return jax.jit(step)
 
 
-def run(directory, *, bad=100, every=1, profile=""):
+def run(directory, *, bad=100, every=1, profile="", data=None, validate=None, **best):
     settings = base_config().to_dict()
     settings["output"] = str(directory)
     settings["log"] |= {"tensorboard": False, "profile": profile}
+    settings["checkpoint"] |= best
+    settings["eval"]["every_steps"] = 1 if validate else 0
     checkpoint.open_run(directory, settings)
-    saves = checkpoint.Checkpoints(directory, config=settings, every_steps=every)
+    kept = {"keep": 1, "keep_best": best["keep_best"]} if best else {}
+    saves = checkpoint.Checkpoints(directory, config=settings, every_steps=every, **kept)
     state = steps.TrainState(jnp.int32(0), {"kernel": jnp.zeros(2)}, {})
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    return loop.Loop(settings, step_until(bad), {}, Data(), saves, None, mesh).run(state)
+    data = data or Data()
+    return loop.Loop(settings, step_until(bad), {}, data, saves, validate, mesh).run(state)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
@@ -63,6 +67,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
     found = json.loads((tmp_path / "not_finite_step_3.json").read_text())
     assert found["step"] == 3 and found["loss"] == "nan"
     assert found["rows"] == Data().rows_of(2)
+    assert found["command"].endswith("--config.train.replay=3") and found["command"] in str(
+        caught.value
+    )
     assert [row["step"] for row in report.read_metrics(tmp_path)] == [1, 2]
     # The state that gave it is not saved, so a restart goes on from the one before.
     np.testing.assert_array_equal(checkpoint.read_trainable(tmp_path)["kernel"], [2, 2])
@@ -120,6 +127,55 @@ def test_a_step_lasts_as_long_as_the_device_works(tmp_path, monkeypatch):
     monkeypatch.setattr("test_loop.step_until", lambda bad: step)
     run(tmp_path, every=3)
     assert [row["seconds"] for row in report.read_metrics(tmp_path)] == [10] * 6
+
+
+def test_the_best_by_a_metric_are_kept_and_saved_for_it(tmp_path):
+    """Saves are due at the end alone."""
+
+    def validate(parameters):  # the kernel counts the steps
+        return {
+            "validation/recall": [0.3, 0.9, 0.5, 0.8, 0.1, 0.2][int(parameters["kernel"][0]) - 1]
+        }
+
+    best = {"keep_best": 2, "best_metric": "validation/recall"}
+    run(tmp_path / "a", every=6, validate=validate, **best)
+    assert sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir()) == list("246")
+    best["best_metric"] = "validation/recal"
+    with pytest.raises(
+        UserError, match="best_metric=validation/recal: no such .*validation/recall"
+    ):
+        run(tmp_path / "b", validate=validate, **best)
+
+
+class Mortal(Data):
+    """Its readers die before some batches, as grain says it."""
+
+    def __init__(self, deaths):
+        super().__init__()
+        self.deaths = dict(deaths)
+
+    def batches(self, first):
+        for step, batch in enumerate(super().batches(first), first):
+            if self.deaths.get(step):
+                self.deaths[step] -= 1
+                raise RuntimeError(
+                    "Worker process was terminated unexpectedly with exit code -9. Search the logs."
+                )
+            yield batch
+
+
+def test_readers_that_are_killed_are_replaced_until_it_makes_no_sense(tmp_path, capsys):
+    run(tmp_path / "whole")
+    run(tmp_path / "a", data=Mortal({2: 2, 4: 1}))
+    said = capsys.readouterr().out
+    assert said.count("exit code -9; new ones go on from there") == 3 and "step 3: Worker" in said
+    found, expected = (
+        [row["gradient_norm"] for row in report.read_metrics(tmp_path / name)]
+        for name in ("a", "whole")
+    )
+    assert found == expected and len(found) == 6
+    with pytest.raises(UserError, match="step 3: no batch after 3 starts .* exit code -9"):
+        run(tmp_path / "b", data=Mortal({2: 3}))
 
 
 @pytest.mark.parametrize("wanted", ["4-3", "0-2", "a", "3-", "-3"])

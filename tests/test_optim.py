@@ -1,5 +1,6 @@
 """Path selection, schedules and the optimiser."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -60,3 +61,25 @@ def test_weight_decay_spares_vectors():
 
 def test_global_norm():
     np.testing.assert_allclose(optim.global_norm({"a": jnp.ones(9), "b": jnp.full(1, 4.0)}), 5.0)
+
+
+def test_an_update_at_a_spike_of_the_loss_is_skipped():
+    """Window 4, factor 3: the guard acts from the fifth loss on."""
+    inner = optim.make_optimizer(optax.constant_schedule(0.5))
+    guard = optim.skip_spikes(inner, factor=3.0, window=4)
+    params = {"kernel": jnp.ones((2, 2))}
+    state, plain = guard.init(params), inner.init(params)
+    losses = [9.0, 1.0, 1.0, 1.2, 3.4, 3.2, 1.0, 30.0, 30.0, 30.0]
+    skips = [False, False, False, False, True, False, False, True, True, False]
+    for number, (loss, skip) in enumerate(zip(losses, skips, strict=True)):
+        grads = {"kernel": jnp.full((2, 2), number + 1.0)}
+        updates, state = guard.update(grads, state, params, loss=jnp.float32(loss))
+        if skip:
+            assert not np.any(updates["kernel"]), number
+        else:
+            expected, plain = inner.update(grads, plain, params)
+            np.testing.assert_array_equal(updates["kernel"], expected["kernel"], str(number))
+        for one, other in zip(jax.tree.leaves(state.inner), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert int(optim.skipped_updates(state)) == sum(skips)
+    assert optim.skipped_updates(plain) is None

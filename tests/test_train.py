@@ -122,7 +122,7 @@ def test_bad_images_are_skipped_counted_and_reported(root, tmp_path, capsys):
         "output": tmp_path / "run",
     }
     train.run(miniature.config("smol_stage2", root, **changes, **{"data.max_bad_share": 0.2}))
-    assert "unreadable rows were skipped" in capsys.readouterr().out
+    assert "bad rows skipped: " in capsys.readouterr().out
     changes["output"] = tmp_path / "strict"
     with pytest.raises(UserError, match="max_bad_share"):
         train.run(miniature.config("smol_stage2", root, **changes, **{"data.max_bad_share": 0.0}))

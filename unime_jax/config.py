@@ -21,6 +21,9 @@ def base_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # parameters' initial values, order of the data, dropout
     c.output = ""  # directory of the run: checkpoints, metrics, resolved config
+    # A run or PEFT adapter whose trained parameters are this run's first ones; optimiser, steps and
+    # data start anew. (A run that is started again goes on from its own checkpoint.)
+    c.init_from = ""
     c.stage = "contrast"  # distill (stage 1), align (the projector alone), contrast (stage 2), or
     # judge (stage 2 with a judge's scores of each row's own hard negatives)
 
@@ -80,6 +83,7 @@ def base_config() -> ConfigDict:
     # The frozen decoder in 4 or 8 bits (QLoRA): nf4 or int8; None: in model.dtype.
     c.train.quantize = config_dict.placeholder(str)
     c.train.feature_dropout = 0.0  # on the vision features that a unime_smol's projector reads
+    c.train.replay = 0  # a step of a run to take again and look into, writing nothing; 0: train
     c.train.adapters = ConfigDict()
     c.train.adapters.rank = 16  # 0: no adapters
     c.train.adapters.alpha = 64.0  # the update is scaled by alpha / rank
@@ -97,11 +101,16 @@ def base_config() -> ConfigDict:
     c.optim.b2 = 0.999
     c.optim.weight_decay = 0.0
     c.optim.clip_norm = 1.0  # global norm of the gradient; 0: no clipping
+    c.optim.spike_factor = 0.0  # times the median loss at which an update is skipped; 0: never
+    c.optim.spike_window = 32  # last losses that the median is of; no skipping before so many
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_steps = 100  # 0: by time alone
     c.checkpoint.every_seconds = 600.0  # at the first step after so long; 0: by steps alone
     c.checkpoint.keep = 2  # newest checkpoints kept
+    c.checkpoint.keep_best = 0  # kept besides: those best by a metric of config.eval.every_steps
+    c.checkpoint.best_metric = ""  # such as validation/image_to_text_recall_at_10
+    c.checkpoint.best_mode = "max"  # which is best: max or min
 
     c.log = ConfigDict()
     c.log.every_steps = 1
@@ -233,6 +242,8 @@ def validate_train(config: ConfigDict) -> None:
     validate_values(config)
     check_path(config, "model.path")
     check_path(config, "data.path")
+    if config.init_from:
+        check_path(config, "init_from")
     if config.stage == "distill":
         check_path(config, "teacher.vectors")
         if config.eval.every_steps:
@@ -260,7 +271,8 @@ def validate_values(config: ConfigDict) -> None:
         check_choice(config, "train.quantize", ("nf4", "int8"))
     check_choice(config, "optim.schedule", ("linear", "cosine", "constant"))
     for key in ("train.steps", "train.batch_size", "data.max_tokens", "data.length_bins",
-                "data.variants", "data.threads", "checkpoint.keep", "log.every_steps"):  # fmt: skip
+                "data.variants", "data.threads", "checkpoint.keep", "log.every_steps",
+                "optim.spike_window"):  # fmt: skip
         check(lookup(config, key) >= 1, f"config.{key}={lookup(config, key)}: must be at least 1")
     for key in ("loss.temperature", "optim.learning_rate", "data.temperature"):
         check(lookup(config, key) > 0, f"config.{key}={lookup(config, key)}: must be above 0")
@@ -268,7 +280,7 @@ def validate_values(config: ConfigDict) -> None:
                 "optim.clip_norm", "optim.weight_decay", "checkpoint.every_steps",
                 "checkpoint.every_seconds", "eval.every_steps", "data.image_size",
                 "data.image_crops", "data.set_rows", "data.block", "data.workers",
-                "train.epochs"):  # fmt: skip
+                "train.epochs", "train.replay", "checkpoint.keep_best"):  # fmt: skip
         value = lookup(config, key)
         check(value >= 0, f"config.{key}={value}: must not be negative")
     for key in (
@@ -280,6 +292,18 @@ def validate_values(config: ConfigDict) -> None:
     ):
         value = lookup(config, key)
         check(0 <= value < 1, f"config.{key}={value}: must be in [0, 1)")
+    factor = config.optim.spike_factor
+    check(
+        factor == 0 or factor > 1,
+        f"config.optim.spike_factor={factor}: must be above 1, or 0 to skip no update",
+    )
+    check_choice(config, "checkpoint.best_mode", ("max", "min"))
+    if config.checkpoint.keep_best:
+        check(
+            config.eval.every_steps > 0 and bool(config.checkpoint.best_metric),
+            f"config.checkpoint.keep_best={config.checkpoint.keep_best}: needs "
+            "config.checkpoint.best_metric, and config.eval.every_steps to measure it",
+        )
     check_profile(config.log.profile)
     for direction in config.data.directions:
         check(

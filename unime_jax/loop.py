@@ -1,23 +1,25 @@
 """The loop over a run's steps: metrics, checkpoints, stops, traces."""
 
-import json
-import os
 import pathlib
 import resource
+import shlex
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 from unime_jax import checkpoint, report, runtime, steps
+from unime_jax.checkpoint.integrity import write_json
 from unime_jax.models import layers
 from unime_jax.planning import flops, topology
 from unime_jax.train_data import TrainData
-from unime_jax.types import UserError
+from unime_jax.types import Batch, UserError
 
 GIB = 2**30
+_DEATHS = 3  # of processes that read, without a batch in between
 Validate = Callable[[dict[str, Any]], dict[str, float]]
 
 
@@ -83,7 +85,7 @@ class Loop:
         return self._metrics
 
     def _steps(self, state, first: int, total: int, stop: runtime.StopRequest):
-        batches = self._data.batches(first)
+        batches = self._batches(first)
         every = self._settings["eval"]["every_steps"]
         pending = None
         print("compiling the step ...", flush=True)
@@ -112,15 +114,47 @@ class Loop:
                 self._record(*pending)  # first: never is a state saved that is not finite
                 pending = None
                 self._trace.after(step + 1)
-                if validates:
-                    found = self._validate({**self._frozen, **state.trainable})
-                    self._writer.write(step + 1, found)
-                if due:
-                    self._saves.save(state, force=True)
+                score = self._measure(state) if validates else None
+                if due or (score is not None and self._saves.is_best(score)):
+                    self._saves.save(state, force=True, score=score)
                 self._clock = time.perf_counter()
             if last:
                 break
         return state
+
+    def _batches(self, first: int) -> Iterator[Batch]:
+        """Yields batches; where a process that reads them is killed, others take over."""
+        deaths, workers = 0, self._settings["data"]["workers"]
+        while first < self._data.steps:
+            try:
+                for batch in self._data.batches(first):
+                    first, deaths = first + 1, 0
+                    yield batch
+                return
+            except RuntimeError as error:  # grain's
+                if "Worker process was terminated" not in str(error):
+                    raise
+                reason, deaths = str(error).split(". ")[0], deaths + 1
+            if deaths == _DEATHS:
+                raise UserError(
+                    f"step {first + 1}: no batch after {deaths} starts of the processes that read "
+                    f"({reason}); out of memory? lower config.data.workers={workers}"
+                )
+            print(f"\nstep {first + 1}: {reason}; new ones go on from there", flush=True)
+
+    def _measure(self, state: steps.TrainState) -> float | None:
+        """Validates; returns what the best checkpoints are kept by, None if none are."""
+        found = self._validate({**self._frozen, **state.trainable})
+        self._writer.write(int(state.step), found)
+        wanted = self._settings["checkpoint"]["best_metric"]
+        if not self._settings["checkpoint"]["keep_best"]:
+            return None
+        if wanted not in found:
+            raise UserError(
+                f"config.checkpoint.best_metric={wanted}: no such metric; there are "
+                f"{', '.join(sorted(found))}"
+            )
+        return float(found[wanted])
 
     def _count(self, state, batch) -> float:
         """Returns the operations of a step."""
@@ -154,6 +188,11 @@ class Loop:
             "memory_gib": peak_memory() / GIB,
             **self._speed(seconds),
         }
+        skipped = metrics.get("skipped_updates", 0.0) - self._metrics.get("skipped_updates", 0.0)
+        if skipped and self._metrics:
+            print(
+                f"\nstep {step + 1}: loss {metrics['loss']:.4f} is a spike, no update", flush=True
+            )
         self._metrics = metrics
         if (step + 1) % self._settings["log"]["every_steps"] == 0 or step + 1 == self._data.steps:
             self._writer.write(step + 1, metrics)
@@ -175,17 +214,19 @@ class Loop:
     def _stop_at(self, step: int, metrics: dict[str, float]) -> None:
         """Ends a run whose loss or gradient is not finite; the newest checkpoint is from before."""
         path = self._output / f"not_finite_step_{step + 1}.json"
+        command = f"--config.train.replay={step + 1}"
+        if pathlib.Path(sys.argv[0]).name == "train.py":
+            command = shlex.join(["python", "-m", "unime_jax.train", *sys.argv[1:], command])
         if runtime.is_main():
             told = {name: str(metrics[name]) for name in ("loss", "gradient_norm")}
-            content = {"step": step + 1, **told, "rows": self._data.rows_of(step)}
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-            os.replace(part, path)
+            content = {"step": step + 1, **told, "command": command}
+            write_json(path, {**content, "rows": self._data.rows_of(step)})
         runtime.barrier()  # the first process to leave ends all
         self._saves.close()
         raise UserError(
             f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; "
-            f"the rows of its batch are in {path}; check them, or lower config.optim.learning_rate"
+            f"the rows of its batch are in {path}; check them, or lower "
+            f"config.optim.learning_rate; which rows it comes from: {command}"
         )
 
 

@@ -1,8 +1,8 @@
-"""What is trained, and how: path selection, learning-rate schedules, the optimiser."""
+"""What is trained, and how: path selection, learning rates, the optimiser, a guard on its steps."""
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,10 @@ def from_settings(
         clip_norm=settings["clip_norm"],
         multipliers=settings["multipliers"],
     )
+    if settings["spike_factor"]:
+        optimizer = skip_spikes(
+            optimizer, factor=settings["spike_factor"], window=settings["spike_window"]
+        )
     return optimizer, schedule
 
 
@@ -107,6 +111,51 @@ def make_optimizer(
         optax.stateless(lambda updates, _: _scale(updates, multipliers)),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+class SpikeState(NamedTuple):
+    """State of `skip_spikes`.
+
+    Attributes:
+      losses: f32[window], the last ones, infinite where there were none yet.
+      skipped: int32[], updates skipped so far.
+      inner: the optimiser's.
+    """
+
+    losses: Array
+    skipped: Array
+    inner: Any
+
+
+def skip_spikes(
+    optimizer: optax.GradientTransformation, *, factor: float, window: int
+) -> optax.GradientTransformationExtraArgs:
+    """Skips updates at losses above `factor` times the median of the last `window`.
+
+    A skipped update changes neither parameters nor the optimiser's state. Its loss counts for the
+    median, so that a loss that stays higher is soon accepted. `update` takes the keyword `loss`.
+    """
+
+    def init(params):
+        losses = jnp.full(window, jnp.inf, jnp.float32)
+        return SpikeState(losses, jnp.zeros((), jnp.int32), optimizer.init(params))
+
+    def update(grads, state, params=None, *, loss, **extra):
+        del extra
+        full = jnp.isfinite(state.losses[0])
+        spike = full & (loss > factor * jnp.median(state.losses))
+        updates, inner = optimizer.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda x: jnp.where(spike, jnp.zeros_like(x), x), updates)
+        inner = jax.tree.map(lambda old, new: jnp.where(spike, old, new), state.inner, inner)
+        losses = jnp.append(state.losses[1:], loss.astype(jnp.float32))
+        return updates, SpikeState(losses, state.skipped + spike, inner)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def skipped_updates(opt_state: Any) -> Array | None:
+    """Returns how many updates `skip_spikes` has skipped; None where nothing is."""
+    return opt_state.skipped if isinstance(opt_state, SpikeState) else None
 
 
 def _is_matrix(flat: Mapping[str, Array]) -> dict[str, bool]:

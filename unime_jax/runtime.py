@@ -78,6 +78,21 @@ def _say(error: BaseException) -> int:
     return 2
 
 
+# What an operating system says of disks that are full, read-only, gone or broken.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG,
+         errno.EIO, errno.ENOENT, errno.ESTALE)  # fmt: skip
+
+
+def fault_of_disk(error: BaseException | None) -> str:
+    """Returns what the operating system said, if an error or its cause comes from it; else ""."""
+    while error is not None:
+        for number in _DISK:
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                return os.strerror(number)
+        error = error.__cause__ or error.__context__
+    return ""
+
+
 def _nobody_reads() -> bool:
     """Says whether stdout or stderr is a pipe whose reader has gone, as after `| head`."""
     poll = select.poll()
@@ -171,6 +186,8 @@ def start(*, preemptible: bool = False) -> None:
 
     # Orbax reports every default it fills in; what matters to a user is said by the entries.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # What Orbax fails at, it raises as well; its threads log a screen of traceback for a full disk.
+    logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
     # Compiled programs survive restarts: a resumed run starts stepping at once.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))

@@ -304,6 +304,11 @@ def loss_and_gradients(
     return jax.value_and_grad(loss_fn, has_aux=True)
 
 
+def step_key(seed: int, step: Array) -> Array:
+    """Returns the key of all that is random in a step."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
 def make_train_step(
     graphdef,
     objective: Objective,
@@ -321,18 +326,23 @@ def make_train_step(
     """
 
     grad_fn = loss_and_gradients(graphdef, objective, chunk=chunk, dropout=dropout, mesh=mesh)
+    optimizer = optax.with_extra_args_support(optimizer)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, frozen, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (_, metrics), grads = grad_fn(state.trainable, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        key = step_key(seed, state.step)
+        (loss, metrics), grads = grad_fn(state.trainable, frozen, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable, loss=loss)
         trainable = optax.apply_updates(state.trainable, updates)
         metrics = {
             **metrics,
             "gradient_norm": optim.global_norm(grads),
             "learning_rate": schedule(state.step),
         }
+        before = optim.skipped_updates(state.opt_state)
+        if before is not None:  # the schedule goes by the updates that were made
+            metrics["learning_rate"] = schedule(state.step - before)
+            metrics["skipped_updates"] = optim.skipped_updates(opt_state)
         state = TrainState(state.step + 1, trainable, opt_state)
         if mesh is not None:
             state = jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
@@ -353,7 +363,6 @@ def from_settings(
       sets: names of the data sets.
       mesh: of the devices.
     """
-    train = settings["train"]
     optimizer, schedule = optim.from_settings(settings["optim"], steps=steps)
     step = make_train_step(
         graphdef,
@@ -361,9 +370,14 @@ def from_settings(
         optimizer,
         schedule=schedule,
         seed=settings["seed"],
-        chunk=train["chunk"],
-        dropout=train["feature_dropout"] > 0
-        or (train["adapters"]["rank"] > 0 and train["adapters"]["dropout"] > 0),
+        chunk=settings["train"]["chunk"],
+        dropout=drops(settings),
         mesh=mesh,
     )
     return optimizer, step
+
+
+def drops(settings: Mapping[str, Any]) -> bool:
+    """Says whether a configuration has dropout."""
+    train, adapters = settings["train"], settings["train"]["adapters"]
+    return train["feature_dropout"] > 0 or (adapters["rank"] > 0 and adapters["dropout"] > 0)

@@ -5,10 +5,12 @@
 
 The config file holds every setting; any key can be overridden with --config.key=value (all keys
 with their meaning: unime_jax/config.py). The run lives in config.output: started again, it goes on
-from its newest checkpoint; Ctrl-C or SIGTERM saves first. Several hosts each run the same command:
+from its newest whole checkpoint; Ctrl-C or SIGTERM saves first. --config.train.replay=STEP takes a
+step of it again and tells what its loss comes from. Several hosts each run the same command:
 launch/ has scripts, unime_jax/cluster.py says how the processes find each other.
 """
 
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -16,10 +18,20 @@ from typing import Any
 import jax
 from flax import nnx
 
-from unime_jax import checkpoint, embedder, loop, optim, runtime, sharding, steps
+from unime_jax import (
+    checkpoint,
+    embedder,
+    initial,
+    loop,
+    optim,
+    replay,
+    runtime,
+    sharding,
+    steps,
+)
 from unime_jax.config import describe, parse, validate_train
 from unime_jax.evaluation import smol
-from unime_jax.train_data import open_data, reads_images
+from unime_jax.train_data import TrainData, open_data, reads_images
 from unime_jax.types import UserError, flatten, unflatten
 
 
@@ -35,12 +47,71 @@ def run(config) -> dict[str, float]:
     print(describe(config))
     settings = config.to_dict()
     # The run finds its base again from wherever it is loaded.
-    settings["model"]["path"] = str(pathlib.Path(config.model.path).expanduser().resolve())
+    for section, key in ((settings["model"], "path"), (settings, "init_from")):
+        if section[key]:
+            section[key] = str(pathlib.Path(section[key]).expanduser().resolve())
     if not config.data.fusion:
         settings["data"]["fusion"] = "together" if reads_images(settings) else "sum"
-    mesh = sharding.make_mesh(**settings["mesh"])
-    checkpoint.open_run(config.output, settings)
+    if config.train.replay:
+        return _replay(config, settings)
+    with checkpoint.lock(config.output):
+        checkpoint.open_run(config.output, settings)
+        return _train(config, settings)
 
+
+def _train(config, settings: dict[str, Any]) -> dict[str, float]:
+    run = _open(config, settings)
+    checkpoint.check_data(config.output, run.data.fingerprint() if runtime.is_main() else {})
+    saves = checkpoint.Checkpoints(
+        config.output,
+        config=settings,
+        keep=config.checkpoint.keep,
+        keep_best=config.checkpoint.keep_best,
+        best_mode=config.checkpoint.best_mode,
+        every_steps=config.checkpoint.every_steps,
+        every_seconds=config.checkpoint.every_seconds,
+    )
+    trainable = run.trainable
+    if config.init_from and saves.latest is None:
+        trainable = initial.read(settings, trainable)
+    elif config.init_from:
+        print(f"{config.output} goes on from its own checkpoint, not from {config.init_from}")
+    validate = _validation(
+        config, run.graphdef, {**run.frozen, **trainable}, run.directory, run.mesh
+    )
+    state = steps.create_state(trainable, run.optimizer, mesh=run.mesh)
+    return loop.Loop(settings, run.train_step, run.frozen, run.data, saves, validate, run.mesh).run(
+        state
+    )
+
+
+def _replay(config, settings: dict[str, Any]) -> dict[str, float]:
+    """Takes one step of a run again and tells what its loss and gradient come from."""
+    if not checkpoint.is_run(config.output):
+        raise UserError(f"config.train.replay: {config.output} holds no run; set config.output")
+    checkpoint.check_continues(config.output, settings)
+    run = _open(config, settings)
+    trainable = initial.read(settings, run.trainable) if config.init_from else run.trainable
+    state = steps.create_state(trainable, run.optimizer, mesh=run.mesh)
+    return replay.run(settings, run.graphdef, run.train_step, run.frozen, run.data, state, run.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What a configuration opens: the model with its adapters, its data and its step."""
+
+    mesh: Any
+    directory: pathlib.Path
+    graphdef: Any
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    data: TrainData
+    optimizer: Any
+    train_step: Any
+
+
+def _open(config, settings: dict[str, Any]) -> _Run:
+    mesh = sharding.make_mesh(**settings["mesh"])
     model, directory = embedder.load_model(
         config.model.path,
         dtype=config.model.dtype,
@@ -58,22 +129,11 @@ def run(config) -> dict[str, float]:
     _set_feature_dropout(model, config.train.feature_dropout)
     graphdef, state = nnx.split(model)
     trainable, frozen = optim.split_by_settings(flatten(nnx.to_pure_dict(state)), settings["train"])
-    del model, state
     _print_sizes(trainable, frozen)
-
     optimizer, train_step = steps.from_settings(
         settings, graphdef, steps=data.steps, sets=data.sets, mesh=mesh
     )
-    saves = checkpoint.Checkpoints(
-        config.output,
-        config=settings,
-        keep=config.checkpoint.keep,
-        every_steps=config.checkpoint.every_steps,
-        every_seconds=config.checkpoint.every_seconds,
-    )
-    validate = _validation(config, graphdef, {**frozen, **trainable}, directory, mesh)
-    state = steps.create_state(trainable, optimizer, mesh=mesh)
-    return loop.Loop(settings, train_step, frozen, data, saves, validate, mesh).run(state)
+    return _Run(mesh, directory, graphdef, trainable, frozen, data, optimizer, train_step)
 
 
 def _set_feature_dropout(model: nnx.Module, rate: float) -> None:

@@ -43,6 +43,7 @@ class TrainData:
       info: what batches are made of.
       shared: rows of the groups of each side, where batches have this process's rows alone
         (`shares.SharedBatches`); None where they are whole.
+      fingerprint: tells what the rows are, see `data.fingerprint`.
     """
 
     shared: dict[str, list[int]] | None = None
@@ -58,6 +59,7 @@ class TrainData:
         note: str = "",
         bad_file: pathlib.Path | None = None,
         mesh=None,
+        fingerprint: Callable[[], dict[str, Any]] = dict,
     ):
         self._batches, self._threads, self._note = batches, threads, note
         self._workers, self._bad_file = workers, bad_file
@@ -66,7 +68,7 @@ class TrainData:
             own = functools.partial(sharding.own_rows, mesh=mesh)
             self._made = shares.SharedBatches(batches, own, runtime.exchange)
             self.shared = self._made.sizes
-        self.info = batches.info
+        self.info, self.fingerprint = batches.info, fingerprint
         self.sets = batches.info.sets
         rows = sum(rows for rows, _, _ in batches.info.query_shapes)
         self.steps = max(1, round(epochs * batches.info.rows / rows)) if epochs else steps
@@ -237,8 +239,9 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
         threads=data["threads"],
         workers=data["workers"],
         note=note,
-        bad_file=pathlib.Path(settings["output"]) / "bad_rows.jsonl",
+        bad_file=None if train["replay"] else pathlib.Path(settings["output"]) / "bad_rows.jsonl",
         mesh=embedder.mesh,
+        fingerprint=functools.partial(fingerprint.fingerprint, found),
     )
 
 

@@ -1,8 +1,8 @@
 """What users name as a model, resolved to where its weights are.
 
 A name is a directory in Hugging Face layout or its id on the hub, a model directory of ours, the
-output directory of a training run, or an adapter in PEFT's format. Runs and adapters change a base,
-which may be any of these again.
+output directory of a training run or one of its checkpoints (RUN/checkpoints/STEP), or an adapter
+in PEFT's format. Runs and adapters change a base, which may be any of these again.
 """
 
 import contextlib
@@ -224,6 +224,7 @@ def _changed(weights: Weights, path: pathlib.Path) -> Weights:
 
 
 def _base_of_run(path: pathlib.Path) -> str | pathlib.Path:
+    path, _ = checkpoint.locate(path)
     base = pathlib.Path(_setting(path, "model.path", str))
     for place in (base, path.parent / base.name):  # the second: runs that were moved together
         if _is_other(place, path):

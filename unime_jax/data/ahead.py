@@ -1,5 +1,8 @@
 """Makes batches ahead of their reader, in threads or processes."""
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +38,8 @@ def ahead_of_time(
         if not flags.FLAGS.is_parsed():  # grain asks a flag of its own
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
+            worker_init_fn=_end_with_parent,
         )
     found = iter(dataset)
     try:
@@ -43,3 +47,16 @@ def ahead_of_time(
     finally:
         if hasattr(found, "close"):
             found.close()
+
+
+def _end_with_parent(index: int, count: int) -> None:
+    """Ends a reading process soon after the training process: killed, that one cannot do it."""
+    del index, count  # grain's
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

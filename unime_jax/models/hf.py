@@ -286,8 +286,7 @@ def _read(source: Source, rule: Rule, leaf: jax.ShapeDtypeStruct, broken: set[st
         value = tensor[in_file(rule, index)] if index else tensor[...]
         if not is_finite(value):
             broken.add(key)
-        order = TRANSFORMS[rule.transform]
-        return value if order is None else value.transpose(order)
+        return from_file(value, rule)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         index = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True))
@@ -337,6 +336,12 @@ def exported(params: Params, key_map: KeyMap, dtype) -> Iterator[tuple[str, np.n
     """Yields the file's keys and tensors, one at a time; raises as `pending` does."""
     for key, _, read in pending(params, key_map, dtype):
         yield key, read()
+
+
+def from_file(value: np.ndarray, rule: Rule) -> np.ndarray:
+    """Returns a tensor of a file in our layout."""
+    order = TRANSFORMS[rule.transform]
+    return value if order is None else value.transpose(order)
 
 
 def to_file(value: np.ndarray, rule: Rule) -> np.ndarray:

@@ -1,0 +1,39 @@
+"""What runs and conversions leave on the disk: checkpoints, run and model directories."""
+
+from unime_jax.checkpoint.model_directory import (
+    is_model,
+    read_model,
+    read_model_leaf,
+    read_model_notes,
+    write_model,
+)
+from unime_jax.checkpoint.run_directory import (
+    RUN_FILE,
+    check_continues,
+    check_data,
+    is_run,
+    locate,
+    lock,
+    open_run,
+    read_run,
+)
+from unime_jax.checkpoint.runs import Checkpoints, read_state, read_trainable
+
+__all__ = [
+    "RUN_FILE",
+    "Checkpoints",
+    "check_continues",
+    "check_data",
+    "is_model",
+    "is_run",
+    "locate",
+    "lock",
+    "open_run",
+    "read_model",
+    "read_model_leaf",
+    "read_model_notes",
+    "read_run",
+    "read_state",
+    "read_trainable",
+    "write_model",
+]

@@ -1,0 +1,217 @@
+"""The directory of a run: who writes it, which configuration and data it belongs to.
+
+run.json          the resolved configuration
+data.json         rows of every data set and a digest of them
+run.lock          held by the process that trains there
+checkpoints/N/    see `runs`
+damaged/          checkpoints that were found damaged, moved here
+metrics.jsonl     one line a logged step
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from unime_jax import runtime
+from unime_jax.checkpoint import integrity
+from unime_jax.types import UserError
+
+RUN_FILE, DATA_FILE, LOCK_FILE = "run.json", "data.json", "run.lock"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
+# Keys that may change between a run and its continuation without changing what is computed.
+FREE_KEYS = (
+    "checkpoint.",
+    "log.",
+    "eval.",
+    "mesh.",
+    "output",
+    "data.threads",
+    "data.workers",
+    "model.remat",
+    "train.chunk",
+    "train.replay",
+)
+# Keys that runs of old lack, and what they did.
+NEW_KEYS = {"init_from": "", "optim.spike_factor": 0.0}
+
+
+def locate(path: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
+    """Returns a run's directory, and the step where RUN/checkpoints/STEP names one."""
+    path = pathlib.Path(path)
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    return path, None
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Says whether a path is the directory of a run or of one of its checkpoints."""
+    return (locate(path)[0] / RUN_FILE).is_file()
+
+
+def read_run(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the resolved configuration of a run."""
+    return _read(locate(path)[0] / RUN_FILE)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+
+
+def check_continues(path: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Checks that a configuration continues the run that a directory holds.
+
+    Raises:
+      UserError: it is another one; every differing key is named.
+    """
+    old = {**NEW_KEYS, **_flat(read_run(path))}
+    new = {**NEW_KEYS, **_flat(json.loads(json.dumps(config)))}
+    differing = [
+        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+    ]
+    if differing:
+        raise UserError(
+            f"{path} holds a run of another configuration ({'; '.join(differing)}); "
+            f"choose another config.output or remove that directory"
+        )
+
+
+def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Creates a run directory, or checks that the configuration continues the one that is there.
+
+    Raises:
+      UserError: the directory holds a run of another configuration, or cannot be written.
+    """
+    path = pathlib.Path(path)
+    if is_run(path):
+        check_continues(path, config)
+    runtime.barrier()  # all have looked at what was there
+    with _by_main(), _writable(path):
+        if runtime.is_main():
+            path.mkdir(parents=True, exist_ok=True)
+            integrity.write_json(path / RUN_FILE, config)
+    if not is_run(path):
+        raise UserError(
+            f"config.output={path}: what process 0 writes there is not seen here; all processes "
+            "need one directory, on a file system that they share"
+        )
+
+
+def check_data(path: str | os.PathLike, found: dict[str, dict[str, Any]]) -> None:
+    """Keeps what a run's data are, or checks that they are those that it began with.
+
+    Args:
+      path: the run directory.
+      found: by data set, its number of rows and a digest of them; process 0's counts.
+
+    Raises:
+      UserError: they differ; every data set that does is named.
+    """
+    with _by_main():
+        if runtime.is_main():
+            _check_data(pathlib.Path(path), found)
+
+
+def _check_data(path: pathlib.Path, found: dict[str, dict[str, Any]]) -> None:
+    file = path / DATA_FILE
+    if not file.is_file():
+        integrity.write_json(file, found)
+        return
+    there = _read(file)
+    differing = [
+        f"{name}: {_rows(there.get(name))} then, {_rows(found.get(name))} now"
+        for name in sorted(there | found)
+        if there.get(name) != found.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"config.data.path: not the rows that {path} was trained on so far "
+            f"({'; '.join(differing)}); put them back or choose another config.output"
+        )
+
+
+def _rows(data_set: dict[str, Any] | None) -> str:
+    return f"{data_set['rows']} rows ({data_set['digest']})" if data_set else "none"
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes from training in a directory; the system frees it after a kill.
+
+    Raises:
+      UserError: a process trains there, or nothing can be written there.
+    """
+    path = pathlib.Path(path)
+    with contextlib.ExitStack() as held:
+        with _by_main(), _writable(path):
+            if runtime.is_main():
+                path.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(path / LOCK_FILE, "a+", encoding="utf-8"))
+                _hold(file, path)
+        yield
+
+
+def _hold(file: TextIO, path: pathlib.Path) -> None:
+    try:
+        # Of the process, not of the open file: a worker that outlives us does not hold it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"config.output={path}: {holder} trains there; wait for it, stop it or choose "
+                "another directory"
+            ) from None
+        # A file system without locks.
+    file.seek(0)
+    file.truncate()
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} (since {started})\n")
+    file.flush()
+
+
+@contextlib.contextmanager
+def _by_main() -> Iterator[None]:
+    """Lets what process 0 alone does fail in all processes."""
+    problem = ""
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    problem = runtime.from_main(problem)
+    if problem:
+        raise UserError(problem)
+
+
+@contextlib.contextmanager
+def _writable(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"config.output={path}: cannot be written ({error.strerror}); choose another directory"
+        ) from None
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,93 @@
+"""Initial values of what is trained, from another run or an adapter (`config.init_from`)."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from unime_jax import checkpoint, weights
+from unime_jax.models import hf, peft
+from unime_jax.types import UserError
+
+
+def read(settings: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the parameters that a run starts from.
+
+    Args:
+      settings: the resolved configuration.
+      trainable: what the run trains, with the values it would have had; those that the other run
+        did not train keep them.
+
+    Raises:
+      UserError: the other one has another base, trained what this one does not, or in other shapes.
+    """
+    name = settings["init_from"]
+    path = pathlib.Path(name)
+    if checkpoint.is_run(path):
+        _check_base(path, settings["model"]["path"])
+    found = weights.find(settings["model"]["path"], adapter=path)
+    change = found.changes[-1]
+    adapters = settings["train"]["adapters"]
+    scale = adapters["alpha"] / adapters["rank"] if adapters["rank"] else 1.0
+    rules = {rule.ours: rule for rule in found.key_map.rules}
+    values, problems, used = {}, [], set()
+    for parameter, leaf in trainable.items():
+        module, _, kind = parameter.rpartition("/")
+        low_rank = kind in ("lora_A", "lora_B")
+        rule = rules[f"{module}/kernel" if low_rank else parameter]
+        keys = hf.keys_of(rule, leaf.shape)
+        there = [key for key in keys if key in (change.low_rank if low_rank else change.replaced)]
+        if not there:
+            continue
+        used.update(there)
+        if len(there) < len(keys):
+            problems.append(f"{parameter}: {len(there)} of {len(keys)} layers")
+            continue
+        layers = [_value(change, key, kind, rule, scale) for key in keys]
+        value = np.stack(layers) if rule.stacked else layers[0]
+        if value.shape != leaf.shape:
+            problems.append(f"{parameter}: {value.shape} there, {leaf.shape} here")
+        values[parameter] = value.astype(leaf.dtype)
+    problems += [
+        f"{key}: trained there, not here"
+        for key in sorted({*change.low_rank, *change.replaced} - used)
+    ]
+    if problems:
+        raise UserError(
+            f"config.init_from={name} does not fit: {hf.listed('problem(s)', problems)}"
+        )
+    print(
+        f"starting from {name}: {len(values)} arrays as they were trained there, "
+        f"{len(trainable) - len(values)} new ones"
+    )
+    return {**trainable, **values}
+
+
+def _value(change: peft.Adapter, key: str, kind: str, rule: hf.Rule, scale: float) -> np.ndarray:
+    """Returns a parameter of one layer; adapters so that they do here what they did there."""
+    if kind not in ("lora_A", "lora_B"):
+        return hf.from_file(change.replaced[key], rule)
+    found = change.low_rank[key]
+    if found.magnitude is not None:
+        raise UserError(
+            f"config.init_from={change.name} is a DoRA adapter, which cannot be trained"
+        )
+    return found.a.T if kind == "lora_A" else found.b.T * np.float32(found.scale / scale)
+
+
+def _check_base(run: pathlib.Path, base: str) -> None:
+    own = pathlib.Path(checkpoint.read_run(run)["model"]["path"])
+    here = pathlib.Path(base)
+    moved = not own.is_dir() and own.name == here.name
+    if own == here or moved:
+        return
+    if checkpoint.locate(here)[0].resolve() == checkpoint.locate(run)[0].resolve():
+        raise UserError(
+            f"config.init_from={run} is config.model.path as well: what it trained would count "
+            f"twice; leave config.init_from empty, or set config.model.path={own}"
+        )
+    raise UserError(
+        f"config.init_from={run} was trained on {own}, and config.model.path is {here}; set "
+        "config.model.path to the former"
+    )
