@@ -164,6 +164,7 @@ def test_a_disk_that_cannot_be_written_is_named(server, tmp_path):
 def test_one_run_a_directory_and_a_kill_frees_it(server, whole, tmp_path):
     process = server.start(tmp_path / "run", STEPS, tmp_path / "log")
     toy_run.wait_for_line(tmp_path / "run", process, 2)
+    os.kill(process, signal.SIGSTOP)  # that it is not done before the other one comes
     other = toy_run.Server(tmp_path / "compiled")
     assert other.run(tmp_path / "run", STEPS, tmp_path / "second") == 2
     said = (tmp_path / "second").read_text()
