@@ -16,7 +16,7 @@ from unime_jax import models, runtime, sharding, weights
 from unime_jax.data import buckets, preprocess, prompts
 from unime_jax.data.rows import IMAGE_SLOT, without_padding
 from unime_jax.models import layers, lora
-from unime_jax.runtime import resolve_attention
+from unime_jax.runtime import resolve_attention, resolve_matmul
 from unime_jax.types import Array, Inputs, Params, UserError
 
 MAX_TOKENS = 4096
@@ -350,6 +350,7 @@ def _build(
         found.directory,
         dtype=dtype,
         attention=resolve_attention(attention, dtype, mesh),
+        matmul=resolve_matmul(mesh),
         sharding_of=None if mesh is None else sharding.sharding_of(mesh),
         fill=found.fill,
         **options,

@@ -305,6 +305,18 @@ def compiler_options(platform: str) -> dict[str, str] | None:
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
+def resolve_matmul(mesh=None) -> str:
+    """Returns the kind of product (`models/products.py`) for the platform of a mesh.
+
+    Adapters are added to their weights on one CPU device, where that was measured
+    (tests/bench/RESULTS.md), and nowhere else.
+    """
+    import jax
+
+    devices = jax.devices() if mesh is None else mesh.devices.flat
+    return "merged" if devices[0].platform == "cpu" and len(devices) == 1 else "transposed"
+
+
 def resolve_attention(attention: str, dtype: str, mesh=None) -> str:
     """Returns the attention kernel for the platform of a mesh (None: the default device).
 

@@ -33,21 +33,6 @@ def products(function, *arguments):
     return found
 
 
-def test_transposed_matmul_equals_plain_with_gradients():
-    x, w, direction = normal(3, 5, 7), normal(7, 11, seed=1), normal(3, 5, 11, seed=2)
-
-    def value(kind):
-        def loss(x, w):
-            return jnp.sum(layers.matmul(x, w, kind) * direction)
-
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, w)
-
-    (a, (ax, aw)), (b, (bx, bw)) = value("transposed"), value("plain")
-    tolerances.assert_near(a, b, 1e-4)
-    tolerances.assert_near(ax, bx, tolerances.MODULE)
-    tolerances.assert_near(aw, bw, tolerances.MODULE)
-
-
 def test_frozen_weight_has_no_gradient_in_the_program():
     layer = layers.Linear(6, 4, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(layer)
@@ -70,15 +55,6 @@ def test_frozen_stack_has_no_weight_gradient_in_the_program():
 
     for remat in layers.REMATS:
         assert (6, 6) not in products(jax.grad(lambda x: loss(x, state, remat)), normal(5, 6))  # noqa: B023
-
-
-def test_weight_gradient_is_summed_in_the_weights_dtype():
-    x = jnp.asarray(normal(2048, 4), jnp.bfloat16)
-    w = jnp.asarray(normal(4, 3))
-    gradient = jax.grad(lambda w: layers.matmul(x, w, "transposed").astype(jnp.float32).sum())(w)
-    assert gradient.dtype == jnp.float32
-    exact = np.repeat(np.asarray(x, np.float32).sum(0)[:, None], 3, 1)
-    tolerances.assert_near(gradient, exact, 1e-3)
 
 
 def test_linear_matches_torch():

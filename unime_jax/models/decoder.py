@@ -59,7 +59,7 @@ class DecoderConfig:
       su_rope: two sets of RoPE factors instead of `rope_theta` alone.
       attention: kernel, one of `layers.ATTENTIONS`.
       remat: what the backward pass recomputes, one of `layers.REMATS`.
-      matmul: how gradients of weights are written, one of `layers.MATMULS`.
+      matmul: how gradients of weights are written, one of `products.MATMULS`.
     """
 
     vocab_size: int

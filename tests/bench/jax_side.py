@@ -1,0 +1,80 @@
+"""Our side of a training step, as `train` takes it: `python jax_side.py FOLDER`, then see workers.
+
+What is timed is a step from arrays on the host to a finished state.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import rows as rows_files
+import workers
+
+
+def setup(folder: pathlib.Path):
+    import time
+
+    import jax
+    from flax import nnx
+
+    from unime_jax import embedder, optim, runtime, sharding, steps, train_data
+    from unime_jax.types import flatten
+
+    runtime.start()
+    settings = rows_files.read_case(folder)
+    mesh = sharding.make_mesh(**settings["mesh"])
+    start = time.perf_counter()
+    model, _ = embedder.load_model(
+        settings["model"]["path"],
+        dtype=settings["model"]["dtype"],
+        attention=settings["model"]["attention"],
+        remat=settings["model"]["remat"],
+        mesh=mesh,
+        part="all" if train_data.reads_images(settings) else "language",
+        quantize=settings["train"]["quantize"],
+    )
+    load_seconds = time.perf_counter() - start
+    embedder.attach_adapters(model, settings["train"]["adapters"], seed=0)
+    graphdef, state = nnx.split(model)
+    trainable, frozen = optim.split_by_settings(flatten(nnx.to_pure_dict(state)), settings["train"])
+    del model, state
+    with np.load(folder / "first.npz") as file:
+        trainable = {path: jax.numpy.asarray(file[path]) for path in trainable}
+    optimizer, step = steps.from_settings(settings, graphdef, steps=1000, mesh=mesh)
+    state = steps.create_state(trainable, optimizer, mesh=mesh)
+    batch = as_batch(rows_files.load(folder / "rows.npz"))
+
+    def act():
+        nonlocal state
+        state, metrics = step(state, frozen, steps.place_batch(batch, mesh))
+        jax.block_until_ready(state)
+        return {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
+
+    start = time.perf_counter()
+    first = act()
+    said = {"load_seconds": load_seconds, "first_seconds": time.perf_counter() - start}
+    return {**said, "first": first, "device": jax.devices()[0].device_kind}, act
+
+
+def as_batch(rows: rows_files.Rows):
+    from unime_jax.types import Batch, Inputs
+
+    def inputs(group):
+        return Inputs(*(getattr(group, name) for name in rows_files.FIELDS[:5]), grid=group.grid)
+
+    sides = {side: tuple(map(inputs, groups)) for side, groups in rows.sides.items()}
+    orders = {f"{side}_order": order for side, order in rows.orders.items()}
+    empty = {"target": (), "target_order": None}
+    return Batch(**{**empty, **sides, **orders}, vectors=rows.vectors, target_ids=rows.target_ids)
+
+
+def peak() -> float:
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else workers.process_peak()
+
+
+if __name__ == "__main__":
+    workers.keep_to_two_cores()
+    workers.serve(lambda: setup(pathlib.Path(sys.argv[1])), peak)

@@ -1,0 +1,150 @@
+"""Processes that do a thing when told to, so that two sides can take turns and each has a memory.
+
+The child calls `serve`; the parent holds a `Worker`. They speak JSON, a line each, through what
+was the child's stdout and stdin; what else a child prints goes to its stderr.
+"""
+
+import json
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+THREADS = 2
+
+
+class WorkerError(Exception):
+    """A child ended early; the message is the end of what it printed."""
+
+
+class Worker:
+    """A child and what it answers.
+
+    Attributes:
+      ready: what the child said when it was set up.
+    """
+
+    def __init__(self, script: str, *arguments: str, env: dict[str, str] | None = None):
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / script), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment(env),
+        )
+        try:
+            self.ready = self._answer()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    def step(self) -> dict[str, Any]:
+        return self._ask("step")
+
+    def close(self) -> dict[str, Any]:
+        """Ends the child; returns its peak memory."""
+        found = self._ask("quit")
+        self._process.wait()
+        self._errors.close()
+        return found
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+    def _ask(self, word: str) -> dict[str, Any]:
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        self._process.wait()
+        self._errors.seek(0)
+        raise WorkerError(self._errors.read()[-3000:])
+
+
+def environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    """Returns that of a child: two threads on CPU, whatever library makes them."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(THREADS),
+        "MKL_NUM_THREADS": str(THREADS),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        **(more or {}),
+    }
+
+
+def keep_to_two_cores() -> None:
+    """Binds this process to two cores: XLA takes a thread for each that it may use."""
+    cores = sorted(os.sched_getaffinity(0))[:THREADS]
+    os.sched_setaffinity(0, cores)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def last_json(text: str) -> dict[str, Any]:
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def serve(
+    setup: Callable[[], tuple[dict[str, Any], Callable[[], dict[str, Any]]]], peak=None
+) -> None:
+    """Sets up, answers, and then does one thing each time it is asked.
+
+    Args:
+      setup: returns what to say and the thing to do, whose time is taken here.
+      peak: returns the most bytes held; None: of the process.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(content: dict[str, Any]) -> None:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
+
+    start = time.perf_counter()
+    found, act = setup()
+    say({"setup_seconds": time.perf_counter() - start, **found})
+    for line in sys.stdin:
+        if line.strip() == "quit":
+            break
+        before = time.perf_counter(), time.process_time()
+        found = act()
+        wall, cpu = time.perf_counter() - before[0], time.process_time() - before[1]
+        say({"seconds": wall, "cpu": cpu, **found})
+    say({"peak_gib": (peak or process_peak)() / 2**30})
+
+
+def process_peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def take_turns(
+    workers: dict[str, Worker], repeats: int, *, warm: int = 1
+) -> dict[str, list[dict[str, Any]]]:
+    """Lets the workers act A B A B ...; returns what each answered, without the warm-up."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    for number in range(warm + repeats):
+        for name, worker in workers.items():
+            answer = worker.step()
+            if number >= warm:
+                found[name].append(answer)
+    return found
