@@ -17,6 +17,7 @@ def get_config(arg: str = ""):
     c.stage = "contrast"
     c.output = f"{runs}/stage2"
     c.model.path = f"{runs}/align"
+    c.model.remat = "dots"  # as fast as keeping all, in half of the memory
     c.data.path = str(assets / "data")
     c.data.max_tokens = 32
     c.data.length_bins = 1 if smoke else 2  # one bin compiles faster

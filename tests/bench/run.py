@@ -38,6 +38,8 @@ def training(name: str, bench: "Bench") -> list[Result]:
     case = workers.read_json(folder / "case.json")["case"]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     ours = bench.worker("jax_side.py", str(folder), env=cache)
+    cold = ours.ready | ours.close()
+    ours = bench.worker("jax_side.py", str(folder), env=cache)  # compiled before, as most runs are
     variant, torch, tried = _fastest(folder, bench)
     difference = _parity(ours.ready["first"], torch.ready["first"])
     limit = PARITY if bench.device == "cpu" else GPU_PARITY
@@ -57,11 +59,12 @@ def training(name: str, bench: "Bench") -> list[Result]:
                            for side in found},
         "first step differs by": difference,
         f"step {bench.repeats + 2} by": last,
-        "first call, s": {"ours": ours.ready["first_seconds"],
+        "first call, s": {"ours": cold["first_seconds"],
+                          "ours, compiled before": ours.ready["first_seconds"],
                           **{key: value["first_seconds"] for key, value in tried.items()}},
-        "peak GiB of PyTorch": {key: value["peak_gib"] for key, value in tried.items()},
+        "peak GiB": {"ours, when it compiles": cold["peak_gib"],
+                     **{key: value["peak_gib"] or peaks["torch"] for key, value in tried.items()}},
     }  # fmt: skip
-    notes["peak GiB of PyTorch"][variant] = peaks["torch"]
     memory = {side: [peak] for side, peak in peaks.items()}
     return [
         Result(name, case["title"], unit, speeds, notes),

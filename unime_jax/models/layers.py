@@ -324,7 +324,7 @@ _REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(quant.PRODUCT),
+        jax.checkpoint_policies.save_only_these_names(quant.PRODUCT, products.MERGED),
     ),
 }
 REMATS = ("none", *_REMAT_POLICIES)
