@@ -16,6 +16,7 @@ import numpy as np
 from unime_jax import report, runtime, sharding
 from unime_jax.data import (
     couples,
+    fingerprint,
     image_files,
     mmeb,
     nli,
