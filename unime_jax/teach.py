@@ -46,8 +46,7 @@ def _sentences(config):
     faults: list[str] = []
     sentences = sources.sentences(config.data.path, faults)
     bad = bad_rows.BadRows(len(sentences) + len(faults), config.data.max_bad_share)
-    for number, fault in enumerate(faults):
-        bad.add((number,), fault, "malformed")
+    bad.add_all({(number,): (fault, "malformed") for number, fault in enumerate(faults)})
     if faults:
         print(f"rows left out: {len(faults)} ({bad.kinds()}), the first: {faults[0]}")
     return sentences

@@ -4,6 +4,7 @@ import collections
 import json
 import pathlib
 import threading
+from collections.abc import Mapping
 
 from unime_jax.types import UserError
 
@@ -35,14 +36,20 @@ class BadRows:
         Raises:
           UserError: more than the limit.
         """
+        self.add_all({row: (problem, kind)})
+
+    def add_all(self, rows: Mapping[tuple, tuple[str, str]]) -> None:
+        """Notes bad rows, each with its problem and kind; as `add`."""
         with self._lock:
-            self._seen.setdefault(row, (kind, problem))
+            for row, (problem, kind) in rows.items():
+                self._seen.setdefault(row, (kind, problem))
             too_many = len(self._seen) > self._limit * self._total
         if too_many:
             first = "; ".join(self.problems()[:_SHOWN])
+            some = "the first" if len(self) > _SHOWN else "they are"
             raise UserError(
                 f"{len(self)} of {self._total} rows are unreadable ({self.kinds()}), more than "
-                f"config.data.max_bad_share={self._limit} allows; the first: {first}"
+                f"config.data.max_bad_share={self._limit} allows; {some}: {first}"
             )
 
     def __len__(self) -> int:

@@ -92,8 +92,7 @@ class Batches:
         self._vectors = vectors
         self._raw = prompts.TEMPLATES[preprocessor.prompt].raw
         self.bad = bad_rows.BadRows(sum(map(len, data)) + len(faults), max_bad_share)
-        for number, fault in enumerate(faults):
-            self.bad.add((_FILE, number), fault, "malformed")
+        self.bad.add_all({(_FILE, n): (fault, "malformed") for n, fault in enumerate(faults)})
         self._remember()
         names = [source.name for source in data]
         self._sets = {name: number for number, name in enumerate(dict.fromkeys(names))}
@@ -216,7 +215,7 @@ class Batches:
     # ---- one row
 
     def _tokenize(self, text: Text, has_image: bool) -> Row:
-        row = self._preprocessor.tokenize(self._worded(text), has_image)
+        row = self._preprocessor.tokenize(self._worded(text), has_image, most=self._max_tokens)
         positions = self._positions(has_image)
         row = row.cut(self._max_tokens + positions, positions)
         self._preprocessor.check_length(row.length(positions))
@@ -346,8 +345,9 @@ class Batches:
             augment = rng if self._augment else None
             return (row, self._preprocessor.image(content, augment=augment)), content
         except UserError as error:
-            kind, named = type(error), str(error).startswith(image.name)
-            raise kind(str(error) if named else f"{image.name}: {error}") from None
+            kind, problem = type(error), str(error).removeprefix("image: ")
+            named = problem if problem.startswith(image.name) else f"{image.name}: {problem}"
+            raise kind(named) from None
 
     def _pass(self, item: Item, rng: np.random.Generator, needs_content: bool) -> bytes:
         """Draws what `_side` would draw, without decoding; returns the encoded image if needed."""

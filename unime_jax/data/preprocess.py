@@ -16,6 +16,9 @@ from unime_jax.data.rows import IMAGE_SLOT, Picture, Row
 from unime_jax.data.tiles import Layout, Square, Transform
 from unime_jax.types import ImageSpec, Inputs, UserError
 
+_LETTERS = 16  # of a token, at least; a text with longer ones is tokenised as a whole
+_SPARE = 512  # letters or tokens, where a text may be tokenised otherwise for it was cut
+
 
 class Preprocessor:
     """Tokenizer, prompt and image transform of one backbone.
@@ -150,6 +153,7 @@ class Preprocessor:
         instruction: str | None = None,
         *,
         layout: Layout | None = None,
+        most: int | None = None,
     ) -> Row:
         """Tokenises a row's prompt; what looks like a special token in the text stays text.
 
@@ -159,16 +163,32 @@ class Preprocessor:
           instruction: put before the text.
           layout: of the image; without it only rows whose image takes a fixed number of positions
             are cut to `max_tokens`.
+          most: tokens of the text that will be left, if fewer than `max_tokens`: of a long text
+            no more is tokenised.
         """
         if has_image and layout is None and self._is_fixed():
             layout = self.fixed_layout
         segments = prompts.render(self.prompt, text, has_image, instruction)
-        ids, start, stop = self._tokenizer.encode(segments, IMAGE_SLOT)
+        most = self.max_tokens if most is None else min(most, self.max_tokens)
+        ids, start, stop = self._encode(segments, most)
         # Counted apart from the text, as the published code of NV-Embed counts it.
         skipped = prompts.skipped(self.prompt, instruction)
         skip = self._tokenizer.count(skipped) if skipped else 0
         positions = 1 if layout is None else layout.positions
         return Row(tuple(ids), start, stop, skip=skip).cut(self.max_tokens, positions)
+
+    def _encode(self, segments: list[prompts.Segment], most: int) -> tuple[list[int], int, int]:
+        """Encodes a prompt, but of the middle of a long text nothing that is cut anyway."""
+        places = [i for i, segment in enumerate(segments) if segment.role == "text"]
+        letters = _LETTERS * most + _SPARE
+        if places and len(text := segments[places[-1]].value) > letters:
+            short = list(segments)
+            # The end stays: what follows the text may form a token with it.
+            short[places[-1]] = prompts.Segment("text", text[: letters - _SPARE] + text[-_SPARE:])
+            found = self._tokenizer.encode(short, IMAGE_SLOT)
+            if found[2] - found[1] > most + 2 * _SPARE:  # what was left out is cut whatever it is
+                return found
+        return self._tokenizer.encode(segments, IMAGE_SLOT)
 
     def text_of(self, token: int) -> str:
         """Returns what a token id stands for in a text; see `tokenizer.Tokenizer.text_of`."""

@@ -39,7 +39,7 @@ class Row:
     Attributes:
       ids: token ids; `IMAGE_SLOT` once where the image belongs.
       start, stop: the user's text is ids[start:stop], the only part that may be cut.
-      lost: tokens that were cut off already.
+      lost: tokens that were cut off already, at least so many.
       skip: tokens at the front that a mean over tokens leaves out.
     """
 

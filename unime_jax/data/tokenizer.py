@@ -13,6 +13,7 @@ from unime_jax.data.prompts import Segment
 from unime_jax.types import UserError
 
 MAX_LETTERS = 1 << 21  # of a text; some take a second for every 250,000 and .5 KB a letter
+_CONTROL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _MANY = 1 << 17  # letters of a text that is encoded when no other such is
 _ALONE = threading.Lock()
 
@@ -39,6 +40,7 @@ class Tokenizer:
         apart: bool = False,
     ):
         path, content = _read(pathlib.Path(directory).expanduser())
+        _mark_control_tokens(content)
         self._first = _build(path, content)
         # A Metaspace tokenizer may put its "_" before the string's first piece alone.
         changed = _never_prepend(content.get("pre_tokenizer"))
@@ -201,6 +203,16 @@ def _split(segments: Sequence[Segment]) -> list[list[Segment]]:
         else:
             strings[-1] += run
     return strings
+
+
+def _mark_control_tokens(content: dict) -> None:
+    """Makes every added token that looks like a control token a special one.
+
+    Phi's tokenizer.json has a "</s>" that is not; in a user's text it would end the row.
+    """
+    for token in content.get("added_tokens") or ():
+        if isinstance(token, dict) and _CONTROL.fullmatch(str(token.get("content", ""))):
+            token["special"] = True
 
 
 def _never_prepend(pre_tokenizer: dict | None) -> bool:
