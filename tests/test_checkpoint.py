@@ -78,7 +78,10 @@ def test_no_checkpoint_yet(tmp_path):
 
 
 def test_another_configuration_is_refused_and_the_keys_named(tmp_path):
+    checkpoint.open_run(tmp_path, {"loss": {"k": 9, "margin": 0.1}, "log": {"every_steps": 1}})
+    # Nothing was trained yet: a start that failed may be put right.
     checkpoint.open_run(tmp_path, {"loss": {"k": 8, "margin": 0.1}, "log": {"every_steps": 1}})
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     checkpoint.open_run(tmp_path, {"loss": {"k": 8, "margin": 0.1}, "log": {"every_steps": 9}})
     with pytest.raises(UserError, match="loss.k: 8 there, 4 now") as caught:
         checkpoint.open_run(tmp_path, {"loss": {"k": 4, "margin": 0.1}, "log": {"every_steps": 1}})

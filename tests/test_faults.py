@@ -48,6 +48,15 @@ def assert_same(run, whole):
     assert len(losses[0]) >= STEPS and losses[0] == losses[1]
 
 
+def test_runs_of_one_seed_are_bit_identical(server, whole, tmp_path):
+    for seed in (0, 1):
+        directory = tmp_path / str(seed)
+        assert server.run(directory, STEPS, tmp_path / "log", seed=seed) == 0
+    assert_same(tmp_path / "0", whole)
+    one, other = (toy_run.final(tmp_path / seed) for seed in "01")
+    assert not np.array_equal(one["trainable['kernel']"], other["trainable['kernel']"])
+
+
 @contextlib.contextmanager
 def small_disk(directory: pathlib.Path, kilobytes: int):
     """Mounts a file system of its own."""

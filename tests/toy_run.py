@@ -38,7 +38,8 @@ class Server:
           directory: of the run.
           steps: of the whole run.
           log: file that takes what it says.
-          options: `die`: name of an event of a save at which it kills itself, see `EVENTS`.
+          options: `die`: name of an event of a save at which it kills itself, see `EVENTS`;
+            `seed`: of the run.
         """
         asked = {"directory": str(directory), "steps": steps, "log": str(log), **options}
         self._process.stdin.write(f"{asked!r}\n")
@@ -111,7 +112,7 @@ def _arm(event: str) -> None:
     integrity.write_manifest, os.rename, os.unlink = manifest, named, removed
 
 
-def _train(directory: str, steps: int, log: str, die: str = "") -> None:
+def _train(directory: str, steps: int, log: str, die: str = "", seed: int = 0) -> None:
     import jax
     import test_loop
     import toy
@@ -141,7 +142,7 @@ def _train(directory: str, steps: int, log: str, die: str = "") -> None:
         with checkpoint.lock(directory):
             checkpoint.open_run(directory, settings)
             mesh = sharding.make_mesh(devices=jax.devices()[:1])
-            _, state, frozen, step = parts(dropout=True, mesh=mesh)
+            _, state, frozen, step = parts(dropout=True, mesh=mesh, seed=seed)
             saves = checkpoint.Checkpoints(directory, config=settings, every_steps=1)
             loop.Loop(settings, step, frozen, Data(), saves, None, mesh).run(state)
 

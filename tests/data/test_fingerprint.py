@@ -32,6 +32,9 @@ def test_sets_of_one_name_count_as_one():
 
 def test_a_run_keeps_its_data_and_names_the_set_that_changed(tmp_path):
     found = digest(TEXTS[:9], "a") | digest(TEXTS[:5], "b")
+    checkpoint.check_data(tmp_path, digest(TEXTS[:8], "a"))  # nothing was trained on them
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "data.json").unlink()
     checkpoint.check_data(tmp_path, found)
     checkpoint.check_data(tmp_path, json.loads(json.dumps(found)))
     changed = found | digest(TEXTS[:4], "b")

@@ -88,13 +88,13 @@ def check_continues(path: str | os.PathLike, config: dict[str, Any]) -> None:
 
 
 def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
-    """Creates a run directory, or checks that the configuration continues the one that is there.
+    """Creates a run directory, or checks that the configuration continues the run that is there.
 
     Raises:
       UserError: the directory holds a run of another configuration, or cannot be written.
     """
     path = pathlib.Path(path)
-    if is_run(path):
+    if is_run(path) and _has_begun(path):
         check_continues(path, config)
     runtime.barrier()  # all have looked at what was there
     with _by_main(), _writable(path):
@@ -106,6 +106,11 @@ def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
             f"config.output={path}: what process 0 writes there is not seen here; all processes "
             "need one directory, on a file system that they share"
         )
+
+
+def _has_begun(path: pathlib.Path) -> bool:
+    """Says whether there is a checkpoint; before the first one, another start may change all."""
+    return bool(integrity.steps(path / CHECKPOINTS))
 
 
 def check_data(path: str | os.PathLike, found: dict[str, dict[str, Any]]) -> None:
@@ -125,7 +130,7 @@ def check_data(path: str | os.PathLike, found: dict[str, dict[str, Any]]) -> Non
 
 def _check_data(path: pathlib.Path, found: dict[str, dict[str, Any]]) -> None:
     file = path / DATA_FILE
-    if not file.is_file():
+    if not file.is_file() or not _has_begun(path):
         integrity.write_json(file, found)
         return
     there = _read(file)
