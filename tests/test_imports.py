@@ -17,7 +17,7 @@ STEP |= {"embed_job", "evaluation", "loop", "model_card", "planning", "search", 
 STEP |= {"ablation", "initial", "predictions", "replay", "tiny", "tower_features", "train_data"}
 STEP |= {"weights"}
 PARTS = {"models", "data", "benchmarks"}
-GROUND = {"types", "sharding", "config", "runtime", "cluster", "file_hashes"}
+GROUND = {"types", "sharding", "config", "config_values", "runtime", "cluster", "file_hashes"}
 LEVELS = {
     **dict.fromkeys(ENTRIES, 3),
     **dict.fromkeys(STEP, 2),

@@ -11,6 +11,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
+from unime_jax import config_values
 from unime_jax.types import UserError
 
 STAGES = ("distill", "align", "contrast", "judge")
@@ -258,6 +259,8 @@ def validate_values(config: ConfigDict) -> None:
     """
     check("stage" in config, "this is no configuration of a training run: it has no config.stage")
     check_choice(config, "stage", STAGES)
+    problem = config_values.problem(config.to_dict())
+    check(not problem, problem)
     check_choice(config, "model.dtype", ("float32", "bfloat16"))
     check_choice(config, "model.attention", ("auto", "xla", "cudnn", "splash"))
     check_choice(config, "model.remat", ("none", "dots", "full"))

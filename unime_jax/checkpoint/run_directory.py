@@ -34,6 +34,8 @@ FREE_KEYS = (
     "output",
     "data.threads",
     "data.workers",
+    "data.max_bad_share",
+    "data.image_root",
     "model.remat",
     "train.chunk",
     "train.replay",
