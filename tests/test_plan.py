@@ -180,7 +180,8 @@ def test_the_fastest_settings_are_compiled_until_one_fits():
     made.estimator = types.SimpleNamespace(limit=10.0)
     asked = []
 
-    def compile(setting, tell):
+    def compile(setting, tell, how):
+        assert how == "kinds"
         asked.append(setting)
         peak = {(32, "none"): 14.0, (16, "dots"): 9.0}[setting]
         return {"compiled": {"peak": peak, "fits": peak < 10, "seconds": 1.0,
@@ -195,7 +196,7 @@ def test_the_fastest_settings_are_compiled_until_one_fits():
         {"chunk": 16, "remat": "full", "peak": 2.0},
     ]
     said = []
-    tried = made._compile_in_turn(found, said.append)
+    tried = made._compile_in_turn(found, said.append, "kinds")
     assert asked == [(32, "none"), (16, "dots")]
     assert [one["fits"] for one in tried] == [False, True]
     assert "does not fit" in said[0] and "chunk 16, remat dots" in said[1]
@@ -210,14 +211,15 @@ def searched(peaks: dict, found: list[dict], base: float = 1.0):
     made._limit = dict
     asked, said = [], []
 
-    def compile(setting, tell):
+    def compile(setting, tell, how):
+        assert how == "kinds"
         asked.append(setting)
         peak = peaks[setting]
         return {"compiled": {"peak": peak, "fits": peak < 10, "seconds": 1.0,
                              "chunk": setting[0], "remat": setting[1]}}  # fmt: skip
 
     made.compile = compile
-    result = made.search(True, said.append)
+    result = made.search("kinds", said.append)
     return asked, said, page.search({**result, "chunk": 0, "remat": "none"})
 
 

@@ -164,12 +164,17 @@ def piece(found, alike, done: int, total: int, seconds: float) -> str:
 def compiled(found: dict[str, Any], plan: dict[str, Any]) -> str:
     limit = plan["limit"]
     title = f"Compiled in {found['seconds']:.0f} s, attention {found['attention']}"
+    if found["pieces"]:
+        programs = sum(not one["like"] for one in found["pieces"])
+        title += f", {programs} programs for {len(found['pieces'])} pieces"
     if found["refusal"]:
         return (
             f"{title}: DOES NOT FIT: the compiler needs {_gib(found['peak'])} GiB\n"
             f"  {found['refusal']}"
         )
     same = "as above" if found["arguments_match"] else "NOT as above: please report this"
+    if found["pieces"]:
+        same += ", piece by piece"
     if found["idle"]:
         same += f"; {_gib(found['idle'])} of the above are never read, but in the peak"
     lines = [

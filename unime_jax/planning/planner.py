@@ -67,7 +67,7 @@ def make(
     plan |= planner.current()
     tell(page.current(plan))
     if searches:
-        plan |= planner.search(compiles is not None, tell)
+        plan |= planner.search(compiles, tell)
         tell(page.search(plan))
     elif compiles:
         tell(page.compiling(plan))
@@ -164,19 +164,19 @@ class _Planner:
         """Estimates peak and time of the configuration as it is."""
         return {"estimate": self._estimated(self.setting), "limit": self._limit()}
 
-    def search(self, compiles: bool, tell: Callable[[str], None]) -> dict[str, Any]:
-        """Compares settings; compiles the fastest ones until one fits, if wanted."""
+    def search(self, compiles: str | None, tell: Callable[[str], None]) -> dict[str, Any]:
+        """Compares settings; compiles the fastest ones until one fits, if wanted (see `make`)."""
         found = self._candidates()
         tried = []
         if compiles:
             tell(page.searching(found, self._limit()))
-            tried = self._compile_in_turn(found, tell)
+            tried = self._compile_in_turn(found, tell, compiles)
             best = next((one for one in tried if one["fits"]), None)
         else:
             best = next((one for one in found if one["fits"]), None)
         result: dict[str, Any] = {
             "search": found,
-            "search_compiles": compiles,
+            "search_compiles": compiles is not None,
             "tried": tried,
             "recommended": None,
         }
@@ -361,7 +361,7 @@ class _Planner:
         rows = self.estimator.rows_alive(0)
         return self._arguments.total + _OPTIMISM * rows * chunked.row < self.estimator.limit
 
-    def _compile_in_turn(self, found: list[dict[str, Any]], tell) -> list[dict[str, Any]]:
+    def _compile_in_turn(self, found: list[dict[str, Any]], tell, how: str) -> list[dict[str, Any]]:
         """Compiles the fastest until one fits, and the smallest if none of them did."""
         tried: list[dict[str, Any]] = []
         ratio: dict[str, float] = {}  # of compiled and estimated temporaries, by remat
@@ -370,7 +370,7 @@ class _Planner:
             return tried
 
         def fits(one: dict[str, Any]) -> bool:
-            result = self.compile(_setting(one), tell)["compiled"]
+            result = self.compile(_setting(one), tell, how)["compiled"]
             tried.append({**one, "fits": result["fits"], "compiled": result})
             tell(page.tried(result))
             if np.isfinite(result["peak"]):
