@@ -15,6 +15,8 @@ from unime_jax.types import ImageSpec, UserError
 SPEC = ImageSpec("grid", 8, 3)
 DEVICES = 4  # two of each process
 BAD = {3, 4, 17}
+# Of 30 images, three views of each; those that were unreadable are zeros.
+FEATURES = np.random.default_rng(0).normal(size=(30, 3, 3, 5)).astype(np.float16)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,8 @@ def everything(load):
     return {
         "pairs": (both, 14, {"other_texts": 0.5}),
         "judged": ([Judged(load)], 6, {}),
-        "augmented": (both, 14, {"augment": True}),
+        "augmented": ([Judged(load)], 6, {"augment": True}),
+        "features": (both, 14, {"features": FEATURES}),
         "vectors": ([pairs(load)], 7, {"vectors": lengths}),
     }
 
@@ -124,10 +127,12 @@ def join(rows, groups):
     return jax.tree.map(whole, *groups)
 
 
-@pytest.mark.parametrize("name", ["pairs", "judged", "augmented", "vectors"])
+@pytest.mark.parametrize("name", ["pairs", "judged", "augmented", "features", "vectors"])
 @pytest.mark.parametrize("bad", [set(), BAD])
-def test_two_processes_make_what_one_makes(smol, name, bad):
+def test_two_processes_make_what_one_makes(smol, name, bad, monkeypatch):
     read = [[], []]
+    missing = np.array([number in bad for number in range(30)])
+    monkeypatch.setitem(globals(), "FEATURES", np.where(missing[:, None, None, None], 0, FEATURES))
 
     def loader(number):
         def load(image):

@@ -291,14 +291,16 @@ class Batches:
     ) -> Drawn:
         example = self._with_other_text(example, found, rng)
         sides, texts, target_id = [], [], example.target_id
-        for side, (tokens, items) in enumerate(zip(found.tokens, sides_of(example), strict=True)):
+        given = sides_of(example)
+        for side, (tokens, items) in enumerate(zip(found.tokens, given, strict=True)):
             made = []
             for number, item in enumerate(items if tokens else ()):
                 needs_id = side == 1 and not target_id
                 if wanted is None or wanted[side][number]:
                     encoded, content = self._side(item.text, item.image, rng)
                 else:
-                    encoded, content = None, self._pass(item, rng, needs_id)
+                    behind = (*items[number + 1 :], *sum(given[side + 1 :], ()))
+                    encoded, content = None, self._pass(item, rng, needs_id, behind)
                 made.append(((tokens, self._tiles(item.image is not None)), encoded))
                 if needs_id:
                     target_id = text_keys.content_id(item.text, content)
@@ -349,15 +351,12 @@ class Batches:
             named = problem if problem.startswith(image.name) else f"{image.name}: {problem}"
             raise kind(named) from None
 
-    def _pass(self, item: Item, rng: np.random.Generator, needs_content: bool) -> bytes:
-        """Draws what `_side` would draw, without decoding; returns the encoded image if needed."""
+    def _pass(self, item: Item, rng, needs_content: bool, behind: Sequence[Item]) -> bytes:
+        """Leaves an item to others, as if it was drawn; returns its encoded image where needed."""
         if item.image is None:
             return b""
-        if self._features is not None:
-            rng.integers(self._features.shape[1])
-            return b""
-        if self._augment:  # what it draws depends on the image's size
-            return self._side(item.text, item.image, rng)[1]
+        if self._augment and self._features is None and any(other.image for other in behind):
+            return self._side(item.text, item.image, rng)[1]  # its size decides what it draws
         return item.image.load() if needs_content else b""
 
     def _groups(self, sides: list[tuple]) -> tuple[tuple[Inputs, ...], np.ndarray]:
