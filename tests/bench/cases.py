@@ -176,7 +176,12 @@ def prepare(case: Case, folder: pathlib.Path) -> None:
     np.savez(folder / "first.npz", **_first(settings))
     # Stage 1 counts sentences: those of all sides.
     count = rows.count if rows.vectors is None else len(rows.vectors)
-    settings["case"] = {"title": case.title, "rows": count, "tokens": rows.tokens}
+    settings["case"] = {
+        "title": case.title,
+        "stage": case.stage,
+        "rows": count,
+        "tokens": rows.tokens,
+    }
     (folder / "case.json").write_text(json.dumps(settings))
 
 

@@ -44,15 +44,16 @@ def training(name: str, bench: "Bench") -> list[Result]:
     difference = _parity(ours.ready["first"], torch.ready["first"])
     limit = PARITY if bench.device == "cpu" else GPU_PARITY
     if difference > limit:
-        raise SystemExit(
-            f"{name}: the sides differ by {difference:.1e} ({ours.ready['first']} and "
+        ours.kill(), torch.kill()
+        raise WorkerError(
+            f"the sides differ by {difference:.1e} ({ours.ready['first']} and "
             f"{torch.ready['first']}): nothing was timed"
         )
     found = workers.take_turns({"ours": ours, "torch": torch}, bench.repeats, warm=1)
     peaks = {"ours": ours.close()["peak_gib"], "torch": torch.close()["peak_gib"]}
     last = _parity(*(found[side][-1] for side in measure.SIDES))
     speeds = {side: [case["rows"] / x["seconds"] for x in found[side]] for side in found}
-    unit = "sentences/s" if name.startswith("stage1") else "pairs/s"
+    unit = "sentences/s" if case["stage"] == "distill" else "pairs/s"
     notes = {
         "PyTorch's fastest": variant,
         "seconds a step": {side: measure.median([x["seconds"] for x in found[side]])
@@ -91,7 +92,7 @@ def _fastest(folder: pathlib.Path, bench: "Bench"):
         if loser is not None:
             tried[loser[0]] |= loser[1].close()
     if best is None:
-        raise SystemExit("no way of PyTorch runs")
+        raise WorkerError("no way of PyTorch runs")
     tried[best[0]].setdefault("peak_gib", None)
     return *best, tried
 
@@ -299,6 +300,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     results: list[Result] = []
+    failed: list[str] = []
     where = measure.machine()
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unime_bench_") as scratch:
@@ -313,6 +315,10 @@ def main(argv: list[str] | None = None) -> None:
             except Missing as missing:
                 print(f"  left out, needs {missing}")
                 continue
+            except WorkerError as error:
+                failed.append(name)
+                print(f"  failed: {error}", flush=True)
+                continue
             results += found
             print(measure.table(found), f"({time.perf_counter() - start:.0f} s)", flush=True)
             measure.write_json(args.output / "results.json", where, results)
@@ -321,6 +327,8 @@ def main(argv: list[str] | None = None) -> None:
     (args.output / "results.md").write_text(text)
     measure.plot(args.output / "results.png", results, where)
     print(f"written: {args.output}/results.json, results.md, results.png")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
