@@ -18,6 +18,7 @@ import rows as rows_files
 from rows import Group, Rows
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+_CROPS = "data.image_crops"
 FREE = 20  # shares of a row that its text may be shorter than the longest, in percent
 
 
@@ -27,6 +28,7 @@ class Mixture:
 
     query: tuple[tuple[int, int, bool], ...]
     target: tuple[tuple[int, int, bool], ...] = ()
+    negative: tuple[tuple[int, int, bool], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Case:
       mixture: of a batch of random rows; None: a batch of the newcomer's data.
       image_size: side of the square that every image is.
       settings: "section.key" -> value, over `base_config()`.
+      forward: embed the rows rather than train on them.
+      torch: whether PyTorch can do the same.
     """
 
     title: str
@@ -48,6 +52,8 @@ class Case:
     mixture: Mixture | None
     image_size: int = 0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    forward: bool = False
+    torch: bool = True
 
 
 def llava(
@@ -171,6 +177,10 @@ def prepare(case: Case, folder: pathlib.Path) -> None:
         (folder / "model").symlink_to(model)
     else:
         write_model(folder / "model", case.config, settings["model"]["dtype"])
+        if case.mixture is None:
+            import gpu_cases
+
+            case = dataclasses.replace(case, mixture=gpu_cases.mixture(case, settings))
         rows = draw_rows(case, np.random.default_rng(0))
     rows_files.save(folder / "rows.npz", rows)
     np.savez(folder / "first.npz", **_first(settings))
@@ -179,6 +189,8 @@ def prepare(case: Case, folder: pathlib.Path) -> None:
     settings["case"] = {
         "title": case.title,
         "stage": case.stage,
+        "forward": case.forward,
+        "torch": case.torch,
         "rows": count,
         "tokens": rows.tokens,
     }
@@ -207,15 +219,19 @@ def write_model(directory: pathlib.Path, config: dict[str, Any], dtype: str) -> 
 
 
 def draw_rows(case: Case, rng: np.random.Generator) -> Rows:
-    """Draws texts of random tokens and images of random pixels, laid out as LLaVA does."""
-    from unime_jax.models import llava16
+    """Draws texts of random tokens and images of random pixels, laid out as the model does."""
+    from flax import nnx
 
-    spec = llava16.Llava16Config.from_hf(case.config)
-    vocabulary = case.config["image_token_index"]
+    from unime_jax import models
+
+    spec = nnx.merge(*models.abstract(case.config)).image_spec
+    text = case.config.get("text_config", case.config)
+    vocabulary = case.config.get("image_token_index", text["vocab_size"])
     sides = {}
-    for side in ("query", "target"):
+    for side in rows_files.SIDES:
         groups = getattr(case.mixture, side)
-        sides[side] = [_group(case, spec, vocabulary, *group, rng) for group in groups]
+        if groups:
+            sides[side] = [_group(case, spec, vocabulary, *group, rng) for group in groups]
     orders = {
         side: rng.permutation(sum(len(group.lengths) for group in groups)).astype(np.int32)
         for side, groups in sides.items()
@@ -230,17 +246,15 @@ def draw_rows(case: Case, rng: np.random.Generator) -> Rows:
 
 def _group(case, spec, vocabulary, count, text, image, rng) -> Group:
     from unime_jax.data import preprocess
-    from unime_jax.types import ImageSpec
 
-    size = spec.vision.image_size
-    before, index, tiles, picture = 1, np.zeros(0, np.int32), 0, None
+    before, index, tiles, picture, grid = 1, np.zeros(0, np.int32), 0, None, None
     if image:
-        found = ImageSpec("llava_anyres", size, spec.vision.side**2, grids=spec.grids)
-        reader = preprocess.Preprocessor(
-            "", found, prompt="", max_tokens=8192, image_size=case.image_size
-        )
+        options = {"image_size": case.image_size, "image_crops": case.settings.get(_CROPS, 0)}
+        reader = preprocess.Preprocessor("", spec, prompt="", max_tokens=8192, **options)
         layout = reader.fixed_layout
         index, tiles, picture = layout.index, layout.tiles, (case.image_size,) * 2
+        if spec.kind == "phi_hd":
+            grid = np.tile(np.array(layout.grid, np.int32), (count, 1))
     length = text + len(index)
     lengths = length - rng.integers(0, max(1, text * FREE // 100), count).astype(np.int32)
     tokens = rng.integers(5, vocabulary, (count, length)).astype(np.int32)
@@ -248,8 +262,9 @@ def _group(case, spec, vocabulary, count, text, image, rng) -> Group:
     places[:, before : before + len(index)] = index
     tokens[places >= 0] = 0
     tokens[np.arange(length) >= lengths[:, None]] = 0
-    pixels = rng.integers(0, 256, (count, tiles, size, size, 3)).astype(np.uint8)
-    return Group(tokens, lengths.astype(np.int32), places, pixels, picture=picture)
+    shape = (count, tiles, spec.size, spec.size, 3)
+    pixels = rng.integers(0, 256, shape, np.uint8)
+    return Group(tokens, lengths.astype(np.int32), places, pixels, grid=grid, picture=picture)
 
 
 def _fetched(case: Case, settings: dict[str, Any]) -> tuple[Rows, pathlib.Path]:
@@ -320,5 +335,13 @@ def _first(settings: dict[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def find(name: str) -> Case:
+    if name in CASES:
+        return CASES[name]
+    import gpu_cases
+
+    return gpu_cases.case(name)
+
+
 if __name__ == "__main__":
-    prepare(CASES[sys.argv[1]], pathlib.Path(sys.argv[2]))
+    prepare(find(sys.argv[1]), pathlib.Path(sys.argv[2]))

@@ -3,8 +3,10 @@
 What is timed is a step from arrays on the host to a finished state.
 """
 
+import os
 import pathlib
 import sys
+import time
 
 import numpy as np
 import rows as rows_files
@@ -12,8 +14,6 @@ import workers
 
 
 def setup(folder: pathlib.Path):
-    import time
-
     import jax
     from flax import nnx
 
@@ -43,6 +43,9 @@ def setup(folder: pathlib.Path):
     optimizer, step = steps.from_settings(settings, graphdef, steps=1000, mesh=mesh)
     state = steps.create_state(trainable, optimizer, mesh=mesh)
     batch = as_batch(rows_files.load(folder / "rows.npz"))
+    if settings["case"]["forward"]:
+        act = forward(graphdef, {**frozen, **trainable}, batch, settings["train"]["chunk"], mesh)
+        return _said(act, load_seconds), act
 
     def act():
         nonlocal state
@@ -50,10 +53,50 @@ def setup(folder: pathlib.Path):
         jax.block_until_ready(state)
         return {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
 
+    said = _said(act, load_seconds)
+    if jax.devices()[0].platform != "cpu":  # what `plan --compile` would say, beside the real peak
+        program = step.lower(state, frozen, steps.place_batch(batch, mesh)).compile()
+        said["planned_gib"] = program.memory_analysis().peak_memory_in_bytes / 2**30
+    return said, act
+
+
+def _said(act, load_seconds: float):
+    import jax
+
     start = time.perf_counter()
     first = act()
-    said = {"load_seconds": load_seconds, "first_seconds": time.perf_counter() - start}
-    return {**said, "first": first, "device": jax.devices()[0].device_kind}, act
+    seconds = time.perf_counter() - start
+    device = jax.devices()[0].device_kind
+    return {
+        "load_seconds": load_seconds, "first_seconds": seconds, "first": first, "device": device
+    }  # fmt: skip
+
+
+def forward(graphdef, flat, batch, chunk: int, mesh):
+    """Returns what embeds all rows, and says the mean of their sizes, for comparison."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from unime_jax import steps
+    from unime_jax.types import unflatten
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def embed(flat, batch, side):
+        def encode(inputs, key):
+            return nnx.merge(graphdef, unflatten(flat)).embed(inputs)
+
+        vectors = steps.encode_groups(encode, getattr(batch, side), chunk=chunk, mesh=mesh)
+        return jnp.mean(jnp.abs(vectors))
+
+    def act():
+        placed = steps.place_batch(batch, mesh)
+        found = [embed(flat, placed, side) for side in ("query", "target")]
+        return {"loss": sum(map(float, found)), "gradient_norm": 1.0}
+
+    return act
 
 
 def as_batch(rows: rows_files.Rows):
@@ -76,5 +119,6 @@ def peak() -> float:
 
 
 if __name__ == "__main__":
-    workers.keep_to_two_cores()
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        workers.keep_to_two_cores()
     workers.serve(lambda: setup(pathlib.Path(sys.argv[1])), peak)

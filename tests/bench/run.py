@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import gpu_cases
 import measure
 import workers
 from measure import Result
@@ -40,6 +41,8 @@ def training(name: str, bench: "Bench") -> list[Result]:
     ours = bench.worker("jax_side.py", str(folder), env=cache)
     cold = ours.ready | ours.close()
     ours = bench.worker("jax_side.py", str(folder), env=cache)  # compiled before, as most runs are
+    if not case["torch"]:
+        return _alone(name, case, ours, cold, bench)
     variant, torch, tried = _fastest(folder, bench)
     difference = _parity(ours.ready["first"], torch.ready["first"])
     limit = PARITY if bench.device == "cpu" else GPU_PARITY
@@ -70,6 +73,19 @@ def training(name: str, bench: "Bench") -> list[Result]:
     return [
         Result(name, case["title"], unit, speeds, notes),
         Result(f"{name}_memory", "  its peak memory", "GiB", memory),
+    ]
+
+
+def _alone(name: str, case, ours: Worker, cold, bench: "Bench") -> list[Result]:
+    """Times a step that PyTorch's side does not have."""
+    found = workers.take_turns({"ours": ours}, bench.repeats)["ours"]
+    peak = ours.close()["peak_gib"]
+    speeds = {"ours": [case["rows"] / x["seconds"] for x in found]}
+    note = {"seconds a step": measure.median([x["seconds"] for x in found])}
+    note |= {"first call, s": cold["first_seconds"], "planned GiB": cold.get("planned_gib", "-")}
+    return [
+        Result(name, case["title"], "rows/s", speeds, note),
+        Result(f"{name}_memory", "  its peak memory", "GiB", {"ours": [peak]}),
     ]
 
 
@@ -255,6 +271,18 @@ def startup(bench: Bench) -> list[Result]:
     return found
 
 
+def attention(bench: Bench) -> list[Result]:
+    """Times cuDNN's attention against XLA's, and says how far each is from f32."""
+    kind = "tiny" if bench.tiny else "full"
+    command = [sys.executable, str(workers.HERE / "attention_side.py"), kind, str(bench.repeats)]
+    return [
+        Result(f"attention_{one['width']}_{one['implementation']}",
+               f"attention, heads of {one['width']}, {one['implementation']}, there and back",
+               "ms", {"ours": one["milliseconds"]}, {"differs from f32 by": one["difference"]})
+        for one in workers.last_json(bench.run(command))
+    ]  # fmt: skip
+
+
 class Missing(Exception):
     """What a test needs is not at hand."""
 
@@ -266,16 +294,19 @@ OTHERS: dict[str, Callable[[Bench], list[Result]]] = {
     "load": load,
     "save": save,
     "startup": startup,
+    "attention": attention,
 }
 TINY = ("tiny", "tiny_stage1")
-GPU = ("gpu_phi", "gpu_llava", "gpu_llava_nf4", "gpu_llava_stage1")
+GPU = gpu_cases.NAMES
 
 
 def names_of(args: argparse.Namespace) -> tuple[str, ...]:
     """Returns the tests that `--only` may name, in the order in which they run."""
     if args.device == "gpu":
-        return tuple(f"{name}_tiny" for name in GPU) if args.tiny else GPU
-    return TINY + ("pipeline", "load", "save", "startup") if args.tiny else (*TRAINING, *OTHERS)
+        names = tuple(f"{name}_tiny" for name in GPU) if args.tiny else GPU
+        return (*names, "attention")
+    others = tuple(name for name in OTHERS if name != "attention")
+    return TINY + others[1:] if args.tiny else (*TRAINING, *others)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

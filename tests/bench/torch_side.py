@@ -143,6 +143,13 @@ class Model:
     def embed(self, group: rows_files.Group, chosen: slice):
         """Embeds rows of a group; unit rows, f32."""
         torch = self.torch
+        # In bfloat16 the adapters are f32, as peft leaves them, and autocast keeps them fast.
+        half = self.dtype == torch.bfloat16
+        with torch.autocast(self.device, torch.bfloat16, enabled=half):
+            return self._embed(group, chosen)
+
+    def _embed(self, group: rows_files.Group, chosen: slice):
+        torch = self.torch
         tokens = torch.as_tensor(group.tokens[chosen], device=self.device).long()
         lengths = torch.as_tensor(group.lengths[chosen], device=self.device).long()
         places = torch.as_tensor(group.image_index[chosen], device=self.device).long()
@@ -204,6 +211,8 @@ class Step:
 
     def __call__(self) -> dict[str, float]:
         torch, model = self.torch, self.model
+        if self.settings["case"]["forward"]:
+            return self._forward()
         self.optimizer.zero_grad()
         if not self.settings["train"]["chunk"]:
             found = [model.embed(group, chosen) for _, group, chosen in self.parts]
@@ -220,6 +229,14 @@ class Step:
         norm = torch.nn.utils.clip_grad_norm_(model.trained, self.settings["optim"]["clip_norm"])
         self.optimizer.step()
         return {"loss": float(loss.detach()), "gradient_norm": float(norm)}
+
+    def _forward(self) -> dict[str, float]:
+        found: dict[str, list] = {}
+        with self.torch.no_grad():
+            for side, group, chosen in self.parts:
+                found.setdefault(side, []).append(self.model.embed(group, chosen))
+        means = [self.torch.cat(vectors).abs().mean() for vectors in found.values()]
+        return {"loss": sum(map(float, means)), "gradient_norm": 1.0}
 
     def _loss(self, found):
         torch, settings = self.torch, self.settings["loss"]

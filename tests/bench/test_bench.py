@@ -1,0 +1,92 @@
+"""The speed test itself: its statistics, its table, its files, and that both sides still run."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import measure  # noqa: E402
+import rows  # noqa: E402
+import workers  # noqa: E402
+
+SPEED = measure.Result(
+    "a", "steps", "pairs/s", {"ours": [10.0, 12.0, 11.0], "torch": [5.0, 4.0, 11.0]}
+)
+TIME = measure.Result("b", "load", "s", {"ours": [2.0, 4.0], "torch": [8.0, 4.0]}, {"imports": 1.5})
+ALONE = measure.Result("c", "start", "s", {"ours": [0.0123]})
+
+
+def test_ratios_say_how_many_times_better_ours_is():
+    # Medians 11 and 5; round by round 2, 3 and 1.
+    assert SPEED.ratio() == pytest.approx((2.2, 1.0, 3.0))
+    assert TIME.ratio() == pytest.approx((2.0, 1.0, 4.0))  # of seconds fewer are better
+    assert ALONE.ratio() is None
+
+
+def test_the_table_has_medians_quartiles_and_extremes():
+    lines = measure.table([SPEED, TIME, ALONE]).splitlines()
+    assert len({len(line) for line in lines}) == 1 and len(lines) == 5
+    cells = [text.strip() for text in lines[2].strip("|").split("|")]
+    assert cells == [
+        "steps", "pairs/s", "11.0 (10.5 to 11.5)", "5.00 (4.50 to 8.00)",
+        "x 2.20 (1.00 to 3.00)",
+    ]  # fmt: skip
+    assert "0.0123 (0.0123 to 0.0123)" in lines[4] and "| -" in lines[4]
+    assert measure.notes([SPEED, TIME]) == "b: imports 1.5"
+
+
+def test_files_hold_every_sample_and_the_machine(tmp_path):
+    where = measure.machine()
+    measure.write_json(tmp_path / "results.json", where, [SPEED, ALONE])
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert found["results"][0]["samples"] == SPEED.samples
+    assert found["machine"]["packages"]["jax"] and found["machine"]["cores"]
+    measure.plot(tmp_path / "results.png", [SPEED, TIME, ALONE], where)
+    assert (tmp_path / "results.png").stat().st_size > 5000
+
+
+def test_rows_come_back_from_their_file(tmp_path):
+    image = rows.Group(*(np.full((2, 3), i) for i in range(4)), picture=(56, 84))
+    text = rows.Group(*(np.full((1, 2), i) for i in range(4)))
+    batch = rows.Rows(
+        {"query": [image, text], "target": [text]},
+        {"query": np.arange(3), "target": np.arange(1)},
+        vectors=np.ones((4, 2)),
+    )
+    rows.save(tmp_path / "rows.npz", batch)
+    found = rows.load(tmp_path / "rows.npz")
+    assert [len(found.sides[side]) for side in ("query", "target")] == [2, 1]
+    assert found.sides["query"][0].picture == (56, 84) and found.sides["query"][1].picture is None
+    np.testing.assert_array_equal(found.sides["query"][0].tiles, image.tiles)
+    assert (found.count, found.tokens, found.target_ids) == (3, 10, None)
+    assert found.vectors.shape == (4, 2)
+
+
+def test_a_side_that_fails_says_why(tmp_path):
+    with pytest.raises(workers.WorkerError, match="case.json"):
+        workers.Worker("torch_side.py", str(tmp_path), "eager")
+
+
+@pytest.mark.slow
+def test_both_sides_run_and_compute_the_same(tmp_path):
+    pytest.importorskip("peft")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "run.py"), "--tiny", "--quick", "--only", "tiny", "pipeline"]
+        + ["--output", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [one["name"] for one in results] == ["tiny", "tiny_memory", "pipeline"]
+    assert results[0]["notes"]["first step differs by"] < 1e-4
+    assert all(one["samples"]["torch"] for one in results)
+    assert (tmp_path / "results.png").is_file()
