@@ -17,7 +17,7 @@ import tolerances
 
 import unime_jax
 from unime_jax import embed, embedder, runtime
-from unime_jax.data import items, prompts, stream, vector_files
+from unime_jax.data import items, pictures, prompts, stream, vector_files
 from unime_jax.types import UserError
 
 ROW = 1e-5  # cosine distance of a row on one device and on eight, alone and among others
@@ -228,7 +228,9 @@ def test_ctrl_c_while_stdin_has_nothing(root, tmp_path, monkeypatch):
 def test_processes_share_the_rows(root, alone, tmp_path, monkeypatch):
     from jax.experimental import multihost_utils
 
-    barriers = []
+    barriers, opened = [], []
+    size_of = pictures.size_of
+    monkeypatch.setattr(pictures, "size_of", lambda path: opened.append(path) or size_of(path))
     monkeypatch.setattr(multihost_utils, "sync_global_devices", barriers.append)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in (1, 0):
@@ -237,6 +239,9 @@ def test_processes_share_the_rows(root, alone, tmp_path, monkeypatch):
         if process:
             rows = np.fromfile(tmp_path / "v.safetensors.job" / "done-1.bin", np.int64)
             assert len(rows) == 19 and (rows % 2 == 1).all()
+            entries = items.Input(str(root / "pairs" / "items.jsonl")).read()
+            own = {entry.image for entry in entries if entry.row % 2 and entry.image}
+            assert set(opened) == own and len(own) > 10  # no pictures but those of its rows
             assert not (tmp_path / "v.safetensors").exists()
     found = vector_files.read(tmp_path / "v.safetensors")
     assert len(barriers) == 2 and distance(found.vectors, alone) < ROW

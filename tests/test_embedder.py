@@ -12,6 +12,7 @@ from unime_jax import embedder as embedder_lib
 from unime_jax import sharding
 from unime_jax.types import UserError
 
+HALF = 2e-3  # cosine distance of a row's vectors in bfloat16
 TEXTS = ["a red cat", "dog", "a much longer sentence about a green fox and a blue owl", "cat " * 40]
 
 
@@ -76,10 +77,18 @@ def test_a_mesh_of_other_axes_is_refused(root):
 
 
 def test_bfloat16_is_close(root, embedder):
+    """To float32, alone and among others, on one device and on eight."""
+    image = Image.new("RGB", (30, 20), "red")
+    rows = {"texts": [*TEXTS, None, "with"], "images": [*[None] * 4, image, image]}
     half = unime_jax.load(root / "student")
-    cosine = (half.embed(texts=TEXTS) * embedder.embed(texts=TEXTS)).sum(1)
     assert half.params["language_model"]["model"]["norm"]["scale"].dtype == jnp.bfloat16
-    assert cosine.min() > 1 - 2e-3
+    together = half.embed(**rows)
+    pairs = zip(rows["texts"], rows["images"], strict=True)
+    alone = np.concatenate([half.embed(texts=[text], images=[image]) for text, image in pairs])
+    mesh = sharding.make_mesh(data=8)
+    spread = embedder_lib.load(root / "student", mesh=mesh).embed(**rows)
+    for other in (embedder.embed(**rows), alone, spread):
+        assert (1 - (together * other).sum(1)).max() < HALF
 
 
 @pytest.mark.parametrize(

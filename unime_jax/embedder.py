@@ -7,15 +7,14 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unime_jax import models, runtime, sharding, weights
+from unime_jax import models, sharding, weights
 from unime_jax.data import buckets, preprocess, prompts
 from unime_jax.data.rows import IMAGE_SLOT, without_padding
-from unime_jax.models import layers, lora
+from unime_jax.models import lora
+from unime_jax.runner import Runner
 from unime_jax.runtime import resolve_attention, resolve_matmul
 from unime_jax.types import Array, Inputs, Params, UserError
 
@@ -69,20 +68,7 @@ class Embedder:
         self._preparation = {"image_size": image_size, "image_crops": image_crops}
         self._prompt = prompt
         self.fusion = fusion or FUSIONS[0]
-        # That share the rows of a group.
-        self._devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        options = {"compiler_options": runtime.compiler_options(device.platform)}
-        if mesh is not None:  # every process gets all of a result
-            everywhere = jax.sharding.PartitionSpec()
-            options["out_shardings"] = jax.sharding.NamedSharding(mesh, everywhere)
-        jit = functools.partial(jax.jit, **options)
-        self._placement = None
-        if mesh is not None and mesh.size > 1:
-            kernel = functools.partial(sharding.per_device, mesh=mesh)
-            self._placement = layers.Placement(kernel=kernel)
-        self._apply = jit(self.function()[0])
-        self._featurise = jit(functools.partial(_featurise, self.graphdef, self._placement))
+        self._runner = Runner(self.graphdef, self.params, mesh=mesh)
 
     @functools.cached_property
     def preprocessor(self) -> preprocess.Preprocessor:
@@ -95,7 +81,7 @@ class Embedder:
             image_token_id=self._image_token_id(),
             vocabulary=self._number("vocab_size", None),
             window=self._window,
-            devices=self._devices,
+            limits=self._runner.limits,
             **self._preparation,
         )
 
@@ -120,7 +106,7 @@ class Embedder:
 
         `params` is a nested dict of arrays, `inputs` comes from `preprocess`.
         """
-        return functools.partial(_apply, self.graphdef, self._placement), self.params
+        return self._runner.apply, self.params
 
     def preprocess(
         self,
@@ -215,16 +201,7 @@ class Embedder:
         self, tiles: np.ndarray, *, rows: int = 32, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """Runs the vision tower alone: uint8[N, S, S, 3] -> f32[N, P, D]."""
-        done = []
-        for start in range(0, len(tiles), rows):
-            part = tiles[start : start + rows]
-            padded = np.pad(part, [(0, rows - len(part)), (0, 0), (0, 0), (0, 0)])
-            if self.mesh is not None:
-                padded = sharding.shard_batch(padded, self.mesh)
-            done.append(np.asarray(self._featurise(self.params, padded))[: len(part)])
-            if progress:
-                progress(len(part))
-        return np.concatenate(done)
+        return self._runner.featurise(tiles, rows=rows, progress=progress)
 
     def _bucket(self, texts, images, instruction):
         if texts is None and images is None:
@@ -249,32 +226,8 @@ class Embedder:
         groups: Iterable[tuple[Inputs, Any]],
         apply: Callable[[Params, Sequence[Inputs]], Any] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
-        """Embeds groups one after the other; the host makes the next while the device works.
-
-        Args:
-          groups: each with something that tells its rows, which is handed through.
-          apply: what is computed in place of the embeddings; arrays with a line for each row.
-
-        Yields:
-          What tells the rows, and their f32[n, E], or what `apply` says of them.
-        """
-        apply = self._apply if apply is None else apply
-
-        def read(rows, found, count):
-            return rows, jax.tree.map(lambda array: np.asarray(array)[:count], found)
-
-        ahead = None
-        for inputs, rows in groups:
-            # Few numbers of rows bound the number of compiled shapes.
-            padded = _pad_rows(inputs, buckets.padded_rows(inputs.rows, self._devices))
-            if self.mesh is not None:
-                padded = sharding.shard_batch(padded, self.mesh)
-            started = apply(self.params, [padded])
-            if ahead is not None:
-                yield read(*ahead)
-            ahead = rows, started, inputs.rows
-        if ahead is not None:
-            yield read(*ahead)
+        """Embeds groups one after the other; see `Runner.run`."""
+        return self._runner.run(groups, apply)
 
     def _run(self, groups: buckets.Groups, progress, *, rows: int | None = None) -> np.ndarray:
         """Embeds groups; `progress` counts the first `rows` rows alone, where that is given."""
@@ -373,31 +326,8 @@ def attach_adapters(model: nnx.Module, adapters: dict[str, Any], *, seed: int) -
         )
 
 
-def _apply(graphdef, placement, params, inputs) -> Array:
-    model = nnx.merge(graphdef, params)
-    with layers.placed(placement):
-        vectors = jnp.concatenate([model.embed(group) for group in inputs])
-    if any(group.index is not None for group in inputs):
-        index = jnp.concatenate([group.index for group in inputs])
-        vectors = jnp.zeros_like(vectors).at[index].set(vectors)
-    return vectors
-
-
-def _featurise(graphdef, placement, params, tiles) -> Array:
-    with layers.placed(placement):
-        return nnx.merge(graphdef, params).featurise(tiles).astype(jnp.float32)
-
-
 def _check_lists(texts, images) -> None:
     """Refuses a single text or image, which would be read as a list of its letters or bytes."""
     for name, rows in (("texts", texts), ("images", images)):
         if isinstance(rows, str | bytes | os.PathLike) or hasattr(rows, "getexif"):
             raise UserError(f"embed: {name} is one {type(rows).__name__}; give a list")
-
-
-def _pad_rows(inputs: Inputs, rows: int) -> Inputs:
-    """Repeats the last row until there are `rows`."""
-    extra = rows - inputs.rows
-    return jax.tree.map(
-        lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1), mode="edge"), inputs
-    )

@@ -92,11 +92,10 @@ def padding(model: preprocess.Preprocessor, rows: int = 600) -> str:
             length, tiles = length + layout.positions, model.transform.bucket(layout.tiles)
         shapes.append((buckets.padded_length(length, model.max_tokens), tiles))
         real += length
-    groups = buckets.sort(shapes)
-    padded = sum(buckets.padded_rows(len(g.members)) * g.tokens for g in groups)
-    kinds = collections.Counter(
-        (buckets.padded_rows(len(g.members)), g.tokens, g.tiles) for g in groups
-    )
+    limits = buckets.LIMITS
+    groups = buckets.sort(shapes, limits)
+    padded = sum(limits.padded(len(g.members)) * g.tokens for g in groups)
+    kinds = collections.Counter((limits.padded(len(g.members)), g.tokens, g.tiles) for g in groups)
     return f"{1 - real / padded:.1%} padding, {len(groups)} groups of {len(kinds)} shapes"
 
 

@@ -12,10 +12,45 @@ import numpy as np
 from unime_jax.types import Inputs, UserError
 
 # Padded lengths: few, so that few shapes are compiled, and close enough that padding stays small.
-LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024)
+LENGTHS = (
+    *(16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256),
+    *(320, 384, 448, 512, 640, 768, 896, 1024),
+)
 _STEP = 256  # of longer ones
-# At most so many rows, positions and tiles in one group, for each device that shares it.
-_ROWS, _TOKENS, _TILES = 64, 8192, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How large groups are.
+
+    Attributes:
+      rows, tokens, tiles: at most so many rows, positions and tiles in one group, for each device
+        that shares it.
+      devices: that the rows of a group are spread over.
+    """
+
+    rows: int = 64
+    tokens: int = 8192
+    tiles: int = 64
+    devices: int = 1
+
+    def full(self, tokens: int, tiles: int) -> int:
+        """Returns how many rows of one shape make a full group."""
+        limit = max(1, min(self.rows, self.tokens // tokens, self.tiles // max(tiles, 1)))
+        # Groups are padded to `padded`, so a full one should need no padding.
+        return self.devices << (limit.bit_length() - 1)
+
+    def padded(self, rows: int) -> int:
+        """Returns how many rows a group is padded to: the same power of two on every device."""
+        return self.devices << (-(-rows // self.devices) - 1).bit_length()
+
+    @property
+    def program(self) -> int:
+        """Is how many positions cost about as much as one more shape that must be compiled."""
+        return 2 * self.tokens * self.devices
+
+
+LIMITS = Limits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,34 +73,77 @@ def padded_length(length: int, limit: int) -> int:
     return min(fitting, limit)
 
 
-def padded_rows(rows: int, devices: int = 1) -> int:
-    """Returns how many rows a group is padded to: the same power of two on every device."""
-    return devices << (-(-rows // devices) - 1).bit_length()
-
-
-def full_rows(tokens: int, tiles: int, devices: int = 1) -> int:
-    """Returns how many rows of one shape make a full group."""
-    limit = max(1, min(_ROWS, _TOKENS // tokens, _TILES // max(tiles, 1)))
-    # Groups are padded to `padded_rows`, so a full one should need no padding.
-    return devices << (limit.bit_length() - 1)
-
-
-def sort(shapes: Sequence[tuple[int, int]], devices: int = 1) -> list[Bucket]:
-    """Puts rows of equal shape together, short ones first.
+def sort(shapes: Sequence[tuple[int, int]], limits: Limits = LIMITS) -> list[Bucket]:
+    """Puts rows of equal shape together, then what is left of each shape; short ones first.
 
     Args:
       shapes: (T, C) of each row.
-      devices: that a group's rows are spread over.
+      limits: of the groups.
     """
     places = collections.defaultdict(list)
     for place, shape in enumerate(shapes):
         places[shape].append(place)
+    buckets, left = [], {}
+    for shape, members in places.items():
+        rows = limits.full(*shape)
+        whole = len(members) // rows * rows
+        for start in range(0, whole, rows):
+            buckets.append(Bucket(*shape, tuple(members[start : start + rows])))
+        left[shape] = members[whole:]
+    known = {(bucket.tokens, bucket.tiles, len(bucket.members)) for bucket in buckets}
+    buckets += gather(left, limits, known)
+    return sorted(buckets, key=lambda bucket: (bucket.tokens, bucket.tiles))
+
+
+def gather(
+    left: dict[tuple[int, int], list[int]], limits: Limits, known: set[tuple[int, int, int]]
+) -> list[Bucket]:
+    """Puts rows that fill no group into few groups: short ones may go with longer ones.
+
+    Args:
+      left: the rows of each shape (T, C).
+      limits: of the groups.
+      known: (T, C, padded rows) of the groups before, whose programs are there already.
+    """
     buckets = []
-    for (tokens, tiles), members in sorted(places.items()):
-        rows = full_rows(tokens, tiles, devices)
-        for start in range(0, len(members), rows):
-            buckets.append(Bucket(tokens, tiles, tuple(members[start : start + rows])))
+    for tiles in sorted({tiles for _, tiles in left}):
+        rows = [
+            (tokens, member)
+            for (tokens, other), members in sorted(left.items())
+            if other == tiles
+            for member in members
+        ]
+        stop = len(rows)
+        for start in reversed(_cuts([tokens for tokens, _ in rows], tiles, limits, known)):
+            members = tuple(member for _, member in rows[start:stop])
+            buckets.append(Bucket(rows[stop - 1][0], tiles, members))
+            stop = start
     return buckets
+
+
+def _cuts(
+    lengths: list[int], tiles: int, limits: Limits, known: set[tuple[int, int, int]]
+) -> list[int]:
+    """Returns where groups begin that cost least, of rows that are sorted by length.
+
+    A group costs its positions, padding included, and what its program costs unless it is known.
+    """
+    # Of the first i rows: the least cost, and where the last of their groups begins.
+    best, begins = [0], [0]
+    for stop, tokens in enumerate(lengths, 1):
+        costs = []
+        for start in range(max(0, stop - limits.full(tokens, tiles)), stop):
+            rows = limits.padded(stop - start)
+            program = 0 if (tokens, tiles, rows) in known else limits.program
+            costs.append((best[start] + tokens * rows + program, start))
+        cost, start = min(costs)
+        best.append(cost)
+        begins.append(start)
+    cuts, stop = [], len(lengths)
+    while stop:
+        stop = begins[stop]
+        cuts.append(stop)
+    return cuts[::-1]
 
 
 class Groups:

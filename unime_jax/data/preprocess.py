@@ -35,7 +35,7 @@ class Preprocessor:
       image_size: side of a square that every image is resized to first, aspect ignored, so that all
         take the same tiles and positions; 0: as they are.
       image_crops: most tiles of an image where the model has such a number; 0: the checkpoint's.
-      devices: that the rows of a group are spread over; groups grow with them.
+      limits: of groups.
       window: most positions that the model attends to; longer rows are refused. None: all.
     """
 
@@ -50,7 +50,7 @@ class Preprocessor:
         vocabulary: int | None = None,
         image_size: int = 0,
         image_crops: int = 0,
-        devices: int = 1,
+        limits: buckets.Limits = buckets.LIMITS,
         window: int | None = None,
     ):
         self.image_spec = image_spec
@@ -60,7 +60,7 @@ class Preprocessor:
         self._vocabulary = vocabulary
         self.image_size = image_size
         self._image_crops = image_crops
-        self.devices = devices
+        self.limits = limits
         self._window = window
         self._directory = directory
         self._transform = None
@@ -352,7 +352,7 @@ class Preprocessor:
                 list(zip(found, pictures, strict=True)), tokens=bucket.tokens, tiles=bucket.tiles
             )
 
-        return buckets.Groups(buckets.sort(shapes, self.devices), prepare, pack, tokens=real)
+        return buckets.Groups(buckets.sort(shapes, self.limits), prepare, pack, tokens=real)
 
     def shape_of(self, row: Row, layout: Layout | None) -> tuple[int, int]:
         """Returns T and C of the group that a row belongs in.

@@ -44,7 +44,7 @@ class _Waiting:
 
 
 class Stream:
-    """Sorts an endless row of items into full groups, as `buckets.Groups` does a list.
+    """Sorts an endless row of items into full groups, as `buckets.sort` does a list.
 
     Full groups leave at once; the others wait for more rows of their shape, at most WAITING_ROWS
     in all, so that memory does not grow with the input. Iterating yields (inputs, keys).
@@ -81,14 +81,16 @@ class Stream:
         with ThreadPoolExecutor() as pool:
             found = buckets.prepared(self._buckets(pool), self._prepare, self._pack, bad=self._fail)
             for inputs, members in found:
-                rows = buckets.padded_rows(inputs.rows, self._model.devices)
+                rows = self._model.limits.padded(inputs.rows)
                 self.positions += rows * inputs.tokens.shape[1]
                 self.real += int(inputs.lengths.sum())
                 yield inputs, [self._waiting.pop(member).item.key for member in members]
 
     def _buckets(self, pool: ThreadPoolExecutor) -> Iterator[buckets.Bucket]:
         """Yields full buckets as they come, the others where there is no room, and at the end."""
+        limits = self._model.limits
         shapes: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+        known: set[tuple[int, int, int]] = set()
         count = size = 0  # of the rows in `shapes`, and the bytes that they hold
 
         def leave(shape: tuple[int, int]) -> buckets.Bucket:
@@ -96,6 +98,7 @@ class Stream:
             members = shapes.pop(shape)
             count -= len(members)
             size -= sum(_held(self._waiting[member].item) for member in members)
+            known.add((*shape, limits.padded(len(members))))
             return buckets.Bucket(*shape, tuple(members))
 
         for number, found in enumerate(self._measured(pool)):
@@ -103,12 +106,11 @@ class Stream:
             self._waiting[number] = found
             shapes[shape].append(number)
             count, size = count + 1, size + _held(found.item)
-            if len(shapes[shape]) == buckets.full_rows(*shape, self._model.devices):
+            if len(shapes[shape]) == limits.full(*shape):
                 yield leave(shape)
             while count > WAITING_ROWS or size > WAITING_BYTES:
                 yield leave(max(shapes, key=lambda shape: len(shapes[shape])))
-        for shape in sorted(shapes):
-            yield leave(shape)
+        yield from buckets.gather(shapes, limits, known)
 
     def _measured(self, pool: ThreadPoolExecutor) -> Iterator[_Waiting]:
         """Tokenises the items and reads their images' sizes, a few items at a time."""

@@ -21,7 +21,7 @@ from unime_jax.models.hf import (
 )
 from unime_jax.types import Params, UserError
 
-_MAPPED_BYTES = 2**29  # read before mapped files are closed
+_MAPPED_BYTES = 2**26  # read before mapped files are closed
 
 
 class Reader:

@@ -157,7 +157,7 @@ class Llava16(Multimodal):
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
         features = inputs.features
         if features is None:
-            features = self.features_of(inputs.tiles, fold(key, 0))
+            features = self.image_features(inputs.tiles, None, key=key)
         features = features.reshape(inputs.rows, -1, features.shape[-1])
         x = self.multi_modal_projector(features.astype(self.language_model.dtype), fold(key, 1))
         newline = self.image_newline[...].astype(x.dtype)

@@ -60,6 +60,12 @@ class Multimodal(nnx.Module):
         features = self.featurise(tiles.reshape(-1, *tiles.shape[2:]), key=key)
         return checkpoint_name(features, FEATURES)
 
+    def image_features(
+        self, tiles: UInt8[Array, "G C S S 3"], grid: Array | None, *, key: Array | None = None
+    ) -> Float[Array, "GC P Dv"]:
+        """Returns what `Inputs.features` may hold in place of a group's tiles and grid."""
+        return self.features_of(tiles, fold(key, 0))
+
     def inputs_embeds(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G T D"]:
         """Returns the decoder's input: token vectors, and visual ones where images stand."""
         inputs = jax.tree.map(jnp.asarray, inputs)

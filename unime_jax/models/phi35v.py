@@ -139,15 +139,24 @@ class Phi35V(Multimodal):
         x = x.reshape(x.shape[0], half, 2, half, 2, -1).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(x.shape[0], half * half, -1)
 
+    def image_features(
+        self,
+        tiles: UInt8[Array | np.ndarray, "G C S S 3"],
+        grid: Int[Array | np.ndarray, "G 2"] | None,
+        *,
+        key: Array | None = None,
+    ) -> Float[Array, "slots P Dv"]:
+        """Returns the features of every row's slots: its thumbnail, unless C = 1, and its tiles."""
+        slots = tiles
+        if tiles.shape[1] > 1:
+            small = thumbnail(tiles, grid)[:, None]
+            slots = jnp.concatenate([small, slots.astype(small.dtype)], axis=1)
+        return self.features_of(slots, fold(key, 0))
+
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
-        rows, tiles = inputs.tiles.shape[:2]
-        features = inputs.features
+        rows, features = inputs.rows, inputs.features
         if features is None:
-            slots = inputs.tiles
-            if tiles > 1:
-                small = thumbnail(inputs.tiles, inputs.grid)[:, None]
-                slots = jnp.concatenate([small, slots.astype(small.dtype)], axis=1)
-            features = self.features_of(slots, fold(key, 0))
+            features = self.image_features(inputs.tiles, inputs.grid, key=key)
         dtype = self.language_model.dtype
         features = features.reshape(rows, -1, features.shape[-1]).astype(dtype)
         separators = jnp.concatenate([self.sub_GN[...][0, 0], self.glb_GN[...][0]])

@@ -136,11 +136,21 @@ class Smol(Multimodal):
         """Runs the vision tower alone; what `Inputs.features` may hold instead of tiles."""
         return self.vision_tower(tiles)
 
+    def image_features(
+        self,
+        tiles: UInt8[Array | np.ndarray, "G C S S 3"],
+        grid: Array | None,
+        *,
+        key: Array | None = None,
+    ) -> Float[Array, "GC P Dv"]:
+        """Returns what `Inputs.features` may hold in place of tiles."""
+        features = self.featurise(tiles.reshape(-1, *tiles.shape[2:]))
+        return checkpoint_name(features, FEATURES)
+
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
         features = inputs.features
         if features is None:
-            tiles = inputs.tiles.reshape(-1, *inputs.tiles.shape[2:])
-            features = checkpoint_name(self.featurise(tiles), FEATURES)
+            features = self.image_features(inputs.tiles, None)
         # [G, C, P, Dv] or [G * C, P, Dv] -> [G, C * P, Dv]; f16 features are converted here.
         features = features.reshape(inputs.rows, -1, features.shape[-1])
         return self.multi_modal_projector(features.astype(self.language_model.dtype), key)
