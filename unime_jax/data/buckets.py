@@ -47,7 +47,7 @@ class Limits:
     @property
     def program(self) -> int:
         """Is how many positions cost about as much as one more shape that must be compiled."""
-        return 2 * self.tokens * self.devices
+        return self.tokens * self.devices
 
 
 LIMITS = Limits()
