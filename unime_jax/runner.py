@@ -39,7 +39,7 @@ class Runner:
         self._params, self._mesh = params, mesh
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         options = {"compiler_options": runtime.compiler_options(device.platform)}
-        rows, placement = {}, None
+        rows, placement, own = {}, None, layers.Placement(read_only=True)
         if mesh is not None:  # every process gets all of a result
             everywhere = jax.sharding.PartitionSpec()
             options["out_shardings"] = jax.sharding.NamedSharding(mesh, everywhere)
@@ -47,6 +47,7 @@ class Runner:
         if mesh is not None and mesh.size > 1:
             kernel = functools.partial(sharding.per_device, mesh=mesh)
             placement = layers.Placement(kernel=kernel)
+            own = dataclasses.replace(own, kernel=kernel)
         # That share the rows of a group.
         devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self.limits = buckets.Limits(devices=devices)
@@ -54,7 +55,7 @@ class Runner:
             self.limits = dataclasses.replace(self.limits, tokens=_CPU_TOKENS)
         self._tiles = _CPU_TILES if device.platform == "cpu" else self.limits.tiles
         self.apply = functools.partial(_apply, graphdef, placement)
-        self._embed = jax.jit(self.apply, **options)
+        self._embed = jax.jit(functools.partial(_apply, graphdef, own), **options)
         self._featurise = jax.jit(functools.partial(_featurise, graphdef, placement), **options)
         self._see = jax.jit(functools.partial(_see, graphdef, placement), **options | rows)
 

@@ -282,7 +282,7 @@ class Decoder(nnx.Module):
         Raises:
           UserError: T exceeds the checkpoint's sliding window.
         """
-        x = self._layers(self.model.layers, embeds, lengths, key)
+        x = self._layers(embeds, lengths, key)
         return self.model.norm(x)
 
     @jax.named_scope("decoder")
@@ -297,9 +297,8 @@ class Decoder(nnx.Module):
         if not self.config.narrow_last_layer:
             return last_token(self(embeds, lengths, key=key), lengths)
         graphdef, state = nnx.split(self.model.layers)
-        most = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[:-1], state))
         final = placed_weights(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], state)))
-        x = self._layers(most, embeds, lengths, fold(key, 0))
+        x = self._layers(embeds, lengths, fold(key, 0), self.config.num_hidden_layers - 1)
         x = final(x, self._tables(embeds, lengths), lengths, fold(key, 1), last=True)
         return self.model.norm(placed_rows(x))[:, 0]
 
@@ -309,7 +308,7 @@ class Decoder(nnx.Module):
         positions = jnp.arange(embeds.shape[1])
         return rope_tables(positions, self.config.head_dim, self.config.rope_theta)
 
-    def _layers(self, layers: nnx.Module, embeds: Array, lengths: Array, key) -> Array:
+    def _layers(self, embeds: Array, lengths: Array, key, count: int | None = None) -> Array:
         window, tokens = self.config.sliding_window, embeds.shape[1]
         if window is not None and tokens > window:
             raise UserError(
@@ -318,11 +317,12 @@ class Decoder(nnx.Module):
             )
         tables = self._tables(embeds, lengths)
         return scan_layers(
-            layers,
+            self.model.layers,
             embeds.astype(self.dtype),
             lambda layer, x, key: layer(x, tables, lengths, key),
             key=key,
             remat=self.config.remat,
+            count=count,
         )
 
     def logits(self, hidden: Float[Array, "*G D"]) -> Float[Array, "*G V"]:

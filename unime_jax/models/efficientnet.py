@@ -259,7 +259,7 @@ class EfficientNet(nnx.Module):
 def _by_chunks(function, tiles: Array, size: int = 2) -> Array:
     """Applies a function to a few tiles at a time.
 
-    Activations of 2 tiles stay near a CPU's cache: 2 to 4 times the images per second of 32 at once.
+    Activations of 2 tiles stay near a CPU's cache: 2 to 4 times the images per second of 32.
     """
     count = len(tiles)
     if count <= size:

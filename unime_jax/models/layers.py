@@ -269,18 +269,19 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) ->
 class Placement:
     """Where a step wants what the compiler would place as it likes; models name no mesh.
 
-    Left alone, XLA rather moves activations than gathers a small weight, and then keeps them split
-    along their width.
+    Left alone, XLA moves activations rather than a small weight, and splits them along their width.
 
     Attributes:
       rows: places an array of rows.
       weights: (path, array) -> the array as a layer uses it.
       kernel: wraps (q, k, v, ...) -> rows that the compiler cannot divide over devices.
+      read_only: weights have no gradients: some layers of a stack are run without a copy of them.
     """
 
     rows: Callable[[Array], Array] = lambda x: x
     weights: Callable[[str, Array], Array] = lambda path, x: x
     kernel: Callable[[Callable[..., Array]], Callable[..., Array]] = lambda run: run
+    read_only: bool = False
 
 
 _PLACEMENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
@@ -337,6 +338,7 @@ def scan_layers(
     *,
     key: Array | None = None,
     remat: str = "none",
+    count: int | None = None,
 ) -> Array:
     """Runs stacked layers one after the other; compile time does not grow with their number.
 
@@ -347,13 +349,17 @@ def scan_layers(
       key: one, one a row, or None; every layer gets its own.
       remat: what the backward pass computes again: "none", "dots" (all but the products with
         weights), "full" (everything inside a layer).
+      count: of the first layers, which alone are run; None: all.
     """
-    graphdef, state = nnx.split(layers)
-    count = jax.tree.leaves(state)[0].shape[0]
-    keys = None if key is None else jax.vmap(lambda n: fold(key, n))(jnp.arange(count))
+    graphdef, stacked = nnx.split(layers)
+    numbers = jnp.arange(count or jax.tree.leaves(stacked)[0].shape[0])
+    keys = None if key is None else jax.vmap(lambda n: fold(key, n))(numbers)
+    by_number = count and (_PLACEMENT.get() or Placement()).read_only
+    states = stacked if count is None else jax.tree.map(lambda leaf: leaf[:count], stacked)
 
     def body(x, layer):
         state, key = layer
+        state = jax.tree.map(lambda leaf: leaf[state], stacked) if by_number else state
         layer = placed_weights(nnx.merge(graphdef, state))
         return placed_rows(apply(layer, placed_rows(x), key)), None
 
@@ -363,4 +369,4 @@ def scan_layers(
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
     elif _PLACEMENT.get() is not None:
         body = jax.checkpoint(body, policy=_all_but_placed, prevent_cse=False)
-    return jax.lax.scan(body, x, (state, keys))[0]
+    return jax.lax.scan(body, x, (numbers if by_number else states, keys))[0]
