@@ -17,7 +17,7 @@ import tolerances
 
 import unime_jax
 from unime_jax import embed, embedder, runtime
-from unime_jax.data import items, pictures, prompts, stream, vector_files
+from unime_jax.data import buckets, items, pictures, prompts, stream, vector_files
 from unime_jax.types import UserError
 
 ROW = 1e-5  # cosine distance of a row on one device and on eight, alone and among others
@@ -135,6 +135,7 @@ def die_after(monkeypatch, groups):
 
 
 def test_a_killed_job_goes_on(root, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(buckets.Limits, "full", lambda limits, tokens, tiles: limits.devices)
     job, done = tmp_path / "v.npz.job", []
     for groups in (0, 2, 1):
         with monkeypatch.context() as patch, pytest.raises(Killed):

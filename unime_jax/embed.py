@@ -17,6 +17,7 @@ by the cluster, do so as well.
 
 import argparse
 import contextlib
+import ctypes
 import os
 import pathlib
 import sys
@@ -30,6 +31,9 @@ from unime_jax import __version__, embed_job, embedder, report, runtime, search,
 from unime_jax.data import items, prompts, vector_files
 from unime_jax.data.stream import Item, Stream
 from unime_jax.types import UserError
+
+
+_M_ARENA_MAX = -8  # malloc.h
 
 
 def main(argv: list[str]) -> None:
@@ -85,6 +89,7 @@ def embed(args: argparse.Namespace) -> None:
     """Writes the vectors of an input."""
     import jax
 
+    _bound_arenas()
     output = pathlib.Path(args.output).expanduser()
     vector_files.kind_of(output)
     keys = items.Keys(args.id_key, args.text_key, args.image_key)
@@ -123,6 +128,16 @@ def embed(args: argparse.Namespace) -> None:
         stopped.leave()
     if process == 0:
         _check_any(output, about)
+
+
+def _bound_arenas() -> None:
+    """Has glibc's malloc share two arenas among all threads; before they are started.
+
+    It gives each of XLA's threads one of its own, which keep what was freed in them: 0.85 GB at
+    most where two arenas take 0.75 (the newcomer's model).
+    """
+    with contextlib.suppress(AttributeError, OSError):  # other C libraries
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def _settings(
