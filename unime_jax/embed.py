@@ -32,7 +32,6 @@ from unime_jax.data import items, prompts, vector_files
 from unime_jax.data.stream import Item, Stream
 from unime_jax.types import UserError
 
-
 _M_ARENA_MAX = -8  # malloc.h
 
 
