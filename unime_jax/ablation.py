@@ -241,7 +241,8 @@ def table(
         else:
             line.append(f"{gap.mean:+.1f} ± {gap.error:.1f}")
         rows.append(line)
-    return report.Table(("variant", "rate", "runs", *metrics, f"{main} - {reference}"), rows)
+    header = ("variant", "rate", "runs", *metrics, f"{main} - {reference}")
+    return report.Table(header, rows, ("", "", "d", *[".1f"] * (len(header) - 3)))
 
 
 # ---------------------------------------------------------------- report
@@ -298,13 +299,16 @@ def _records(by_name: Mapping[str, Mapping[Cell, Mapping[str, Any]]]) -> dict[st
 
 
 def _explanation(config, reference: str) -> str:
-    tried = sorted({len(config.rates[stage]) for stage in ("align", "stage2")})
+    tried = "; ".join(
+        f"{stage} {', '.join(f'x {rate:.3g}' for rate in config.rates[stage])}"
+        for stage in ("align", "stage2")
+    )
     text = (
         "Runs: trainings of a variant, splits x seeds. Mean ± standard deviation over them; the "
         f"last column is the mean of the paired differences to “{reference}” ± its standard error. "
-        "Rate: times the learning rate of the stage's config, the best of "
-        f"{' or '.join(map(str, tried))} on validation data of the first. In percent; R@k of the "
-        "test pairs, Spearman (x 100) of held-out sentences."
+        "Rate: times the learning rate of the stage's config, the best on validation data of the "
+        f"first run of {tried}. In percent; R@k of the test pairs, Spearman (x 100) of held-out "
+        "sentences."
     )
     changed = {stage: dict(config.changes[stage]) for stage in STAGES}
     told = [f"{stage} {key}={value}" for stage in changed for key, value in changed[stage].items()]
