@@ -49,12 +49,12 @@ def get_config(arg: str = ""):
     """Returns the configuration; `arg` is "", "quick" or "smoke"."""
     smoke, quick = arg == "smoke", arg == "quick"
     c = ConfigDict()
-    c.output = "runs/smol-ablation" + (f"-{arg}" if arg else "")
+    c.output = "runs/smol-ablation" + ("-quick" if quick else "-smoke" if smoke else "")
     c.assets = str(cache_directory())  # where `prepare` put, or is to put, models and data
     c.configs = str(pathlib.Path(__file__).parent)  # of the stages
     c.smoke = smoke  # few pairs, few steps
     c.seeds = (0,) if smoke else (0, 1, 2)  # order of the data, adapters' initial values
-    c.splits = (1, 2, 3) if not arg else (1,)  # which pictures and sentences are held out
+    c.splits = (1,) if quick or smoke else (1, 2, 3)  # which pictures and sentences are held out
     # Times the learning rate of the stage's config; each variant tries all of its stage's.
     c.rates = ConfigDict()
     c.rates.stage1 = c.rates.align = c.rates.stage2 = (1.0,) if smoke else (1 / 3, 1.0, 3.0)

@@ -207,11 +207,15 @@ def test_configs_that_cannot_be_run_are_refused():
     for flag, message in (
         ("--config.rates.align=()", "config.rates.align is empty"),
         ("--config.rates.stage2=(1.0, -1.0)", "config.rates.stage2=.* above 0"),
+        ("--config.changes.stage2=(('loss.temprature', 1.0),)", "temprature"),
+        ("--config.changes.align=(('train.steps', -1),)", "config.train.steps=-1"),
         ("--config.seeds=(1, 1)", "the same twice"),
         ("--config.splits=(0,)", "from 1 on"),
     ):
         with pytest.raises(UserError, match=message):
             ablate.validate(config_of(CONFIG, flag))
+    with pytest.raises(UserError, match="of no ablation"):
+        ablate.validate(config_of(CONFIG.replace("smol_ablation", "smol_stage1")))
 
 
 def test_comparisons_are_paired():

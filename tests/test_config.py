@@ -55,6 +55,12 @@ def test_missing_config_file_is_named():
         parse(file="absent.py")
 
 
+def test_a_variant_that_the_file_does_not_have_is_named():
+    for words in (["--config", f"{STAGE1}:smoek"], [f"--config={STAGE1}:smoek"]):
+        with pytest.raises(UserError, match=r"stage1.py:smoek: no such variant"):
+            config_lib.parse(["train", *words, "--config.train.steps=7"], "doc")
+
+
 def test_no_config_file():
     with pytest.raises(UserError, match="--config FILE"):
         config_lib.parse(["train", "--"], "doc")

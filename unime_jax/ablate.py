@@ -27,7 +27,7 @@ import numpy as np
 
 from unime_jax import ablation, cluster, embedder, metrics, report, runtime
 from unime_jax.ablation import Run, Variant
-from unime_jax.config import check, parse
+from unime_jax.config import check, parse, validate_values
 from unime_jax.data import sources
 from unime_jax.evaluation import smol
 from unime_jax.types import UserError
@@ -48,6 +48,7 @@ def validate(config) -> None:
     Raises:
       UserError: the first impossible value, named with its key.
     """
+    check("variants" in config, "this config is of no ablation: take configs/smol_ablation.py")
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
     lists = {"seeds": config.seeds, "splits": config.splits}
     lists |= {f"rates.{stage}": config.rates[stage] for stage in ablation.STAGES}
@@ -57,7 +58,15 @@ def validate(config) -> None:
         if key != "seeds":
             low = "from 1 on" if key == "splits" else "above 0"
             check(all(value > 0 for value in found), f"config.{key}={found}: {low}")
-    ablation.read_variants(config.variants)
+    for variant in ablation.read_variants(config.variants):
+        changes = dict(config.changes[variant.stage]) | dict(variant.changes)
+        flags = [f"--config.{key}={value}" for key, value in changes.items()]
+        validate_values(parse(["ablate", *_stage_flags(config, variant.stage), *flags], ""))
+
+
+def _stage_flags(config, stage: str) -> list[str]:
+    """Returns the arguments of a training command that name the config of a stage."""
+    return [f"--config={config.configs}/smol_{stage}.py{':smoke' if config.smoke else ''}"]
 
 
 def run(config) -> pathlib.Path:
@@ -185,7 +194,7 @@ class _Work:
 
     def _finishes(self, run: Run, flags: Sequence[str]) -> bool:
         """Trains a run to its end; False if its loss was not finite."""
-        directory, name = run.directory(self.output), self._stage_config(run.variant.stage)
+        directory, name = run.directory(self.output), _stage_flags(self._config, run.variant.stage)
         before = ablation.divergences(directory)
         try:
             _call([sys.executable, "-m", "unime_jax.train", *name, *flags], directory)
@@ -222,13 +231,9 @@ class _Work:
             flush=True,
         )
 
-    def _stage_config(self, stage: str) -> list[str]:
-        variant = ":smoke" if self._config.smoke else ""
-        return [f"--config={self._config.configs}/smol_{stage}.py{variant}"]
-
     def _default(self, stage: str) -> Any:
         if stage not in self._stages:
-            self._stages[stage] = parse(["ablate", *self._stage_config(stage)], "")
+            self._stages[stage] = parse(["ablate", *_stage_flags(self._config, stage)], "")
         return self._stages[stage]
 
     def _steps(self, stage: str, flags: Sequence[str]) -> int:
@@ -279,7 +284,7 @@ class _Work:
             "teacher.vectors": assets / "teacher-vectors",
         }
         flags = [f"--config.{key}={value}" for key, value in values.items()]
-        name = self._stage_config("stage1")
+        name = _stage_flags(self._config, "stage1")
         place = self.output / f"split{split}"
         _call([sys.executable, "-m", "unime_jax.teach", *name, *flags], place)
 

@@ -164,11 +164,43 @@ def parse(argv: list[str], doc: str) -> ConfigDict:
       doc: what `--help` prints above the keys.
 
     Raises:
-      UserError: an unknown flag or key, a value of another type, a config file that fails.
+      UserError: an unknown flag, key or variant, a value of another type, a config file that fails.
     """
     if len(argv) < 2 or any(a in ("-h", "--help", "-help") for a in argv[1:]):
         print(doc.strip())
         sys.exit(0)
+    rest, config = _load(argv)
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; overrides are --config.key=value")
+    if config is None:
+        raise UserError("--config FILE is missing; configs/ has one file per run")
+    _check_variant(config, argv)
+    return config
+
+
+def _check_variant(config: ConfigDict, argv: list[str]) -> None:
+    """Raises `UserError` where FILE:ARG is no other than FILE: a typo would start the whole run."""
+    without = [re.sub(r"\.py:.+", ".py", word) for word in argv]
+    if without == argv:
+        return
+    try:
+        plain = _load(without)[1]
+    except UserError:  # a file of which there are variants alone
+        return
+    named = next(word for word in argv if word not in without).removeprefix("--config=")
+    check(
+        plain != config,
+        f"{named}: no such variant, it is the same as without; the file's first lines say which "
+        "there are",
+    )
+
+
+def _load(argv: list[str]) -> tuple[list[str], ConfigDict | None]:
+    """Returns what is left of the command line, program name first, and the configuration.
+
+    Raises:
+      UserError: see `parse`.
+    """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", flag_values=values, sys_argv=argv, lock_config=True, accept_new_attributes=False
@@ -182,11 +214,7 @@ def parse(argv: list[str], doc: str) -> ConfigDict:
         raise
     except Exception as error:  # absl, importlib and ml_collections each raise their own kinds
         raise UserError(_explain(error, argv)) from error
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}; overrides are --config.key=value")
-    if config is None:
-        raise UserError("--config FILE is missing; configs/ has one file per run")
-    return config
+    return rest, config
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
