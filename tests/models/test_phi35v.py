@@ -261,7 +261,7 @@ def nested(name: str, **changes) -> dict:
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         (nested("rope_scaling", type="yarn"), "rope_scaling.type = 'yarn'"),
         (nested("rope_scaling", factor=2.0), "unknown keys factor"),
-        (nested("rope_scaling", long_factor=[1.0] * 7), "long_factor must hold 8 numbers"),
+        (nested("rope_scaling", long_factor=[1.0] * 7), "long_factor must hold 8 positive numbers"),
         ({"original_max_position_embeddings": None}, "original_max_position_embeddings = None"),
         ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
         ({"rope_scaling": "su"}, "rope_scaling = 'su' must be an object"),
