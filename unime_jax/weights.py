@@ -26,6 +26,7 @@ from unime_jax.types import Params, UserError
 PREPARATION = ("prompt", "image_size", "image_crops", "fusion")
 PREPARATION_FILE = "preparation.json"
 _READ_WHOLE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+_LAYERS = 10_000  # no model has more; a damaged file may say so
 _TREES = ("params", "unused")  # of a model directory of ours
 
 
@@ -303,6 +304,8 @@ class Stored:
         for rule in key_map.rules:
             if rule.ours in notes["params"]:
                 shape = tuple(notes["params"][rule.ours]["shape"])
+                if rule.stacked and not (shape and shape[0] <= _LAYERS):
+                    raise UserError(f"{directory}: {rule.ours} of shape {shape}; damaged?")
                 for layer, key in enumerate(hf.keys_of(rule, shape)):
                     self._places[key] = (rule, rule.ours, layer)
         self._places |= {key: (None, key, 0) for key in notes["unused"]}
@@ -337,6 +340,8 @@ class Stored:
             self._held = None  # before the next one is read
             self._held = (name, checkpoint.read_model_leaf(self._directory, "params", name))
         value = self._held[1]
+        if list(value.shape) != self._notes["params"][name]["shape"]:
+            raise UserError(f"{self._directory}: {name} is {value.shape}, not as model.json says")
         return hf.to_file(value[layer] if rule.stacked else value, rule)
 
 

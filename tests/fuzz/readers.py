@@ -435,7 +435,7 @@ READERS: dict[str, Reader] = {
     ),
     **{f"config, {name}": _config(name) for name in _CONFIGS},
     "run": Reader(_write_run, ("run.json",), _read_adapter),
-    "own model": Reader(_write_own_model, ("m/config.json",), _read_own_model),
+    "own model": Reader(_write_own_model, ("m/config.json", "m/model.json"), _read_own_model),
     "GGUF": Reader(_write_gguf, ("x.gguf",), _read_gguf),
     "state dict": Reader(_write_pth, ("x.pth",), _read_pth),
     "image processor": Reader(_write_processor, ("preprocessor_config.json",), _read_processor),

@@ -72,10 +72,12 @@ def read_model_notes(path: str | os.PathLike) -> dict[str, Any]:
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
         version = notes["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); import the model again") from None
     if version != MODEL_FORMAT:
         raise UserError(f"{path}: format {version} is not {MODEL_FORMAT}; import the model again")
+    if not _is_whole(notes):
+        raise UserError(f"{path} is damaged: copy it again or import the model again")
     # A chunk that is not there would be read as zeros.
     if _sizes(path.parent) != notes["files"]:
         raise UserError(
@@ -83,6 +85,27 @@ def read_model_notes(path: str | os.PathLike) -> dict[str, Any]:
             "it again or import the model again"
         )
     return notes
+
+
+def _is_whole(notes: dict[str, Any]) -> bool:
+    """Says whether everything is there that readers ask for, and of the right kind."""
+
+    def is_array(found) -> bool:
+        if not isinstance(found, dict):
+            return False
+        shape, dtype = found.get("shape"), found.get("dtype")
+        good = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        return good and isinstance(dtype, str)
+
+    trees = [notes.get(tree) for tree in ("params", "unused")]
+    return (
+        all(isinstance(tree, dict) and all(map(is_array, tree.values())) for tree in trees)
+        and isinstance(notes.get("narrow"), dict)
+        and isinstance(notes.get("copies"), list)
+        and all(isinstance(key, str) for key in notes["copies"])
+        and isinstance(notes.get("base"), str | None)
+        and "files" in notes
+    )
 
 
 def _sizes(path: pathlib.Path) -> dict[str, list[int]]:
