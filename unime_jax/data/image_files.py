@@ -84,7 +84,7 @@ class Folder:
             raise UserError(f"{_short(name)!r}: no path of an image ({reason})") from None
         if not mode:
             hint = f" ({self._option} chooses another root)" if self._option else ""
-            raise Outside(f"{_short(name)}: leaves the image root {self.root}, not read{hint}")
+            raise Outside(f"{_short(name)}: leaves the image root {self._inside}, not read{hint}")
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening one may wait for ever
             raise UserError(f"{_short(name)}: no file but a pipe, socket or device")
         return pathlib.Path(path)
