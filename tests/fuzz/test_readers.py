@@ -13,7 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 FAST = 6  # inputs for each reader
-LONG = 250
+LONG = 150
 
 
 def run(count: int, first: int, names=(), timeout: int = 500) -> list[dict]:

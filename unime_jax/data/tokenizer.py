@@ -179,6 +179,8 @@ def _ends(path: pathlib.Path, tokenizer) -> tuple[list[int], list[int]]:
         return tuple([] if id is None else [id] for id in ids)
     probe = tokenizer.encode("a", add_special_tokens=True)
     real = [place for place, special in enumerate(probe.special_tokens_mask) if not special]
+    if not real:
+        raise UserError(f"{path}: this tokenizer makes no token of a text")
     return probe.ids[: real[0]], probe.ids[real[-1] + 1 :]
 
 
