@@ -28,7 +28,8 @@ def watch(process: int, metrics: pathlib.Path) -> tuple[list, set]:
         time.sleep(0.1)
         step = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
         try:
-            own = [int(c) for c in (place / "task" / str(process) / "children").read_text().split()]
+            listed = [path.read_text().split() for path in place.glob("task/*/children")]
+            own = [int(child) for children_of_thread in listed for child in children_of_thread]
             readers = [
                 child
                 for child in own
