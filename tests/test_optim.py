@@ -83,3 +83,7 @@ def test_an_update_at_a_spike_of_the_loss_is_skipped():
             np.testing.assert_array_equal(one, other)
     assert int(optim.skipped_updates(state)) == sum(skips)
     assert optim.skipped_updates(plain) is None
+    early = guard.init(params)
+    for loss in (1.0, 1.0, 1.0, 50.0):
+        _, early = guard.update(grads, early, params, loss=jnp.float32(loss))
+    assert int(early.skipped) == 0, "not before there are so many losses"
