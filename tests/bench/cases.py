@@ -100,11 +100,11 @@ SMALL = llava(512, 1536, 8, (8, 4), (256, 4, 4), 112, 8192)
 LOADED = llava(1024, 2816, 16, (16, 8), (512, 12, 8), 112, 32064)
 TINY = llava(64, 128, 2, (4, 2), (32, 3, 2), 28, 264)
 # Shares as in MMEB: 3 of 4 queries have an image, and 3 of 8 targets.
-MIXED = Mixture(((24, 24, True), (8, 32, False)), ((20, 24, False), (12, 8, True)))
+MIXED = Mixture(((12, 24, True), (4, 32, False)), ((10, 24, False), (6, 8, True)))
 FEW = Mixture(((4, 8, True), (2, 12, False)), ((4, 8, False), (2, 6, True)))
 CASES = {
     "stage2_llava": Case(
-        "stage 2, LLaVA (8 layers of 512), 32 pairs, chunks of 8",
+        "stage 2, LLaVA (8 layers of 512), 16 pairs, chunks of 8",
         "contrast",
         SMALL,
         MIXED,
@@ -112,7 +112,7 @@ CASES = {
         {"train.chunk": 8},
     ),
     "stage2_llava_whole": Case(
-        "stage 2, LLaVA, 32 pairs at once", "contrast", SMALL, MIXED, 112, {"train.chunk": 0}
+        "stage 2, LLaVA, 16 pairs at once", "contrast", SMALL, MIXED, 112, {"train.chunk": 0}
     ),
     "stage2_smol": Case(
         "stage 2, smol (6 layers of 576), 64 pairs, chunks of 32",

@@ -219,7 +219,7 @@ def embed(bench: Bench) -> list[Result]:
         raise Missing("the small assets: python -m unime_jax.prepare smol")
     folder = bench.scratch / "embed"
     folder.mkdir()
-    count = 200 if bench.quick else 1000
+    count = 100 if bench.quick else 500
     rows, cache = files.write_rows(folder, count), str(folder / "cache")
 
     def once(side):
@@ -239,7 +239,7 @@ def embed(bench: Bench) -> list[Result]:
     ]
 
 
-def startup(bench: Bench) -> list[Result]:
+def startup(bench: Bench, stage1: bool = False) -> list[Result]:
     """Times a run from its command to its first finished step."""
     from unime_jax import runtime
 
@@ -249,13 +249,12 @@ def startup(bench: Bench) -> list[Result]:
         tries = {"startup_smoke": ["configs/llava16_stage1.py:smoke"]}
     else:
         model = f"--config.model.path={smol / 'student'}"
-        tries = {
-            "startup_stage1": ["configs/smol_stage1.py"],
-            "startup_stage2": ["configs/smol_stage2.py", model],
-        }
+        tries = {"startup_stage2": ["configs/smol_stage2.py", model]}
+        if stage1:
+            tries = {"startup_stage1": ["configs/smol_stage1.py"]}
     for name, (config, *more) in tries.items():
         runs = []
-        for number in range(1 + min(bench.repeats, 3)):
+        for number in range(1 + min(bench.repeats, 2)):
             output = bench.scratch / f"{name}-{number}"
             command = [sys.executable, str(workers.HERE / "startup_side.py")]
             command += ["--config", str(workers.ROOT / config), *more, f"--config.output={output}"]
@@ -287,7 +286,8 @@ class Missing(Exception):
     """What a test needs is not at hand."""
 
 
-TRAINING = ("stage2_llava", "stage2_llava_whole", "stage2_smol", "stage1_smol")
+TRAINING = ("stage2_llava", "stage2_smol", "stage1_smol")
+MORE = ("stage2_llava_whole", "startup_stage1")  # only where they are named
 OTHERS: dict[str, Callable[[Bench], list[Result]]] = {
     "embed": embed,
     "pipeline": pipeline,
@@ -295,6 +295,7 @@ OTHERS: dict[str, Callable[[Bench], list[Result]]] = {
     "save": save,
     "startup": startup,
     "attention": attention,
+    "startup_stage1": lambda bench: startup(bench, stage1=True),
 }
 TINY = ("tiny", "tiny_stage1")
 GPU = gpu_cases.NAMES
@@ -305,8 +306,9 @@ def names_of(args: argparse.Namespace) -> tuple[str, ...]:
     if args.device == "gpu":
         names = tuple(f"{name}_tiny" for name in GPU) if args.tiny else GPU
         return (*names, "attention")
-    others = tuple(name for name in OTHERS if name != "attention")
-    return TINY + others[1:] if args.tiny else (*TRAINING, *others)
+    others = tuple(name for name in OTHERS if name not in ("attention", *MORE))
+    more = tuple(name for name in MORE if name in (args.only or ()))
+    return TINY + others[1:] if args.tiny else (*TRAINING, *others, *more)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -314,7 +316,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="; ".join((*TRAINING, *OTHERS)))
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="; ".join((*TRAINING, *OTHERS, *MORE[:1]))
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each test")
     parser.add_argument("--quick", action="store_true", help="one round, PyTorch without compile")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does the bench run?")
