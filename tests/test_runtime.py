@@ -131,3 +131,18 @@ def test_cpu_programs_do_not_hold_all_layers_in_f32():
     compiled = jax.jit(run, compiler_options=options).lower(x, weights).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * 256 * 256 * 4
     assert runtime.compiler_options("gpu") is None
+
+
+def test_an_entry_keeps_warnings_of_large_pictures_from_the_screen(capsys):
+    import warnings
+
+    def main(argv):
+        warnings.warn(
+            "Image size (99) exceeds limit of 9, could be decompression bomb", stacklevel=1
+        )
+        warnings.warn("others are shown", stacklevel=1)
+
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        runtime.run_entry(main, ["x"])
+    assert [str(warning.message) for warning in shown] == ["others are shown"]

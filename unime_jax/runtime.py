@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable
 
 from unime_jax import cluster
@@ -38,6 +39,8 @@ def run_entry(main: Callable[[list[str]], None], argv: list[str] | None = None) 
 
     Also 141: nobody reads the output any more.
     """
+    # Pillow's, of pictures that `pictures.MAX_PIXELS` allows.
+    warnings.filterwarnings("ignore", message=r"Image size .* could be decompression bomb")
     try:
         main(cluster.take_flags(list(sys.argv if argv is None else argv)))
         sys.stdout.flush()
