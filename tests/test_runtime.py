@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+import warnings
 
 from unime_jax import runtime
 from unime_jax.types import UserError
@@ -134,8 +135,6 @@ def test_cpu_programs_do_not_hold_all_layers_in_f32():
 
 
 def test_an_entry_keeps_warnings_of_large_pictures_from_the_screen(capsys):
-    import warnings
-
     def main(argv):
         warnings.warn(
             "Image size (99) exceeds limit of 9, could be decompression bomb", stacklevel=1
