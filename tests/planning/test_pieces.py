@@ -73,22 +73,25 @@ def test_what_follows_from_a_piece():
 
 
 def test_pieces_add_up():
-    """Kept values of all, and what the largest works with; bytes and calls of all."""
+    """Those that are encoded at once hold theirs together, the others hold little."""
     moved = [gather("f32[8]", 1, 2, 10.0)]
 
-    def made(piece, beside, kept, moved=()):
+    def made(piece, beside, kept, chunked=False, moved=()):
         program = compiled.Compiled(1.0, 100.0, beside, 100.0 + beside, list(moved))
-        return pieces.Found(piece, "xla", program, 100.0, kept)
+        return pieces.Found(piece, "xla", program, 100.0, kept, chunked)
 
-    a = made(pieces.Piece((8, 4, 0), times=2), 30.0, 20.0, moved)
-    b = made(pieces.Piece((8, 9, 1)), 90.0, 25.0, moved)
-    loss = made(pieces.Piece(None), 5.0, 0.0)
-    whole = pieces.together([a, b, loss], arguments=300.0, gradients=7.0, seconds=3.0)
-    assert whole.temporaries == 2 * 20 + 25 + (90 - 25) + 7
+    texts = made(pieces.Piece((8, 4, 0), times=2), 30.0, 20.0, moved=moved)
+    images = made(pieces.Piece((8, 9, 1), 2), 90.0, 5.0, chunked=True)
+    loss = made(pieces.Piece(None), 1.0, 0.0)
+    whole = pieces.together([texts, images, loss], arguments=300.0, gradients=7.0, seconds=3.0)
+    assert whole.temporaries == (90 - 5) + 5 + 7 * 2  # more than 2 * 20 + 10
     assert whole.peak == 300 + whole.temporaries and whole.seconds == 3
-    assert [(one.calls, one.bytes) for one in whole.moved] == [(6, 30.0)]
-    refused = dataclasses.replace(b, compiled=dataclasses.replace(b.compiled, refusal="too large"))
-    assert pieces.together([a, refused], 300.0, 7.0, 3.0).refusal == "too large"
+    assert [(one.calls, one.bytes) for one in whole.moved] == [(4, 20.0)]
+    many = dataclasses.replace(texts, piece=pieces.Piece((8, 4, 0), times=5))
+    assert pieces.together([many, images], 300.0, 7.0, 3.0).temporaries == 5 * 20 + 10 + 5 + 7 * 5
+    program = dataclasses.replace(images.compiled, refusal="too large")
+    refused = dataclasses.replace(images, compiled=program)
+    assert pieces.together([texts, refused], 300.0, 7.0, 3.0).refusal == "too large"
 
 
 @pytest.mark.slow

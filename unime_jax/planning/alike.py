@@ -23,7 +23,7 @@ def kinds(pieces: list[Piece], devices: int) -> list[list[Piece]]:
     found = collections.defaultdict(list)
     for piece in pieces:
         group = piece.group
-        found[None if group is None else (group[2], _passes(piece, devices) > 1)].append(piece)
+        found[None if group is None else (group[2], piece.passes(devices) > 1)].append(piece)
 
     def size(piece: Piece) -> int:
         return _positions(piece, devices) if piece.group else 0
@@ -32,20 +32,9 @@ def kinds(pieces: list[Piece], devices: int) -> list[list[Piece]]:
     return sorted(alike, key=lambda kind: size(kind[0]), reverse=True)
 
 
-def _share(piece: Piece, devices: int) -> int:
-    """Counts the rows of a device."""
-    return -(-piece.group[0] // devices)
-
-
-def _passes(piece: Piece, devices: int) -> int:
-    """Counts the chunks, as `steps.encode_groups` makes them."""
-    share = _share(piece, devices)
-    return -(-share // max(1, piece.chunk // devices)) if piece.chunk else 1
-
-
 def _positions(piece: Piece, devices: int) -> int:
     """Counts the positions that a device encodes at a time."""
-    return -(-_share(piece, devices) // _passes(piece, devices)) * piece.group[1]
+    return -(-piece.share(devices) // piece.passes(devices)) * piece.group[1]
 
 
 def follow(found: Found, piece: Piece, devices: int) -> Found:
@@ -53,15 +42,15 @@ def follow(found: Found, piece: Piece, devices: int) -> Found:
 
     Its temporaries are said to be as many, which they are at most.
     """
-    like, passes = found.piece, _passes(piece, devices)
+    like, passes = found.piece, piece.passes(devices)
     chunked = passes > 1
-    rows = _share(piece, devices) / _share(like, devices)
+    rows = piece.share(devices) / like.share(devices)
     # Chunks keep features, which go by the tile; all rows at once keep what goes by the position.
     kept = found.kept * rows * (1.0 if chunked else piece.group[1] / like.group[1])
     moved = []
     for one in found.compiled.moved:
         calls, size = one.calls, one.bytes
-        if chunked and one.loop == _passes(like, devices):
+        if chunked and one.loop == like.passes(devices):
             calls = round(calls * passes / one.loop)
             size *= passes / one.loop
         elif _by_row(one, like, devices):
@@ -73,6 +62,6 @@ def follow(found: Found, piece: Piece, devices: int) -> Found:
 
 def _by_row(moved: Collective, piece: Piece, devices: int) -> bool:
     """Says whether an array that devices exchange has the rows of a group on one of its axes."""
-    share = _share(piece, devices)
+    share = piece.share(devices)
     sizes = {int(size) for size in re.findall(r"[\[,](\d+)(?=[\],])", moved.shape)}
     return moved.loop == 1 and bool(sizes & {share, share * devices})

@@ -39,6 +39,15 @@ class Piece:
     chunk: int = 0
     times: int = 1
 
+    def share(self, devices: int) -> int:
+        """Counts the rows of a device."""
+        return -(-self.group[0] // devices) if self.group else 0
+
+    def passes(self, devices: int) -> int:
+        """Counts the chunks, as `steps.encode_groups` makes them."""
+        size = max(1, self.chunk // devices)
+        return -(-self.share(devices) // size) if self.group and self.chunk else 1
+
     def describe(self) -> str:
         if self.group is None:
             return "the loss"
@@ -80,6 +89,7 @@ class Found:
       compiled: what the compiler says of it.
       arguments: those it should have, but for what it never reads.
       kept: of its temporaries those that it holds from the way there to the way back.
+      chunked: whether its rows are encoded in several chunks, and again on the way back.
       like: the piece that was compiled in its place (`alike.follow`); None: itself.
     """
 
@@ -88,6 +98,7 @@ class Found:
     compiled: compiled.Compiled
     arguments: float
     kept: float
+    chunked: bool = False
     like: Piece | None = None
 
     @property
@@ -166,11 +177,13 @@ def _compile_piece(piece: Piece, job: Job) -> Found:
     settings, made = _alone(piece, job)
     model = settings["model"]
     attention = runtime.resolve_attention(model["attention"], model["dtype"], mesh)
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    chunked = piece.passes(split) > 1
     if piece.group is None:
         run, kept = abstract.loss(settings, made, job.width, mesh=mesh), 0.0
     else:
         run = abstract.run(settings, job.config, made, mesh=mesh, attention=attention)
-        kept = _kept(piece, job, mesh.shape["data"] * mesh.shape["fsdp"])
+        kept = _kept(piece, job, split)
     used = flops.trace(run.step, *run.arguments)[1]
     found = compiled.compile_step(
         run,
@@ -180,7 +193,7 @@ def _compile_piece(piece: Piece, job: Job) -> Found:
         hardware=f"{job.topology} {job.mesh}",
     )
     arguments = memory.size(run.arguments) - memory.idle(run, used)
-    return Found(piece, attention, found, arguments, kept)
+    return Found(piece, attention, found, arguments, kept, chunked)
 
 
 def _alone(piece: Piece, job: Job) -> tuple[dict[str, Any], Composition]:
@@ -231,15 +244,28 @@ def together(
 ) -> compiled.Compiled:
     """Puts the pieces of a step together.
 
+    Groups in chunks hold next to nothing between their ways there and back (features of a frozen
+    tower), so that compilers put both outside of those of the groups that are encoded at once,
+    which hold all they need from the one to the other. Gradients are added up at the end.
+
     Args:
       found: all pieces, or as many as it took to see that the step does not fit.
       arguments: of the whole step, those that it reads.
-      gradients: bytes of the gradients, which add up group by group.
+      gradients: bytes of the gradients of one group.
       seconds: that it took.
     """
-    several = sum(one.piece.times for one in found if one.piece.group) > 1
-    temporaries = sum(one.piece.times * one.held for one in found)
-    temporaries += max(one.compiled.beside - one.held for one in found) + gradients * several
+    chunked = [one for one in found if one.chunked]
+    at_once = [one for one in found if not one.chunked]
+
+    def held(some: list[Found]) -> float:
+        return sum(one.piece.times * one.held for one in some)
+
+    def work(some: list[Found]) -> float:
+        return max((one.compiled.beside - one.held for one in some), default=0.0)
+
+    groups = sum(one.piece.times for one in found if one.piece.group)
+    temporaries = max(work(chunked), held(at_once) + work(at_once)) + held(chunked)
+    temporaries += gradients * max(groups - 1, 0)
     calls: dict[tuple, list] = collections.defaultdict(lambda: [0, 0.0])
     for one in found:
         for moved in one.compiled.moved:
