@@ -70,6 +70,9 @@ def test_what_follows_from_a_piece():
     assert [(one.calls, one.bytes) for one in made.compiled.moved[:2]] == [(12, 12e3), (1, 1024.0)]
     assert made.compiled.beside == found.compiled.beside == 60.0
     assert made.summary()["like"] == "64 rows of 20 with 1 tile(s)"
+    first, other = pieces.Piece((64, 20, 0)), pieces.Piece((32, 10, 0))  # all rows at once
+    made = alike.follow(pieces.Found(first, "xla", program, 100.0, kept=32.0), other, DEVICES)
+    assert made.held == 8.0 and made.work == 60.0 - 32.0
 
 
 def test_pieces_add_up():

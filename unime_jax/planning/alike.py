@@ -40,7 +40,7 @@ def _positions(piece: Piece, devices: int) -> int:
 def follow(found: Found, piece: Piece, devices: int) -> Found:
     """Returns what a piece takes, from what the largest of its kind takes.
 
-    Its temporaries are said to be as many, which they are at most.
+    What it works with is said to be as much, which it is at most.
     """
     like, passes = found.piece, piece.passes(devices)
     chunked = passes > 1
@@ -56,7 +56,10 @@ def follow(found: Found, piece: Piece, devices: int) -> Found:
         elif _by_row(one, like, devices):
             size *= rows
         moved.append(dataclasses.replace(one, calls=calls, bytes=size))
-    compiled = dataclasses.replace(found.compiled, moved=moved, seconds=0.0)
+    held = min(kept, found.compiled.beside)
+    beside = found.compiled.beside if like.passes(devices) > 1 else held + found.work
+    peak = found.compiled.arguments + beside
+    compiled = dataclasses.replace(found.compiled, moved=moved, seconds=0.0, peak=peak)
     return dataclasses.replace(found, piece=piece, compiled=compiled, kept=kept, like=like)
 
 

@@ -106,6 +106,11 @@ class Found:
         """Is `kept`, an estimate, but never more than the compiler says."""
         return min(self.kept, self.compiled.beside)
 
+    @property
+    def work(self) -> float:
+        """Is the rest of the temporaries, which groups need one after the other."""
+        return self.compiled.beside - self.held
+
     def summary(self) -> dict[str, Any]:
         """Returns what a report says of it."""
         return {
@@ -261,7 +266,7 @@ def together(
         return sum(one.piece.times * one.held for one in some)
 
     def work(some: list[Found]) -> float:
-        return max((one.compiled.beside - one.held for one in some), default=0.0)
+        return max((one.work for one in some), default=0.0)
 
     groups = sum(one.piece.times for one in found if one.piece.group)
     temporaries = max(work(chunked), held(at_once) + work(at_once)) + held(chunked)
