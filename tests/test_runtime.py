@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import types
+import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-import warnings
 
 from unime_jax import runtime
 from unime_jax.types import UserError
@@ -145,3 +147,12 @@ def test_an_entry_keeps_warnings_of_large_pictures_from_the_screen(capsys):
         warnings.simplefilter("always")
         runtime.run_entry(main, ["x"])
     assert [str(warning.message) for warning in shown] == ["others are shown"]
+
+
+def test_adapters_are_added_to_their_weights_on_one_cpu_device_alone():
+    def resolved(*platforms):
+        devices = [types.SimpleNamespace(platform=platform) for platform in platforms]
+        return runtime.resolve_matmul(types.SimpleNamespace(devices=np.array(devices)))
+
+    assert resolved("cpu") == "merged"
+    assert resolved("cpu", "cpu") == resolved("gpu") == resolved("tpu") == "transposed"
