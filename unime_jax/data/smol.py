@@ -11,6 +11,7 @@ import tempfile
 from unime_jax.data import (
     assets,
     clipart_titles,
+    image_files,
     pictures,
     smol_pictures,
     smol_split,
@@ -147,7 +148,7 @@ def _picture(raw: RawPair, font: pictures.EmojiFont | None):
     if raw.kind == "emoji":
         return font.render(raw.content.decode())
     if raw.kind == "file":
-        return pictures.load_rgb(raw.content.decode(), at_least=256)
+        return pictures.load_rgb(os.fsdecode(raw.content), at_least=256)
     content = raw.content
     if raw.kind == "svg":
         content = pictures.render_svg(content, raw.label)
@@ -164,10 +165,13 @@ def wanted_packages(*, own_pairs: bool) -> list[str]:
 
 def own_pairs(path: pathlib.Path) -> list[RawPair]:
     """Reads a user's pairs.jsonl; the images stay where they are until they are decoded."""
-    return [
-        RawPair("pairs", "", row["image"].stem, row["text"], (), str(row["image"]).encode(), "file")
-        for row in sources.read_jsonl(path)
-    ]
+    folder = image_files.Folder(path.expanduser().parent)
+    found = []
+    for row in sources.read_jsonl(path):
+        file = folder.path(row["image"])
+        content = os.fsencode(file)
+        found.append(RawPair("pairs", "", file.stem, row["text"], (), content, "file"))
+    return found
 
 
 def miniature(pairs: list[RawPair]) -> list[RawPair]:
