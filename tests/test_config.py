@@ -61,6 +61,18 @@ def test_a_variant_that_the_file_does_not_have_is_named():
             config_lib.parse(["train", *words, "--config.train.steps=7"], "doc")
 
 
+def test_a_variant_may_be_overridden_until_nothing_is_left_of_it(tmp_path):
+    (tmp_path / "c.py").write_text(
+        "from unime_jax.config import base_config\n"
+        "def get_config(arg=''):\n"
+        "    c = base_config()\n"
+        "    c.seed = 1 if arg else 0\n"
+        "    return c\n"
+    )
+    words = ["train", f"--config={tmp_path}/c.py:other", "--config.seed", "0"]
+    assert config_lib.parse(words, "doc").seed == 0
+
+
 def test_no_config_file():
     with pytest.raises(UserError, match="--config FILE"):
         config_lib.parse(["train", "--"], "doc")

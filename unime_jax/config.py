@@ -174,22 +174,23 @@ def parse(argv: list[str], doc: str) -> ConfigDict:
         raise UserError(f"unexpected argument {rest[1]!r}; overrides are --config.key=value")
     if config is None:
         raise UserError("--config FILE is missing; configs/ has one file per run")
-    _check_variant(config, argv)
+    _check_variant(argv)
     return config
 
 
-def _check_variant(config: ConfigDict, argv: list[str]) -> None:
+def _check_variant(argv: list[str]) -> None:
     """Raises `UserError` where FILE:ARG is no other than FILE: a typo would start the whole run."""
-    without = [re.sub(r"\.py:.+", ".py", word) for word in argv]
-    if without == argv:
+    file = [word for word in argv if not word.startswith("--config.")]  # no key set beside it
+    without = [re.sub(r"\.py:.+", ".py", word) for word in file]
+    if without == file:
         return
     try:
-        plain = _load(without)[1]
+        plain, varied = _load(without)[1], _load(file)[1]
     except UserError:  # a file of which there are variants alone
         return
-    named = next(word for word in argv if word not in without).removeprefix("--config=")
+    named = next(word for word in file if word not in without).removeprefix("--config=")
     check(
-        plain != config,
+        plain != varied,
         f"{named}: no such variant, it is the same as without; the file's first lines say which "
         "there are",
     )
