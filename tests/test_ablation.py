@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -168,6 +169,33 @@ def test_a_run_that_diverges_is_listed_and_the_rest_goes_on(
     assert rates["both"] is None and "both" not in scores and scores["easy negatives"] == 3
     reasons = [each["reason"] for each in missing["both"]]
     assert reasons == ["diverged", "diverged before", "diverged before"]
+
+
+def test_nothing_comes_of_what_starts_from_a_base_that_always_diverges(machine, assets, capsys):
+    config = config_of(CONFIG + ":quick", *assets)
+    machine.diverges = "/stage-1-rate"
+    ablate.run(config)
+    found = json.loads((pathlib.Path(config.output) / "report.json").read_text())
+    reasons = [each["reason"] for each in found["missing"]["both"]]
+    assert reasons == ["no run of 'stage 1' to start from"] * 3 and found["rates"]["both"] is None
+    assert [each["reason"] for each in found["missing"]["stage 1"]][1:] == ["diverged before"] * 2
+    assert len(found["scores"]["stage 2"]) == 3
+    # Those that are passed over count as well, wherever they stand.
+    total = sum(len(config.rates[stage]) + 2 for *_, stage, _ in config.variants)
+    counted = re.findall(r"\[\d+/(\d+)\]", capsys.readouterr().out)
+    assert set(counted) == {str(total)} and len(counted) > 10
+
+
+def test_results_of_before_divergence_was_noted_are_read(machine, one):
+    config = config_of(*one)
+    ablate.run(config)
+    count = len(machine.commands)
+    for path in pathlib.Path(config.output).glob("*/*/ablation.json"):
+        known = json.loads(path.read_text())
+        del known["diverged"]
+        path.write_text(json.dumps(known))
+    ablate.run(config)
+    assert len(machine.commands) == count
 
 
 def test_a_training_that_was_stopped_early_is_not_measured(machine, one):

@@ -109,9 +109,12 @@ def _best(
     trial = variant.name not in found.rates
     rates = work.rates(variant) if trial else [found.rates[variant.name]]
     runs = [Run(variant, *cell, rate, trial) for rate in rates if rate is not None]
-    if not runs or (variant.base and variant.base not in chosen):
-        work.pass_over(runs)
-        reason = f"no run of {variant.base!r} to start from" if runs else "diverged before"
+    baseless = bool(variant.base) and variant.base not in chosen
+    if not runs or baseless:
+        work.pass_over(variant.stage, len(rates))
+        if trial:  # nothing will come of its base in other cells either
+            found.rates[variant.name] = None
+        reason = f"no run of {variant.base!r} to start from" if baseless else "diverged before"
         found.missing.setdefault(variant.name, {})[cell] = reason
         return None
     base = chosen[variant.base].directory(work.output) if variant.base else work.student(cell[0])
@@ -143,11 +146,11 @@ class _Work:
         """Notes the stages of runs to come."""
         self._left += stages
 
-    def pass_over(self, runs: Sequence[Run]) -> None:
-        """Notes that there is nothing to start these runs from."""
-        for run in runs:
-            self._number += 1
-            self._left.remove(run.variant.stage)
+    def pass_over(self, stage: str, count: int) -> None:
+        """Notes that runs of a stage, expected before, will not be."""
+        self._number += count
+        for _ in range(count):
+            self._left.remove(stage)
 
     def rates(self, variant: Variant) -> Sequence[float]:
         return self._config.rates[variant.stage]
@@ -171,7 +174,9 @@ class _Work:
                 f"{directory} holds a run of other settings: choose another config.output or "
                 "remove that directory"
             )
-        if not known:
+        if known:  # of before it was noted: only a trial without a score had diverged
+            known.setdefault("diverged", run.trial and known.get("validation") is None)
+        else:
             started = time.monotonic()
             self._say(run)
             if run.variant.stage == "stage1":
