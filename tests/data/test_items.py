@@ -1,13 +1,16 @@
 """Inputs of every kind, row by row; what cannot be read is a row with a fault."""
 
+import json
 import os
+import pathlib
 
 import packages
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from unime_jax.data import items
+from unime_jax.data import image_files, items, pictures, smol, sources, task_pairs
+from unime_jax.data.eval_items import ImageFolder
 from unime_jax.types import UserError
 
 
@@ -79,7 +82,7 @@ def test_stdin(tmp_path, monkeypatch):
         pipe.write(b'xt": "b"}\n{')
         assert next(rows).text == "b"
         assert list(rows) == []  # does not wait for the rest of a line
-        assert (a.text, b.image, b.label) == ("a", "./b.png", "b.png")
+        assert (a.text, b.image, b.label) == ("a", os.path.abspath("b.png"), "b.png")
     assert items.Input("-").count() is None and not items.Input("-").is_repeatable
 
 
@@ -140,3 +143,46 @@ def test_digests_tell_rows_apart():
     moved = [items.Entry(0, "a", None, f"/{place}/x.png", "x.png") for place in "ab"]
     assert moved[0].digest == moved[1].digest
     assert rows[0].digest == items.Entry(9, "a", "x").digest
+
+
+@pytest.mark.parametrize("image_root", ["", "in", ".", "in/../in/pics"])
+@pytest.mark.parametrize("kind", ["pics", "in/pics/", "rows.jsonl", "./in/rows.parquet", "-"])
+def test_pictures_of_inputs_that_are_named_relatively(tmp_path, monkeypatch, kind, image_root):
+    """As README names them, with a folder in the path and without one."""
+    pictures_at = tmp_path / "in" / "pics"
+    pictures_at.mkdir(parents=True)
+    (pictures_at / "x.png").write_bytes(packages.png())
+    rows = [{"image": "pics/x.png"}, {"image": str(pictures_at / "x.png")}]
+    (tmp_path / "in" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in" / "rows.parquet")
+    here = kind.startswith(("in", "./in"))
+    monkeypatch.chdir(tmp_path if here else tmp_path / "in")
+    if not here:
+        image_root = {"in": "../in", "in/../in/pics": "pics"}.get(image_root, image_root)
+    with open(tmp_path / "in" / "rows.jsonl") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        entries = list(items.Input(kind, image_root=image_root))
+    assert len(entries) == (1 if "pics" in kind else 2)
+    for entry in entries:
+        assert pictures.size_of(entry.image) == (20, 12), entry
+
+
+def test_pictures_of_pairs_that_are_named_relatively(tmp_path, monkeypatch):
+    (tmp_path / "in" / "pics").mkdir(parents=True)
+    (tmp_path / "in" / "pics" / "x.png").write_bytes(packages.png())
+    rows = tmp_path / "in" / "rows.jsonl"
+    rows.write_text(json.dumps({"image": "pics/x.png", "text": "x"}))
+    tasks = tmp_path / "in" / "tasks.json"
+    tasks.write_text(json.dumps([{"query_image": "pics/x.png", "target_text": "x"}]))
+    monkeypatch.chdir(tmp_path)
+    rows, tasks = (path.relative_to(tmp_path) for path in (rows, tasks))
+    for root in (None, "in", ".", str(tmp_path)):
+        folder = image_files.Folder("in", root)
+        (part,) = task_pairs.read(tasks, folder=folder)
+        assert part[0].query_image.load() == packages.png()
+        assert sources.pairs(rows, folder=folder)[0].query_image.load() == packages.png()
+    assert task_pairs.read(tasks)[0][0].query_image.load() == packages.png()
+    assert sources.pairs(rows)[0].query_image.load() == packages.png()
+    (pair,) = smol.own_pairs(rows)
+    assert pictures.size_of(os.fsdecode(pair.content)) == (20, 12)
+    assert ImageFolder(pathlib.Path("in"))("pics/x.png").load() == packages.png()

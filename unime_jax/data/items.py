@@ -82,7 +82,8 @@ class Input:
 
     def __init__(self, name: str, keys: Keys = Keys(), *, image_root: str = ""):
         self.name, self._keys = name, keys
-        self.path = pathlib.Path(name).expanduser()
+        # Absolute, as a picture's path then is: a relative one would begin at `folder` again.
+        self.path = pathlib.Path(name).expanduser().absolute()
         self._kind = self._find_kind()
         root = pathlib.Path(image_root).expanduser() if image_root else None
         if root is not None and not root.is_dir():
@@ -110,7 +111,7 @@ class Input:
     def folder(self) -> pathlib.Path:
         """Is where relative paths of images begin."""
         if self._kind == "stdin":
-            return pathlib.Path()
+            return pathlib.Path.cwd()
         return self.path if self._kind == "folder" else self.path.parent
 
     @property
