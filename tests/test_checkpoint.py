@@ -1,5 +1,8 @@
 """Checkpoints: bit-equal restore, refusal of another configuration, what a reader finds."""
 
+import errno
+import os
+import pathlib
 import re
 import shutil
 import threading
@@ -12,8 +15,11 @@ import toy
 from test_steps import parts
 
 from unime_jax import checkpoint, sharding, steps
-from unime_jax.checkpoint import integrity
+from unime_jax.checkpoint import integrity, run_directory
+from unime_jax.config import base_config
 from unime_jax.types import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def run(directory, steps, *, config=None):
@@ -97,7 +103,8 @@ def test_a_broken_run_file_is_named(tmp_path):
 def count_up(directory, steps_wanted, **options):
     """A run whose state is its number of steps; saves after each, goes on from what is there."""
     state = steps.TrainState(jnp.int32(0), {"a/kernel": jnp.zeros(300)}, {"mu": jnp.zeros(300)})
-    saves = checkpoint.Checkpoints(directory, config={}, every_steps=1, **options)
+    config = {"init_from": ""}
+    saves = checkpoint.Checkpoints(directory, config=config, every_steps=1, **options)
     state = saves.restore(state) or state
     first = int(state.step)
     while int(state.step) < steps_wanted:
@@ -140,13 +147,34 @@ def cut_manifest(step):
     path.write_text(path.read_text()[:-30])
 
 
+def manifest_gone(step):
+    (step / "manifest.json").unlink()
+
+
+def manifest_gone_bit_flipped(step):
+    manifest_gone(step)
+    flip_a_bit(step)
+
+
+def manifest_of(content):
+    def write(step):
+        (step / "manifest.json").write_text(content)
+
+    return write
+
+
 DAMAGES = {
+    manifest_gone: "manifest.json is missing",
+    manifest_gone_bit_flipped: "manifest.json is missing",
+    manifest_of("[]"): "manifest.json is missing",
+    manifest_of('{"files": {}}'): "manifest.json is missing",
+    manifest_of('{"files": {"x": 3}}'): "manifest.json is missing",
     cut_short: "of .* bytes",
     flip_a_bit: "another checksum",
-    lambda step: largest(step / "trainable").unlink(): "cannot be read",
+    lambda step: largest(step / "trainable").unlink(): "is missing",
     cut_manifest: "manifest.json is missing or cut short",
     empty: "manifest.json is missing or cut short",
-    without_manifest: "trainable",
+    without_manifest: "manifest.json is missing",
 }
 
 
@@ -169,6 +197,33 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(damage, tmp_pat
         np.testing.assert_array_equal(one, other)
     assert count_up(tmp_path, 3)[0] == 3, "the step was saved again"
     assert capfd.readouterr()[0] == ""
+
+
+def test_a_checkpoint_of_before_there_were_manifests_is_read(tmp_path):
+    _, state = count_up(tmp_path, 2)
+    newest = tmp_path / "checkpoints" / "2"
+    (newest / "manifest.json").unlink()
+    (newest / "config" / "metadata").write_text('{"seed": 0}')
+    found = checkpoint.read_trainable(tmp_path)["a/kernel"]
+    np.testing.assert_array_equal(found, state.trainable["a/kernel"])
+
+
+@pytest.mark.parametrize("where", ["manifest.json", "trainable"])
+def test_a_file_system_that_fails_for_now_is_no_damage(where, tmp_path, monkeypatch):
+    count_up(tmp_path, 2)
+    opened = open
+
+    def fail(path, *args, **options):
+        if f"checkpoints/2/{where}" in str(path):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", fail)
+    monkeypatch.setattr("io.open", fail)
+    with pytest.raises(UserError, match=f"2/{where}.*cannot be read now .Stale"):
+        count_up(tmp_path, 3)
+    monkeypatch.undo()
+    assert not (tmp_path / "damaged").exists() and count_up(tmp_path, 2)[0] == 2
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_touched(tmp_path):
@@ -197,8 +252,36 @@ def test_what_a_kill_left_of_a_save_is_removed(tmp_path):
     left = tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp"
     shutil.copytree(tmp_path / "checkpoints" / "2", left)
     (tmp_path / "checkpoints" / "1.removed").mkdir()
+    own = ["2.best", "3.best", "notes.txt", "removed"]  # the user's
+    for name in own:
+        (tmp_path / "checkpoints" / name).mkdir()
     assert count_up(tmp_path, 3)[0] == 2
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted(["2", "3", *own])
+
+
+def test_a_score_that_is_no_number_keeps_nothing_and_removes_nothing(tmp_path, capsys):
+    saves = checkpoint.Checkpoints(tmp_path, config={}, keep=1, keep_best=1)
+    said = []
+    for step, score in enumerate([0.5, float("nan"), float("inf"), 0.4]):
+        state = steps.TrainState(jnp.int32(step), {"a": jnp.full(3, step)}, {})
+        said.append(saves.is_best(score))
+        saves.save(state, force=True, score=score)
+    saves.close()
+    assert said == [True, False, False, False]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["0", "3"]
+    assert (
+        "step 1: the score is nan; its checkpoint is not one of the best" in capsys.readouterr()[0]
+    )
+
+
+def test_runs_of_before_are_gone_on_with():
+    """Of every key that a configuration has gained, it is known what runs without it did."""
+    old = set((ROOT / "tests" / "golden" / "run_keys.txt").read_text().split())
+    now = run_directory._flat(base_config().to_dict())
+    assert old <= now.keys()
+    for key in now.keys() - old:
+        if not key.startswith(run_directory.FREE_KEYS):
+            assert run_directory.NEW_KEYS[key] == now[key], key
 
 
 @pytest.mark.parametrize("mode, best", [("max", ["1", "3"]), ("min", ["0", "2"])])

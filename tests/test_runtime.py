@@ -1,6 +1,7 @@
 """Exit codes and signals."""
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 from unime_jax import runtime
@@ -110,6 +112,64 @@ def test_errors_of_one_of_several_processes_name_it(monkeypatch, capfd):
     said = capfd.readouterr().err
     assert said.startswith("error (process 1 of 4): no space\n") and "ZeroDivisionError" in said
     assert ended == [2, 1]
+
+
+TALK = """
+import os, sys, time
+import jax
+from unime_jax import runtime
+
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+runtime._PLACE, runtime._WAIT_MS = (jax.process_index(), 2), 20_000
+store = runtime._messages()
+
+class Slow:  # to remove what was said
+    def __getattr__(self, name):
+        return getattr(store, name)
+
+    def key_value_delete(self, key):
+        time.sleep(0.05)
+        store.key_value_delete(key)
+
+runtime._messages = Slow
+for number in range(500):
+    assert runtime.exchange(f"{number} {sys.argv[2]}") == [f"{number} 0", f"{number} 1"]
+    if number % 150 == 7:
+        runtime.barrier()
+left = store.key_value_dir_get(runtime._SAID)
+assert len(left) < 200, len(left)
+runtime.barrier()
+os._exit(0)
+"""
+
+
+def test_no_message_is_lost_where_old_ones_are_removed():
+    place = f"127.0.0.1:{processes.free_port()}"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", TALK, place, str(number)], cwd=processes.ROOT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    processes.finish(started)
+
+
+def test_what_process_0_meets_all_raise(monkeypatch):
+    said = {}
+    store = type("Store", (), {})()
+    store.key_value_set = said.__setitem__
+    store.blocking_key_value_get = lambda key, wait: said[key]
+    monkeypatch.setattr(runtime, "_messages", lambda: store)
+
+    def work():
+        raise UserError("rows.jsonl: gone")
+
+    for place in (0, 1):
+        monkeypatch.setattr(runtime, "_PLACE", (place, 2))
+        monkeypatch.setattr(runtime, "_CALLS", itertools.count())
+        with pytest.raises(UserError, match="rows.jsonl: gone"):
+            runtime.by_main(work if place == 0 else pytest.fail)
 
 
 def test_gpu_programs_overlap_what_xla_knows_to_overlap(monkeypatch):

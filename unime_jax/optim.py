@@ -143,7 +143,9 @@ def skip_spikes(
     def update(grads, state, params=None, *, loss, **extra):
         del extra
         full = jnp.isfinite(state.losses[0])
-        spike = full & (loss > factor * jnp.median(state.losses))
+        median = jnp.median(state.losses)
+        # Above a median of 0 every loss would be one.
+        spike = full & (median > 0) & (loss > factor * median)
         updates, inner = optimizer.update(grads, state.inner, params)
         updates = jax.tree.map(lambda x: jnp.where(spike, jnp.zeros_like(x), x), updates)
         inner = jax.tree.map(lambda old, new: jnp.where(spike, old, new), state.inner, inner)

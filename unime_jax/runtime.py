@@ -248,7 +248,8 @@ def _add_gpu_flags() -> None:
 
 _WAIT_MS = 600_000
 _CALLS = itertools.count()
-_SAID, _KEPT = "unime_jax_said", 100  # where process 0 writes; how many calls until it clears up
+_SAID, _KEPT = "unime_jax_said", 100  # where messages go; how many calls until process 0 clears up
+_GENERATION = 0  # of messages: how many barriers there were
 
 
 def _messages():
@@ -258,22 +259,47 @@ def _messages():
     return distributed.global_state.client
 
 
-def from_main(text: str) -> str:
-    """Returns what process 0 gives; all processes call this and `barrier` in the same order."""
+def from_main(text: str, *, wait: int = _WAIT_MS) -> str:
+    """Returns what process 0 gives; all processes call this and `barrier` in the same order.
+
+    Args:
+      text: process 0's counts.
+      wait: milliseconds that the others wait for it.
+    """
     if not _together():
         return text
-    key = _next_key()
+    key = _next_key(wait)
     if is_main():
         _messages().key_value_set(key, text)
         return text
-    return _messages().blocking_key_value_get(key, _WAIT_MS)
+    return _messages().blocking_key_value_get(key, wait)
 
 
-def _next_key() -> str:
+def by_main(work: Callable[[], str], *, wait: int = _WAIT_MS) -> str:
+    """Returns what process 0 finds; to be called like `from_main`.
+
+    Raises:
+      UserError: it met one; all processes raise it.
+    """
+    found = {"result": "", "problem": ""}
+    if is_main():
+        try:
+            found["result"] = work()
+        except UserError as error:
+            if not _together():
+                raise
+            found["problem"] = str(error)
+    found = json.loads(from_main(json.dumps(found), wait=wait))
+    if found["problem"]:
+        raise UserError(found["problem"])
+    return found["result"]
+
+
+def _next_key(wait: int = _WAIT_MS) -> str:
     number = next(_CALLS)
     if number % _KEPT == _KEPT - 1:
-        barrier()
-    return f"{_SAID}/{number}"
+        barrier(wait=wait)
+    return f"{_SAID}/{_GENERATION}/{number}"
 
 
 def exchange(text: str) -> list[str]:
@@ -289,12 +315,16 @@ def exchange(text: str) -> list[str]:
     return json.loads(from_main(json.dumps([text, *said])))
 
 
-def barrier() -> None:
-    """Waits until every process is there."""
-    if _together():
-        _messages().wait_at_barrier(f"unime_jax/{next(_CALLS)}", _WAIT_MS)
-        if is_main():  # all have read what was said before
-            _messages().key_value_delete(_SAID)
+def barrier(*, wait: int = _WAIT_MS) -> None:
+    """Waits until every process is there, for so many milliseconds."""
+    global _GENERATION
+    if not _together():
+        return
+    _messages().wait_at_barrier(f"unime_jax/{next(_CALLS)}", wait)
+    # All have read what was said before. What others say from here on has another place.
+    over, _GENERATION = _GENERATION, _GENERATION + 1
+    if is_main():
+        _messages().key_value_delete(f"{_SAID}/{over}")
 
 
 def compiler_options(platform: str) -> dict[str, str] | None:

@@ -3,8 +3,10 @@
 A directory holds checkpoints under their steps as names.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Callable
@@ -18,35 +20,63 @@ MANIFEST = "manifest.json"
 def write_manifest(directory: pathlib.Path, **notes: Any) -> None:
     """Writes the bytes and SHA-256 of every file below a directory, and notes.
 
-    Files at the top whose names begin with "_" are Orbax's own and change later.
+    All is on the disk then. Files at the top whose names begin with "_" are Orbax's own and change
+    later.
     """
-    files = {
-        str(path.relative_to(directory)): [path.stat().st_size, _digest(path)]
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and not str(path.relative_to(directory)).startswith("_")
-    }
+    files = {}
+    for path in sorted(directory.rglob("*")):
+        name = str(path.relative_to(directory))
+        if path.is_file() and not name.startswith("_"):
+            files[name] = [path.stat().st_size, _digest(path)]
+        to_disk(path)
     write_json(directory / MANIFEST, {**notes, "files": files})
+    to_disk(directory)
 
 
-def has_manifest(directory: pathlib.Path) -> bool:
-    return (directory / MANIFEST).is_file()
+def to_disk(path: pathlib.Path) -> None:
+    """Returns once a file's content, or a directory's names, would survive a power cut."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not for directories there
+            raise
+    finally:
+        os.close(file)
 
 
 def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
-    """Returns the content of a manifest; {} if there is none that can be read."""
+    """Returns the content of a manifest; {} if there is none, or none as it is written.
+
+    Raises:
+      UserError: the file system does not give it.
+    """
+    path = directory / MANIFEST
     try:
-        found = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError):
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("files"), dict) else {}
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    files = found.get("files") if isinstance(found, dict) else None
+    if not files or not isinstance(files, dict):
+        return {}
+    whole = all(
+        isinstance(entry, list) and [type(part) for part in entry] == [int, str]
+        for entry in files.values()
+    )
+    return found if whole else {}
 
 
 def find_problem(directory: pathlib.Path, below: str = "") -> str:
     """Names the first file that is not as it was written; "" if all are.
 
     Args:
-      directory: with a manifest.
+      directory: of a checkpoint.
       below: files whose path begins so are looked at.
+
+    Raises:
+      UserError: the file system does not give one, which may pass.
     """
     files = read_manifest(directory).get("files")
     if files is None:
@@ -61,9 +91,33 @@ def find_problem(directory: pathlib.Path, below: str = "") -> str:
                 return f"{name} has {found} of {size} bytes"
             if _digest(path) != digest:
                 return f"{name} has another checksum than when it was written"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return f"{name} is missing"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            raise _unreadable(path, error) from error
     return ""
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be read now ({error.strerror}); nothing was changed: start again once it "
+        "can, or move that checkpoint away to go on from the one before"
+    )
+
+
+def is_old(directory: pathlib.Path) -> bool:
+    """Says whether a checkpoint is of a version that wrote no manifests.
+
+    Its own configuration says so: it lacks a key that came with them.
+    """
+    if os.path.exists(directory / MANIFEST):
+        return False
+    try:
+        config = json.loads((directory / "config" / "metadata").read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    whole = (directory / "_CHECKPOINT_METADATA").is_file()  # Orbax's own mark
+    return whole and isinstance(config, dict) and "init_from" not in config
 
 
 def newest_whole(
@@ -72,7 +126,7 @@ def newest_whole(
     *,
     below: str = "",
     among: Callable[[int], bool] = lambda step: True,
-    agree: Callable[[str], str] = str,
+    agree: Callable[[Callable[[], str]], str] = lambda find: find(),
 ) -> tuple[int, Any, dict[int, str]] | None:
     """Reads the newest checkpoint that is as it was written.
 
@@ -81,18 +135,17 @@ def newest_whole(
       read: what is to be done with one.
       below: part of it that matters.
       among: says of a step whether it will do.
-      agree: lets all processes have what process 0 found.
+      agree: lets all processes have what process 0 finds, or raise what it raises.
 
     Returns:
       its step, what was read, and by step what is wrong with newer ones; None without any.
     """
     problems: dict[int, str] = {}
-    there = [step for step in steps(directory) if among(step)]
-    for step in sorted(json.loads(agree(json.dumps(there))), reverse=True):
+    there = agree(lambda: json.dumps([step for step in steps(directory) if among(step)]))
+    for step in sorted(json.loads(there), reverse=True):
         path = directory / str(step)
-        # Those of versions that wrote no manifest: Orbax's own mark must do.
-        old = (path / "_CHECKPOINT_METADATA").is_file() and not has_manifest(path)
-        problem = agree("" if old else find_problem(path, below))
+        old = bool(agree(lambda path=path: "old" if is_old(path) else ""))
+        problem = "" if old else agree(lambda path=path: find_problem(path, below))
         if not problem:
             try:
                 return step, read(path), problems
@@ -120,7 +173,11 @@ def steps(directory: pathlib.Path) -> list[int]:
 def scores(directory: pathlib.Path) -> dict[int, float]:
     """Returns the scores of those checkpoints that have one, by step."""
     found = {step: read_manifest(directory / str(step)).get("score") for step in steps(directory)}
-    return {step: score for step, score in found.items() if score is not None}
+    return {
+        step: score
+        for step, score in found.items()
+        if isinstance(score, int | float) and math.isfinite(score)
+    }
 
 
 def write_json(path: pathlib.Path, content: Any) -> None:
@@ -131,6 +188,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
+    to_disk(path.parent)
 
 
 def _digest(path: pathlib.Path) -> str:

@@ -41,7 +41,7 @@ FREE_KEYS = (
     "train.replay",
 )
 # Keys that runs of old lack, and what they did.
-NEW_KEYS = {"init_from": "", "optim.spike_factor": 0.0}
+NEW_KEYS = {"init_from": "", "optim.spike_factor": 0.0, "optim.spike_window": 32}
 
 
 def locate(path: str | os.PathLike) -> tuple[pathlib.Path, int | None]:

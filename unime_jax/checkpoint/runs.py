@@ -13,8 +13,11 @@ from plus its newest trainable parameters.
 
 import concurrent.futures
 import contextlib
+import functools
+import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -28,6 +31,10 @@ import numpy as np
 from unime_jax import runtime
 from unime_jax.checkpoint import integrity, run_directory
 from unime_jax.types import UserError
+
+# What a kill leaves of a save or of a removal; other names are the user's.
+_LEFT = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
+_HOUR_MS = 3_600_000  # for checksums of a large checkpoint, which process 0 makes
 
 
 class Checkpoints:
@@ -67,10 +74,10 @@ class Checkpoints:
         if runtime.is_main():
             self._directory.mkdir(parents=True, exist_ok=True)
             for path in self._directory.iterdir():
-                if not path.name.isdigit():  # what a kill left of a save or of a removal
+                if _LEFT.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
         self._latest = int(
-            runtime.from_main(str(max(integrity.steps(self._directory), default=-1)))
+            runtime.by_main(lambda: str(max(integrity.steps(self._directory), default=-1)))
         )
         options = integrity.orbax().options.AsyncOptions(post_finalization_callback=self._seal)
         self._writer = integrity.orbax().AsyncCheckpointer(_handler(), async_options=options)
@@ -125,11 +132,15 @@ class Checkpoints:
         if not self._keep_best:
             return False
         self._settle()
-        scores = sorted(integrity.scores(self._directory).values(), key=lambda x: -x * self._sign)
-        better = len(scores) < self._keep_best or score * self._sign > (
-            scores[self._keep_best - 1] * self._sign
-        )
-        return bool(runtime.from_main("yes" if better else ""))
+
+        def better() -> str:
+            kept = sorted(
+                score * self._sign for score in integrity.scores(self._directory).values()
+            )
+            room = len(kept) < self._keep_best or score * self._sign > kept[-self._keep_best]
+            return "yes" if room and math.isfinite(score) else ""
+
+        return bool(runtime.by_main(better))
 
     def save(self, state, *, force: bool = False, score: float | None = None) -> bool:
         """Saves the state if it is due or forced; returns whether it was.
@@ -141,6 +152,9 @@ class Checkpoints:
         if not (force or self.due(step)) or self._latest == step:
             return False
         self._settle()
+        if score is not None and not math.isfinite(score):
+            print(f"step {step}: the score is {score}; its checkpoint is not one of the best")
+            score = None
         ocp = integrity.orbax()
         # A copy: the step donates the state while the writer still reads it.
         trainable, rest = map(ocp.args.StandardSave, _split(jax.tree.map(jnp.copy, state)))
@@ -155,14 +169,19 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Writes the manifest, before the directory gets its name; process 0, in Orbax's thread."""
-        (part,) = self._directory.glob(f"{self._notes['step']}.*")
+        (part,) = self._parts(self._notes["step"])
         integrity.write_manifest(part, **self._notes)
+
+    def _parts(self, step: int) -> list[pathlib.Path]:
+        """Lists what there is of a save that is not done."""
+        return list(self._directory.glob(f"{step}.orbax-checkpoint-tmp*"))
 
     def _finish(self) -> None:
         """Waits for the save and removes what is no longer kept; in a thread of its own."""
         self._writer.wait_until_finished()
         if not runtime.is_main():
             return
+        integrity.to_disk(self._directory)  # the new one's name, before older ones go
         scores = integrity.scores(self._directory) if self._keep_best else {}
         best = sorted(scores, key=lambda step: (scores[step] * self._sign, step), reverse=True)
         newest = sorted(integrity.steps(self._directory), reverse=True)
@@ -193,7 +212,7 @@ class Checkpoints:
                 raise
             self._latest = -1
             if runtime.is_main():
-                for part in self._directory.glob(f"{step}.*"):
+                for part in self._parts(step):
                     shutil.rmtree(part, ignore_errors=True)
             whole = max(integrity.steps(self._directory), default=None)
             before = "there is none before it" if whole is None else f"checkpoint {whole} is whole"
@@ -241,7 +260,7 @@ def _restore(directory: pathlib.Path, state, among: Callable[[int], bool] = lamb
             directory,
             lambda path: reader.restore(path, args=args),
             among=among,
-            agree=runtime.from_main,
+            agree=functools.partial(runtime.by_main, wait=_HOUR_MS),
         )
     if found is None:
         return None
