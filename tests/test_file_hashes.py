@@ -1,6 +1,7 @@
 """Hashes of files: what is remembered from one process to the next, and what is read again."""
 
 import os
+import pathlib
 import time
 
 import pytest
@@ -43,3 +44,13 @@ def test_nothing_is_kept_where_nothing_can_be_written(tmp_path, path, monkeypatc
     monkeypatch.setattr(file_hashes, "_TICK_NS", -(10**18))
     (tmp_path / "cache").write_text("a file")
     assert FileHashes(tmp_path / "cache")(path) == of_bytes(b"one")
+
+
+def test_a_memory_that_cannot_be_read_is_none(tmp_path, path, monkeypatch):
+    (tmp_path / "file_hashes.txt").write_text("x")
+
+    def fail(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "read_text", fail)
+    assert FileHashes(tmp_path)(path) == of_bytes(b"one")

@@ -1,5 +1,6 @@
 """Hashes of files' contents, remembered by what the file system says of each file."""
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -28,14 +29,14 @@ class FileHashes:
         self._known: dict[str, bytes] = {}
         self._file = None
         self._lock = threading.Lock()
-        if self._path.is_file():
-            for line in self._path.read_text(errors="replace").splitlines():
-                digest, _, key = line.partition(" ")
-                if len(digest) == 2 * BYTES and key:  # a line cut short by a kill is not
-                    try:
-                        self._known[key] = bytes.fromhex(digest)
-                    except ValueError:
-                        continue
+        text = ""
+        with contextlib.suppress(OSError):  # none there, or not to be read: files are hashed anew
+            text = self._path.read_text(errors="replace")
+        for line in text.splitlines():
+            digest, _, key = line.partition(" ")
+            if len(digest) == 2 * BYTES and key:  # a line cut short by a kill is not
+                with contextlib.suppress(ValueError):
+                    self._known[key] = bytes.fromhex(digest)
 
     def __call__(self, path: pathlib.Path) -> bytes:
         """Returns 16 bytes.

@@ -25,6 +25,12 @@ class UserError(Exception):
     """
 
 
+def reason(error: BaseException) -> str:
+    """Returns the first line of what an error says, its kind where it says nothing."""
+    lines = (line for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__)[:200]
+
+
 def _pytree(cls):
     """Makes a frozen dataclass a pytree whose fields are all children."""
     cls = dataclasses.dataclass(frozen=True)(cls)

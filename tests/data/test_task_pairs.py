@@ -6,7 +6,8 @@ import math
 import packages
 import pytest
 
-from unime_jax.data import image_files, task_pairs
+from unime_jax.data import image_files, items, mmeb_eval, sources, task_pairs
+from unime_jax.data.eval_items import ImageFolder, Items
 from unime_jax.data.prompts import Slotted
 from unime_jax.types import UserError
 
@@ -91,6 +92,7 @@ def test_judged_negatives(tmp_path, ending):
         ({"hard_negatives": ["a dog"]}, "hard negative 'a dog' is no"),
         ({"hard_negatives": [["", ""]]}, "is no .text, image"),
         ({"hard_negatives_scores": [0.5]}, "2 hard negatives need as many"),
+        ({"hard_negatives_scores": [0.5, 10**400]}, "2 hard negatives need as many finite"),
         ({"query_pos_scores": None}, "2 hard negatives need as many"),
         ({"query_pos_scores": "x"}, "2 hard negatives need as many"),
         ({"hard_negatives": None, "hard_negatives_scores": None}, 'config.stage="judge" needs'),
@@ -118,3 +120,57 @@ def test_files_that_are_no_pairs(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=message):
             task_pairs.read(tmp_path / name)
+
+
+def test_a_bad_row_of_a_list_is_left_out_alone(tmp_path):
+    bad = [{**ROWS[0], "query_text": "\ud800"}, {**JUDGED, "query_pos_scores": 10**400}]
+    path = write(tmp_path / "pairs.json", [*bad, *ROWS[:1]])
+    faults = []
+    (part,) = task_pairs.read(path, faults=faults)
+    assert len(part) == 1 and len(faults) == 2
+    assert "row 0: half a surrogate pair" in faults[0] and "row 1: 2 hard negatives" in faults[1]
+
+
+def test_columns_that_are_not_asked_for_may_be_anything(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = tmp_path / "pairs.parquet"
+    texts = {"query_text": ["a", "b"], "target_text": ["c", "d"]}
+    times = pa.array([2**62, 1], pa.timestamp("s"))  # Python's end in the year 9999
+    zones = pa.array([1, 2], pa.timestamp("us", "Nowhere/Town"))
+    pa.parquet.write_table(pa.table({**texts, "time": times, "zone": zones}), path)
+    (part,) = task_pairs.read(path)
+    assert [part[i].query_text for i in range(2)] == ["a", "b"]
+    for values in (times, zones):
+        pa.parquet.write_table(pa.table({**texts, "set": values}), path)
+        with pytest.raises(UserError, match="not a readable parquet file .of timestamp"):
+            task_pairs.read(path)
+    pa.parquet.write_table(pa.table({"time": times}), path)
+    with pytest.raises(UserError, match="no column of pairs in it, but time"):
+        task_pairs.read(path)
+
+
+def test_words_of_a_thousand_faults_are_kept(tmp_path):
+    path = write(tmp_path / "pairs.json", [{}] * 1500 + ROWS[:1])
+    faults = []
+    task_pairs.read(path, faults=faults)
+    assert len(faults) == 1500 and len(set(faults)) == 1001
+
+
+def test_an_error_without_words_is_named(tmp_path, monkeypatch):
+    import pyarrow.parquet
+
+    def fail(path):
+        raise OSError
+
+    path = write(tmp_path / "pairs.parquet", ROWS)
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", fail)
+    with pytest.raises(UserError, match="not a readable parquet file .OSError"):
+        task_pairs.read(path)
+    with pytest.raises(UserError, match="cannot be read as Parquet .OSError"):
+        list(items.Input(str(path)))
+    with pytest.raises(UserError, match="not a readable parquet file .OSError"):
+        mmeb_eval.read([path], Items(), ImageFolder(tmp_path))
+    with pytest.raises(UserError, match="is damaged .KeyError"), sources.damage(path):
+        raise KeyError

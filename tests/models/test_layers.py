@@ -57,6 +57,13 @@ def test_frozen_stack_has_no_weight_gradient_in_the_program():
         assert (6, 6) not in products(jax.grad(lambda x: loss(x, state, remat)), normal(5, 6))  # noqa: B023
 
 
+def test_of_no_layers_the_input_comes_out():
+    stacked = layers.stack(lambda rngs: layers.Linear(6, 6, rngs=rngs), 3, nnx.Rngs(0))
+    x = normal(5, 6)
+    out = layers.scan_layers(stacked, x, lambda f, x, key: f(x), jax.random.key(0), count=0)
+    np.testing.assert_array_equal(out, x)
+
+
 def test_linear_matches_torch():
     layer = layers.Linear(6, 4, bias=True, rngs=nnx.Rngs(0))
     layer.bias[...] = jnp.asarray(normal(4))

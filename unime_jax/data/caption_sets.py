@@ -15,7 +15,7 @@ import numpy as np
 
 from unime_jax.data.eval_items import ImageFolder, Items
 from unime_jax.data.sources import ImageRef
-from unime_jax.types import UserError
+from unime_jax.types import UserError, reason
 
 CAPTIONS = 5  # of an image in Flickr30K and COCO; what is beyond is left out
 SHAREGPT4V_ROWS = 1000
@@ -108,7 +108,7 @@ class _ParquetImages:
             names = self._file.schema_arrow.names
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(
-                f"{path}: not a readable parquet file ({_first_line(error)}); fetch it again"
+                f"{path}: not a readable parquet file ({reason(error)}); fetch it again"
             ) from None
         self._text = next((name for name in ("text", "caption", "captions") if name in names), None)
         if "image" not in names or self._text is None:
@@ -134,7 +134,7 @@ class _ParquetImages:
                     row += 1
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(
-                f"{self._path} row {row}: damaged ({_first_line(error)}); fetch it again"
+                f"{self._path} row {row}: damaged ({reason(error)}); fetch it again"
             ) from None
 
     def image(self, row: int) -> ImageRef:
@@ -150,18 +150,12 @@ class _ParquetImages:
                     column = self._file.read_row_group(group, columns=["image"]).column(0)
                     self._held = group, column.to_pylist()
                 except (OSError, ValueError, pyarrow.ArrowException) as error:
-                    raise UserError(
-                        f"{self._path} row {row}: damaged ({_first_line(error)})"
-                    ) from None
+                    raise UserError(f"{self._path} row {row}: damaged ({reason(error)})") from None
             value = self._held[1][row - int(self._starts[group])]
         content = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(content, bytes) or not content:
             raise UserError(f"{self._path} row {row}: no image in it")
         return content
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _caption_set(images: list[int], captions: list[int], owner: list[int]) -> CaptionSet:

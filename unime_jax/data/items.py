@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from unime_jax.data import image_files, parquet_rows
-from unime_jax.types import UserError
+from unime_jax.types import UserError, reason
 
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _LINES = (".jsonl", ".ndjson")
@@ -197,8 +197,7 @@ class Input:
         try:
             return pyarrow.parquet.ParquetFile(self.path)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.name}: cannot be read as Parquet ({reason})") from None
+            raise UserError(f"{self.name}: cannot be read as Parquet ({reason(error)})") from None
 
     def _table(self) -> Iterator[Entry]:
         import pyarrow
@@ -222,8 +221,9 @@ class Input:
                 for content in parquet_rows.dicts(batch):
                     yield self._read(next(count), content)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.name}: damaged after row {next(count)} ({reason})") from None
+            raise UserError(
+                f"{self.name}: damaged after row {next(count)} ({reason(error)})"
+            ) from None
 
     # ---- a row
 

@@ -11,8 +11,12 @@ from unime_jax.types import UserError
 _SHOWN = 60  # letters of a value that a message repeats
 
 
-def parse(content: str | bytes, where: str) -> Any:
-    """Parses a JSON value; every string in it can be written as UTF-8.
+_UNTOLD = "another malformed row"
+_TOLD = 1000  # faults whose words are kept: a file may have millions
+
+
+def parse(content: str | bytes, where: str, *, checked: bool = True) -> Any:
+    """Parses a JSON value; every string in it can be written as UTF-8, if it is `checked`.
 
     Raises:
       UserError: it begins with `where`.
@@ -20,11 +24,22 @@ def parse(content: str | bytes, where: str) -> Any:
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(text)
-        if "\\u" in text:  # an escape may be half of a surrogate pair, which is no character
-            text = json.dumps(value, ensure_ascii=False)
-            text.encode()
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    # An escape may be half of a surrogate pair.
+    return check(value, where) if checked and "\\u" in text else value
+
+
+def check(value: Any, where: str) -> Any:
+    """Returns the value.
+
+    Raises:
+      UserError: a string in it is none that can be written as UTF-8; it begins with `where`.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: half a surrogate pair in it, which is no character") from None
     except (ValueError, RecursionError) as error:
@@ -32,14 +47,14 @@ def parse(content: str | bytes, where: str) -> Any:
     return value
 
 
-def read(path: str | os.PathLike) -> Any:
-    """Reads a JSON file.
+def read(path: str | os.PathLike, *, checked: bool = True) -> Any:
+    """Reads a JSON file; see `parse`.
 
     Raises:
       UserError: it cannot be read or parsed.
     """
     try:
-        return parse(pathlib.Path(path).read_bytes(), str(path))
+        return parse(pathlib.Path(path).read_bytes(), str(path), checked=checked)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -71,4 +86,4 @@ def keep(faults: list[str] | None, error: UserError) -> None:
     """Lists the fault of a row that is left out, or raises it where there is no list."""
     if faults is None:
         raise error
-    faults.append(str(error))
+    faults.append(str(error) if len(faults) < _TOLD else _UNTOLD)

@@ -12,7 +12,7 @@ import numpy as np
 
 from unime_jax.data.eval_items import Items
 from unime_jax.data.sources import ImageRef
-from unime_jax.types import UserError
+from unime_jax.types import UserError, reason
 
 COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
@@ -103,16 +103,14 @@ def _table(files: list[pathlib.Path]):
                 )
             tables.append(file.read(columns=list(COLUMNS)))
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"{path}: not a readable parquet file ({reason}); fetch it again"
+                f"{path}: not a readable parquet file ({reason(error)}); fetch it again"
             ) from None
     try:
         return pyarrow.concat_tables(tables, promote_options="permissive")
     except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"{files[0].parent}: files of different kinds of columns ({reason})"
+            f"{files[0].parent}: files of different kinds of columns ({reason(error)})"
         ) from None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from unime_jax.data import image_files, mmeb_builder, mmeb_sets, pictures
-from unime_jax.types import UserError
+from unime_jax.types import UserError, reason
 
 SKIPPED, SUMMARY, SIDES = "skipped.jsonl", "prepared.json", "has_image.npy"
 FORMAT = 1  # raise it when what is written changes: sets are then written anew
@@ -171,8 +171,9 @@ def _parquet(path: pathlib.Path):
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable parquet file ({reason}); fetch it again") from None
+        raise UserError(
+            f"{path}: not a readable parquet file ({reason(error)}); fetch it again"
+        ) from None
 
 
 def _rows(files: list[pathlib.Path], cap: int) -> Iterator[dict[str, str]]:
@@ -194,8 +195,7 @@ def _rows(files: list[pathlib.Path], cap: int) -> Iterator[dict[str, str]]:
                     left = None if left is None else left - 1
                     yield {key: value or "" for key, value in row.items()}
         except (OSError, ValueError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} is damaged ({reason}); fetch it again") from None
+            raise UserError(f"{path} is damaged ({reason(error)}); fetch it again") from None
 
 
 class _Reader:

@@ -3,17 +3,25 @@
 from collections.abc import Iterator
 from typing import Any
 
+from unime_jax.types import reason
+
 
 class NotUnicode(bytes):
     """Stands for what a file holds where it promises UTF-8."""
 
 
 def dicts(batch) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a pyarrow.RecordBatch; what is no UTF-8 comes as `NotUnicode`."""
+    """Yields the rows of a pyarrow.RecordBatch; what is no UTF-8 comes as `NotUnicode`.
+
+    Raises:
+      ValueError: Python has no value for what a column holds.
+    """
     columns = []
     for column in batch.columns:
         try:
             columns.append(column.to_pylist())
+        except (OverflowError, LookupError) as error:  # times that Python has none for
+            raise ValueError(f"of {column.type}: {reason(error)}") from None
         except UnicodeDecodeError:  # of one row, but nobody says of which
             columns.append(map(_value, column))
     for values in zip(*columns, strict=True):

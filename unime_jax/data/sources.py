@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from unime_jax.data import image_files, json_files, nli, prompts, text_keys
-from unime_jax.types import UserError
+from unime_jax.types import UserError, reason
 
 DIRECTIONS = ("image_to_text", "text_to_image")
 
@@ -347,8 +347,9 @@ def damage(path: pathlib.Path):
     except UserError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{path} is damaged ({reason}): delete it and run prepare again") from None
+        raise UserError(
+            f"{path} is damaged ({reason(error)}): delete it and run prepare again"
+        ) from None
 
 
 def _text(value) -> str:

@@ -24,11 +24,12 @@ from typing import Any
 
 from unime_jax.data import image_files, json_files, parquet_rows, prompts
 from unime_jax.data.sources import Example, ImageRef, Item
-from unime_jax.types import UserError
+from unime_jax.types import UserError, reason
 
 _ALIASES = {"pos_text": "target_text", "pos_image": "target_image", "target_score": "target_score",
             "query_pos_scores": "target_score"}  # fmt: skip
 _TEXTS = ("query_text", "query_image", "target_text", "target_image", "target_id", "set")
+_READ = {*_TEXTS, *_ALIASES, "hard_negatives", "hard_negatives_scores"}
 _SIGNS = {"query_text", "query_image"}
 _LOOKED_AT = 100  # lines, to see what a file is
 
@@ -149,10 +150,14 @@ def _objects(path: pathlib.Path, faults: list[str] | None) -> Iterator[tuple[str
     if path.suffix == ".parquet":
         yield from _table(path, faults)
     elif path.suffix == ".json":
-        rows = json_files.read(path)
+        rows = json_files.read(path, checked=False)
         if not isinstance(rows, list):
             raise UserError(f"{path}: a .json file holds a list of rows")
-        yield from ((f"{path} row {i}", row) for i, row in enumerate(rows))
+        for i, row in enumerate(rows):
+            try:
+                yield f"{path} row {i}", json_files.check(row, f"{path} row {i}")
+            except UserError as error:
+                json_files.keep(faults, error)
     else:
         for where, line in json_files.lines(path):
             try:
@@ -167,7 +172,11 @@ def _table(path: pathlib.Path, faults: list[str] | None) -> Iterator[tuple[str, 
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        batches = file.iter_batches(1024)
+        there = file.schema_arrow.names
+        columns = [name for name in there if name in _READ]  # others may be anything
+        if not columns:
+            raise UserError(f"{path}: no column of pairs in it, but {', '.join(there)}")
+        batches = file.iter_batches(1024, columns=columns)
         for number, row in enumerate(r for batch in batches for r in parquet_rows.dicts(batch)):
             where = f"{path} row {number}"
             if broken := parquet_rows.broken(row):
@@ -175,8 +184,7 @@ def _table(path: pathlib.Path, faults: list[str] | None) -> Iterator[tuple[str, 
             else:
                 yield where, row
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a readable parquet file ({reason})") from None
+        raise UserError(f"{path}: not a readable parquet file ({reason(error)})") from None
 
 
 def _parse(where: str, given: Any, judged: int) -> tuple[str, _Row]:
@@ -243,10 +251,17 @@ def _scores(where: str, row: dict[str, Any], negatives: int) -> tuple[float, ...
         return ()
     numbers = [own, *(others or ())]
     if len(numbers) != 1 + negatives or not all(
-        isinstance(x, (int, float)) and math.isfinite(x) for x in numbers
+        isinstance(x, (int, float)) and _is_finite(x) for x in numbers
     ):
         raise UserError(
             f"{where}: {negatives} hard negatives need as many finite hard_negatives_scores, and "
             f"one query_pos_scores for the target"
         )
     return tuple(map(float, numbers))
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an integer that no float reaches
+        return False

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 
 from unime_jax.data.prompts import Segment
-from unime_jax.types import UserError
+from unime_jax.types import UserError, reason
 
 MAX_LETTERS = 1 << 21  # of a text; some take a second for every 250,000 and .5 KB a letter
 _CONTROL = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -249,10 +249,6 @@ def _read_json(path: pathlib.Path) -> dict:
     return content
 
 
-def _reason(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
-
-
 def _build(path: pathlib.Path, content: dict):
     import tokenizers
 
@@ -263,7 +259,7 @@ def _build(path: pathlib.Path, content: dict):
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{path} is not a readable tokenizer: {_reason(error)}") from None
+        raise UserError(f"{path} is not a readable tokenizer: {reason(error)}") from None
     # A tokenizer.json may carry the cutting and padding of whoever saved it.
     tokenizer.no_truncation()
     tokenizer.no_padding()

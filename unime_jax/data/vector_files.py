@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from unime_jax.types import UserError
+from unime_jax.types import UserError, reason
 
 SUFFIXES = (".npz", ".npy", ".parquet", ".safetensors")
 DTYPES = {"f32": np.dtype("float32"), "f16": np.dtype("float16"), "int8": np.dtype("int8")}
@@ -156,8 +156,7 @@ def _guarded(path: pathlib.Path, function):
     except UserError:
         raise
     except Exception as error:  # of zipfile, numpy, pyarrow, safetensors: each its own kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise UserError(f"{path}: not a readable file of vectors ({reason})") from None
+        raise UserError(f"{path}: not a readable file of vectors ({reason(error)})") from None
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:

@@ -83,7 +83,7 @@ def open_encoder(
 ) -> Encoder:
     """Returns the encoder of a benchmark's items; the model is loaded when a row needs it."""
     root = pathlib.Path(config.cache or runtime.cache_directory() / "vectors").expanduser()
-    hashes = file_hashes.FileHashes(root)
+    hashes = file_hashes.FileHashes(runtime.cache_directory())  # as `weights` does
     about = dataclasses.asdict(settings)
     del about["preparation"]["fusion"]  # decides what rows there are, not what their vectors are
     words = prompts.TEMPLATES[settings.preparation["prompt"]]

@@ -352,9 +352,9 @@ def scan_layers(
       count: of the first layers, which alone are run; None: all.
     """
     graphdef, stacked = nnx.split(layers)
-    numbers = jnp.arange(count or jax.tree.leaves(stacked)[0].shape[0])
+    numbers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0] if count is None else count)
     keys = None if key is None else jax.vmap(lambda n: fold(key, n))(numbers)
-    by_number = count and (_PLACEMENT.get() or Placement()).read_only
+    by_number = count is not None and (_PLACEMENT.get() or Placement()).read_only
     states = stacked if count is None else jax.tree.map(lambda leaf: leaf[:count], stacked)
 
     def body(x, layer):

@@ -70,7 +70,11 @@ def matmul(x: Float[Array, "... I"], w: Float[Array, "I O"], kind: str) -> Float
 
 
 def merges(x: Float[Array, "... I"], w: Float[Array, "I O"], kind: str) -> bool:
-    """Says whether adding the adapter to the weight is worth it: with rows enough, in f32."""
+    """Says whether adding the adapter to the weight is worth it: with rows enough, in f32.
+
+    Which of the two a product is depends on the rows of a batch as it is traced. They differ by
+    rounding alone, and only training asks for "merged".
+    """
     inputs, outputs = w.shape
     rows = math.prod(x.shape[:-1])
     wide = x.dtype == jnp.float32 and w.dtype == jnp.float32
