@@ -137,14 +137,14 @@ def test_columns_that_are_not_asked_for_may_be_anything(tmp_path):
 
     path = tmp_path / "pairs.parquet"
     texts = {"query_text": ["a", "b"], "target_text": ["c", "d"]}
-    times = pa.array([2**62, 1], pa.timestamp("s"))  # Python's end in the year 9999
+    times = pa.array([2**62, 1], pa.timestamp("us"))  # Python's end in the year 9999
     zones = pa.array([1, 2], pa.timestamp("us", "Nowhere/Town"))
     pa.parquet.write_table(pa.table({**texts, "time": times, "zone": zones}), path)
     (part,) = task_pairs.read(path)
     assert [part[i].query_text for i in range(2)] == ["a", "b"]
     for values in (times, zones):
         pa.parquet.write_table(pa.table({**texts, "set": values}), path)
-        with pytest.raises(UserError, match="not a readable parquet file .of timestamp"):
+        with pytest.raises(UserError, match="not a readable parquet file"):
             task_pairs.read(path)
     pa.parquet.write_table(pa.table({"time": times}), path)
     with pytest.raises(UserError, match="no column of pairs in it, but time"):

@@ -60,7 +60,7 @@ def test_frozen_stack_has_no_weight_gradient_in_the_program():
 def test_of_no_layers_the_input_comes_out():
     stacked = layers.stack(lambda rngs: layers.Linear(6, 6, rngs=rngs), 3, nnx.Rngs(0))
     x = normal(5, 6)
-    out = layers.scan_layers(stacked, x, lambda f, x, key: f(x), jax.random.key(0), count=0)
+    out = layers.scan_layers(stacked, x, lambda f, x, key: f(x), key=jax.random.key(0), count=0)
     np.testing.assert_array_equal(out, x)
 
 

@@ -260,7 +260,7 @@ def _scores(where: str, row: dict[str, Any], negatives: int) -> tuple[float, ...
     return tuple(map(float, numbers))
 
 
-def _is_finite(number: float) -> bool:
+def _is_finite(number: int | float) -> bool:
     try:
         return math.isfinite(number)
     except OverflowError:  # an integer that no float reaches
