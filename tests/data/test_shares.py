@@ -201,17 +201,19 @@ def test_all_stop_for_what_one_cannot_read(smol):
     assert one == other
 
 
-def test_messages_are_text(smol):
-    """Bad rows go through a store of strings."""
-    said = []
+def test_messages_are_text(smol, monkeypatch):
+    """Bad rows go through a store of strings; what two processes tell of counts once."""
+    said, counted = [], []
 
     def exchange(text):
         said.append(text)
-        return [text]
+        return [text, text]
 
     found = pairs(lambda number: b"broken" if number == 3 else packages.png())
     batches = pipeline.Batches([found], smol, batch_size=30, max_bad_share=0.1)
+    monkeypatch.setattr(batches.bad, "add", lambda *row: counted.append(row))
     list(shares.SharedBatches(batches, lambda rows: np.ones(rows, bool), exchange).iterate(0, 1))
+    assert len(counted) == 1
     faults = [fault for text in said for fault in json.loads(text)[0]]
     assert len(faults) == 1 and len(said) == 2
     place, attempt, row, problem = faults[0]

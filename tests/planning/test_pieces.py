@@ -1,6 +1,10 @@
 """Steps that are compiled piece by piece take what whole ones take."""
 
 import dataclasses
+import errno
+import os
+import pathlib
+import signal
 
 import jax
 import llava_step
@@ -17,6 +21,7 @@ from unime_jax.planning import (
     pieces,
     topology,
 )
+from unime_jax.types import Batch, UserError
 
 DEVICES = 4
 BATCH = composition.Composition(
@@ -95,6 +100,68 @@ def test_pieces_add_up():
     program = dataclasses.replace(images.compiled, refusal="too large")
     refused = dataclasses.replace(images, compiled=program)
     assert pieces.together([texts, refused], 300.0, 7.0, 3.0).refusal == "too large"
+
+
+def test_what_compilers_said_is_kept_and_asked_again_where_it_is_damaged(tmp_path, monkeypatch):
+    leaf = jax.ShapeDtypeStruct((8,), "float32")
+    run = abstract.Run(jax.jit(lambda state, *_: state), [leaf], {}, Batch((), (), (), ()))
+
+    def ask(cache=tmp_path / "plans"):
+        return compiled.compile_step(run, "cpu", cache=cache)
+
+    first = ask()
+    (path,) = (tmp_path / "plans").iterdir()
+    assert ask() == first  # the seconds as well
+    for content in ("", "[]", "null", "{}", '{"seconds": 1}', "{" + path.read_text()):
+        path.write_text(content)
+        again = ask()
+        assert again.arguments == first.arguments and again == ask() != first
+    (tmp_path / "file").touch()
+    assert ask(tmp_path / "file").arguments == ask(tmp_path / "file" / "plans").arguments
+    with monkeypatch.context() as patch:  # a full disk
+        patch.setattr(pathlib.Path, "replace", fail)
+        path.unlink()
+        assert ask().arguments == first.arguments and not list((tmp_path / "plans").iterdir())
+    ask()
+    monkeypatch.setattr(compiled, "_FORMAT", 0)
+    ask()
+    assert len(list((tmp_path / "plans").iterdir())) == 2
+
+
+def test_products_too_small_for_triton_are_compiled_without_it():
+    class Lowered:
+        def compile(self, options):
+            if options.get("xla_gpu_enable_triton_gemm", True):
+                raise jax.errors.JaxRuntimeError(self.message)
+            return options
+
+    lowered = Lowered()
+    lowered.message = "INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot.348"
+    found = compiled._compile(lowered, "gpu")
+    assert found == {**compiled._OPTIONS["gpu"], "xla_gpu_enable_triton_gemm": False}
+    lowered.message = "INTERNAL: other"
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        compiled._compile(lowered, "gpu")
+    run = abstract.Run(Lowered(), [], {}, Batch((), (), (), ()))
+    run.step.lower, run.step.message = lambda *_: run.step, "INTERNAL: other"
+    with pytest.raises(UserError, match=r"the compiler fails \(INTERNAL: other\); plan without"):
+        compiled.compile_step(run, "gpu")
+
+
+def fail(*_):
+    raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def die(piece, job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_compiler_that_is_killed_is_named(monkeypatch):
+    monkeypatch.setattr(pieces, "compile_piece", die)
+    monkeypatch.setattr(pieces, "_free_gib", lambda: 0.1)  # one process
+    job = pieces.Job({}, {}, BATCH, topology.parse("h100:1"), (1, 1, 1), 8, flash=False)
+    with pytest.raises(UserError, match="a compiler was killed, as by a lack of memory"):
+        list(pieces.compile_all([pieces.Piece(None)], job))
 
 
 @pytest.mark.slow

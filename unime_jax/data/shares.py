@@ -109,11 +109,12 @@ class SharedBatches:
         known: dict[int, set[int]] = collections.defaultdict(set)  # place -> unreadable attempts
         while True:
             said = [json.loads(text) for text in self._exchange(json.dumps([faults, end]))]
-            news = sorted(fault for found, _ in said for fault in found)
-            news = [fault for fault in news if fault[1] not in known[fault[0]]]
-            for place, attempt, row, problem in news:
-                known[place].add(attempt)
-                self._batches.bad.add(tuple(row), *problem)
+            news = set()  # places
+            for place, attempt, row, problem in sorted(one for found, _ in said for one in found):
+                if attempt not in known[place]:  # processes that share a row all tell of it
+                    known[place].add(attempt)
+                    news.add(place)
+                    self._batches.bad.add(tuple(row), *problem)
             for _, other in said:
                 if other:
                     raise UserError(other)
@@ -121,7 +122,7 @@ class SharedBatches:
                 return batch
             faults, members = [], self._batches.members(step)
             try:
-                for place in sorted({fault[0] for fault in news}):
+                for place in sorted(news):
                     row = self._draw(step, place, members[place], faults, known[place])
                     batch = self._put(batch, place, row)
             except UserError as error:

@@ -82,7 +82,7 @@ def compile_step(
       hardware: what else than the program decides what they say.
 
     Raises:
-      UserError: the compiler needs something that is not installed.
+      UserError: the compiler needs something that is not installed, or fails.
     """
     import jax
 
@@ -91,13 +91,12 @@ def compile_step(
         lowered = _lower(run)
     path = None
     if cache is not None:
-        said = f"{lowered.as_text()}{platform}{hardware}{devices_of_host}{_compilers()}"
+        said = f"{_FORMAT}{lowered.as_text()}{platform}{hardware}{devices_of_host}{_compilers()}"
         path = cache / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
-        if path.is_file():
-            return _read(path)
+        if known := _read(path):
+            return known
     try:
-        with quiet():
-            program = lowered.compile(_OPTIONS.get(platform))
+        program = _compile(lowered, platform)
         memory = program.memory_analysis()
         moved, counted = collectives.read(program.as_text(), devices_of_host)
         found = Compiled(
@@ -110,7 +109,10 @@ def compile_step(
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"--compile: the compiler fails ({reason}); plan without --compile"
+            ) from None
         found = _refused(str(error), time.perf_counter() - started)
     if path is not None:
         _write(path, found)
@@ -129,10 +131,23 @@ def _lower(run: Run):
         ) from None
 
 
+def _compile(lowered, platform: str):
+    """Compiles; products too small for Triton's tiles, as of tiny models, are left to cuBLAS."""
+    options = _OPTIONS.get(platform)
+    with quiet():
+        try:
+            return lowered.compile(options)
+        except RuntimeError as error:
+            if platform != "gpu" or "tile sizes" not in str(error):
+                raise
+            return lowered.compile({**options, "xla_gpu_enable_triton_gemm": False})
+
+
 def _compilers() -> str:
     """Names all that has a say in what a program takes, but for the program."""
+    names = ("jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt")
     versions = []
-    for name in ("jaxlib", "libtpu", "jax-cuda12-pjrt", "jax-cuda13-pjrt", "nvidia-cudnn-cu12"):
+    for name in (*names, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
     return (
@@ -141,16 +156,24 @@ def _compilers() -> str:
 
 
 def _write(path: pathlib.Path, found: Compiled) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Keeps what a compiler said; where nothing can be written it is asked again."""
     part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(dataclasses.asdict(found)))
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(dataclasses.asdict(found)))
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
-def _read(path: pathlib.Path) -> Compiled:
-    found = json.loads(path.read_text())
-    moved = [collectives.Collective(**one) for one in found.pop("moved")]
-    return Compiled(**found, moved=moved)
+def _read(path: pathlib.Path) -> Compiled | None:
+    """Returns what was kept; None where nothing is, or it is damaged."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = json.loads(path.read_text())
+        moved = [collectives.Collective(**one) for one in found.pop("moved")]
+        return Compiled(**found, moved=moved)
+    return None
 
 
 _SIZE = r"\(?([\d.]+)([KMGT]?)i?B?\)?"

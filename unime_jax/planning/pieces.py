@@ -21,6 +21,7 @@ from unime_jax import runtime, sharding
 from unime_jax.planning import abstract, collectives, compiled, flops, liveness, memory
 from unime_jax.planning import topology as topologies
 from unime_jax.planning.composition import SIDES, Composition, Shape
+from unime_jax.types import UserError
 
 _GIB_A_PROCESS = 2.5  # what a compiler takes of this machine's memory
 
@@ -141,6 +142,9 @@ def compile_all(pieces: list[Piece], job: Job) -> Iterator[Found]:
     """Compiles pieces in processes of their own and yields them as they come.
 
     Closing the iterator ends the others.
+
+    Raises:
+      UserError: one of them was killed.
     """
     workers = max(1, min(len(pieces), os.cpu_count() or 1, int(_free_gib() // _GIB_A_PROCESS)))
     context = multiprocessing.get_context("spawn")
@@ -149,6 +153,11 @@ def compile_all(pieces: list[Piece], job: Job) -> Iterator[Found]:
     try:
         for done in futures.as_completed(running):
             yield done.result()
+    except futures.BrokenExecutor:
+        raise UserError(
+            "--compile: a compiler was killed, as by a lack of memory; close other programs, or "
+            "plan without --compile"
+        ) from None
     finally:
         for one in running:
             one.cancel()
