@@ -153,15 +153,17 @@ def fail(*_):
 
 
 def die(piece, job):
+    os.write(2, b"Could not find cuda drivers")
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_compiler_that_is_killed_is_named(monkeypatch):
+def test_a_compiler_that_is_killed_is_named(monkeypatch, capfd):
     monkeypatch.setattr(pieces, "compile_piece", die)
     monkeypatch.setattr(pieces, "_free_gib", lambda: 0.1)  # one process
     job = pieces.Job({}, {}, BATCH, topology.parse("h100:1"), (1, 1, 1), 8, flash=False)
     with pytest.raises(UserError, match="a compiler was killed, as by a lack of memory"):
         list(pieces.compile_all([pieces.Piece(None)], job))
+    assert "cuda drivers" not in capfd.readouterr().err  # what JAX says as it is imported
 
 
 @pytest.mark.slow

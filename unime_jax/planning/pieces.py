@@ -149,7 +149,8 @@ def compile_all(pieces: list[Piece], job: Job) -> Iterator[Found]:
     workers = max(1, min(len(pieces), os.cpu_count() or 1, int(_free_gib() // _GIB_A_PROCESS)))
     context = multiprocessing.get_context("spawn")
     pool = futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
-    running = [pool.submit(compile_piece, piece, job) for piece in pieces]
+    with compiled.quiet():  # they start, and JAX reports what is not there as it is imported
+        running = [pool.submit(compile_piece, piece, job) for piece in pieces]
     try:
         for done in futures.as_completed(running):
             yield done.result()
