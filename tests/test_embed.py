@@ -16,7 +16,7 @@ import pytest
 import tolerances
 
 import unime_jax
-from unime_jax import embed, embedder, runtime
+from unime_jax import embed, embed_job, embedder, runtime
 from unime_jax.data import buckets, items, pictures, prompts, stream, vector_files
 from unime_jax.types import UserError
 
@@ -391,3 +391,47 @@ def test_two_processes_of_two_devices(root, alone, tmp_path):
     found = vector_files.read(tmp_path / "v.npz")
     assert len(found.vectors) == COUNT and distance(found.vectors, alone) < ROW
     assert len(open(tmp_path / "v.npz.errors.jsonl").readlines()) == 4
+
+
+def test_another_image_root_tries_again_what_was_outside(root, tmp_path, monkeypatch):
+    """Of a job that was stopped; where it is done, it is said."""
+    (tmp_path / "in").mkdir()
+    rows = [{"text": "a"}, {"image": str(root / "pairs" / "0.png")}, {"image": "gone.png"}]
+    (tmp_path / "in" / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = {"input": tmp_path / "in" / "x.jsonl"}
+    job = tmp_path / "v.npz.job"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(embed_job.Job, "write", _die)
+        run(root, tmp_path / "v.npz", **flags)
+    assert len((job / "errors-0.jsonl").read_text().splitlines()) == 2
+    shutil.copytree(job, tmp_path / "w.npz.job")
+    run(root, tmp_path / "w.npz", "--image-root", root, **flags)
+    assert vector_files.read(tmp_path / "w.npz").rows.tolist() == [0, 1]
+    (error,) = map(json.loads, open(tmp_path / "w.npz.errors.jsonl"))
+    assert error["row"] == 2
+    run(root, tmp_path / "w.npz", **flags)  # nothing is outside any more
+    run(root, tmp_path / "v.npz", **flags)
+    assert vector_files.read(tmp_path / "v.npz").rows.tolist() == [0]
+    run(root, tmp_path / "v.npz", **flags)
+    with pytest.raises(UserError, match="v.npz lacks 1 rows whose .*.--image-root '' there, '/"):
+        run(root, tmp_path / "v.npz", "--image-root", root, **flags)
+
+
+def _die(*args, **kwargs):
+    raise Killed
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    how = {"width": 2, "dtype": np.dtype("f4"), "process": 0}
+    with embed_job.open_job(tmp_path / "v.npz", {}, **how) as job:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError) as error:
+            job.add([0], np.ones((1, 2), np.float32))
+        assert error.value.filename == str(tmp_path / "v.npz.job")
+        monkeypatch.setattr(vector_files, "write", full)
+        with pytest.raises(OSError) as error:
+            job.write(complete=True)
+        assert error.value.filename == str(tmp_path / "v.npz")

@@ -1,5 +1,6 @@
 """Search over files of vectors: the nearest rows, their pictures, and indices of other models."""
 
+import argparse
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ import tolerances
 from PIL import Image
 
 import unime_jax
-from unime_jax import embed, embedder, runtime, search, weights
+from unime_jax import embed, embedder, report, runtime, search, weights
+from unime_jax.data import vector_files
 from unime_jax.types import UserError
 
 
@@ -164,3 +166,27 @@ def test_missing_faiss_is_told_before_the_model_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"search needs FAISS: pip install -e '.\[search\]'"):
         find(tmp_path / "none.npz", "--text", "a")
+
+
+def test_what_an_index_names_need_not_be_a_picture(root, tmp_path, monkeypatch):
+    """Pipes are not waited for; an input that is another kind now is passed over."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "text.png").write_text("no picture")
+    shutil.copy(root / "pairs" / "1.png", tmp_path / "good.png")
+    names = ["pipe.png", "text.png", "gone.png", "a\0.png", "http://x.org/a.png", ".", "good.png"]
+    about = {"folder": str(tmp_path), "input": str(tmp_path / "text.png"), "keys": ["i", "t", "p"]}
+    count = len(names)
+    index = vector_files.Vectors(
+        vectors=np.eye(count, dtype=np.float32), rows=np.arange(count), ids=names,
+        texts=[""] * count, images=names, about=about,
+    )  # fmt: skip
+    drawn = []
+
+    def draw(images, *_, **__):
+        drawn.extend(images)
+        return tmp_path
+
+    monkeypatch.setattr(report, "plot_contact_sheet", draw)
+    args = argparse.Namespace(index="v.npz", sheet=None, text="a", image=None)
+    search._draw(args, index, np.ones(count), np.arange(count))
+    assert [image is not None for image in drawn] == [False] * (count - 1) + [True]

@@ -14,6 +14,7 @@ import pytest
 
 from unime_jax import tiny, weights
 from unime_jax.data import assets, image_files, items, pictures, sources, task_pairs
+from unime_jax.data.eval_items import ImageFolder
 from unime_jax.types import UserError
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "unime_jax"
@@ -130,6 +131,7 @@ def outside(rooms) -> list[str]:
 
 
 BAD = ["http://x.org/a.png", "s3://bucket/a.png", "a\0.png", "pipe.png", "loop.png", "\ud800.png"]
+GOOD = ["a.png", "deep/inside.png", "deep\\..\\a.png"]
 ABSENT = ["%2e%2e%2fsecret.png", "..%2fsecret.png", "..%5csecret.png", "none.png", "a.png/b"]
 
 
@@ -148,14 +150,21 @@ def test_no_path_leaves_the_root(rooms):
     assert image_files.Folder(rooms / "root", "/").read(str(rooms / "secret.png"))
 
 
-def test_rows_of_every_kind_stay_inside(rooms):
-    names = [*outside(rooms), *BAD, *ABSENT]
+@pytest.mark.parametrize("relative", [False, True])
+def test_rows_of_every_kind_stay_inside(rooms, relative, monkeypatch):
+    """The good ones are read, so that no refusal is one of everything."""
+    names = [*outside(rooms), *BAD, *ABSENT, *GOOD]
     lines = [json.dumps({"image": name, "text": "x"}) for name in names]
     path = rooms / "root" / "rows.jsonl"
     path.write_text("\n".join(lines))
     (rooms / "root" / "tasks.jsonl").write_text(
         "\n".join(json.dumps({"query_image": n, "target_text": "x"}) for n in names)
     )
+
+    tasks_path = path.with_name("tasks.jsonl")
+    if relative:
+        monkeypatch.chdir(rooms)
+        path, tasks_path = path.relative_to(rooms), tasks_path.relative_to(rooms)
 
     def is_read(image) -> bool:
         try:
@@ -166,15 +175,39 @@ def test_rows_of_every_kind_stay_inside(rooms):
 
     entries = list(items.Input(str(path)))
     assert len(entries) == len(names)
-    assert not any(entry.fault == "" and is_read(entry.image) for entry in entries)
+    good = sum(entry.fault == "" and is_read(entry.image) for entry in entries)
+    assert good == len(GOOD) and all(is_read(entry.image) for entry in entries[-good:])
     faults = []
     pairs = sources.pairs(path, faults=faults)
     assert len(pairs) + len(faults) == len(names)
-    assert not any(is_read(pairs[i].query_image) for i in range(len(pairs)))
-    (tasks,) = task_pairs.read(rooms / "root" / "tasks.jsonl", faults=faults)
-    assert not any(is_read(tasks[i].query_image) for i in range(len(tasks)))
+    for rows in (pairs, *task_pairs.read(tasks_path, faults=faults)):
+        found = [is_read(rows[i].query_image) for i in range(len(rows))]
+        assert sum(found) == len(GOOD) and all(found[-len(GOOD) :])
+    images = [ImageFolder(path.parent)(name) for name in names]
+    assert [is_read(image) for image in images] == [name in GOOD for name in names]
     with_root = [e for e in items.Input(str(path), image_root=str(rooms)) if not e.fault]
-    assert sum(is_read(entry.image) for entry in with_root) >= 6
+    assert sum(is_read(entry.image) for entry in with_root) >= 6 + len(GOOD)
+
+
+def test_a_refused_link_is_called_one(rooms):
+    """Data sets are laid out by links, and Hugging Face's cache is: what to do is said."""
+    blobs, snapshot = rooms / "hub" / "blobs", rooms / "hub" / "snapshots" / "x"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "0123").write_bytes(packages.png())
+    os.symlink("../../blobs/0123", snapshot / "a.png")
+    os.symlink(blobs, snapshot / "COCO")
+    hub = os.path.realpath(rooms / "hub")
+    for name, blob in (("a.png", "0123"), ("COCO/0123", "0123")):
+        words = f"{name}: leaves the image root .*/x by a link to {hub}/blobs/{blob}, not read "
+        with pytest.raises(UserError, match=f"{words}.config.image_root .*, {hub} holds both"):
+            ImageFolder(snapshot)(name).load()
+        assert ImageFolder(snapshot, hub)(name).load() == packages.png()
+    with pytest.raises(UserError) as refusal:
+        ImageFolder(snapshot)("../../blobs/0123").load()
+    assert "by a link" not in str(refusal.value) and "holds both" not in str(refusal.value)
+    with pytest.raises(UserError, match="config.image_root /none: no such directory"):
+        ImageFolder(snapshot, "/none")
 
 
 def test_links_in_a_folder_lead_nowhere_else(rooms):

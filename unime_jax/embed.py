@@ -163,6 +163,9 @@ def _settings(
         "compute_dtype": compute_dtype,
         "input": args.input if source.name == "-" else str(source.path.resolve()),
         "folder": str(source.folder.resolve()),
+        "image_root": str(pathlib.Path(args.image_root).expanduser().resolve())
+        if args.image_root
+        else "",
         "keys": [args.id_key, args.text_key, args.image_key],
         "unime_jax": __version__,
     }
@@ -203,6 +206,7 @@ def _check_finished(output: pathlib.Path, settings: dict[str, Any], source: item
             f"{output} holds {about['vectors']} vectors of a job that was stopped, and "
             f"{embed_job.directory_of(output)}, which it would go on from, is gone: remove {output}"
         )
+    embed_job.check_root(output, about, settings)
     _check_any(output, about)
     embed_job.sweep(output)
     bad = f"; bad rows: {about['bad_rows']}, see {embed_job.errors_of(output)}"

@@ -6,7 +6,7 @@ Beside the output, in OUTPUT.job/:
     items.jsonl      [digest, id, start of the text, name of the image] of each row read, in order
     vectors.bin      vector i at its place, in the output's dtype; holes where none is yet
     done-P.bin       int64 numbers of the rows that process P has finished
-    errors-P.jsonl   rows that process P could not embed, and why
+    errors-P.jsonl   rows that process P could not embed, why, and what the image root was
 
 Vectors reach the disk's cache before the number of their row does, so a killed process loses the
 rows in flight and nothing else. With several processes all see one file system.
@@ -24,12 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax.data import vector_files
+from unime_jax.data import image_files, vector_files
 from unime_jax.data.items import Entry
 from unime_jax.types import UserError
 
 TEXT_LETTERS = 200  # of a row's text that the output repeats
-_FREE = ("input", "folder", "keys", "model", "unime_jax")  # may be spelled in another way
+# May be spelled in another way; rows that were outside the image root are tried again in another.
+_FREE = ("input", "folder", "keys", "model", "image_root", "unime_jax")
 
 
 class Job:
@@ -61,7 +62,7 @@ class Job:
             for row in np.frombuffer(content[: len(content) // 8 * 8], np.int64):
                 self._mark(int(row), 1)
         for path in sorted(self._directory.glob("errors-*.jsonl")):
-            for line in _whole_lines(path):
+            for line in filter(self._holds, _whole_lines(path)):
                 self._mark(line["row"], 2)
         self._vectors = os.open(self._directory / "vectors.bin", os.O_RDWR | os.O_CREAT, 0o644)
         needed = (self._done.rfind(1) + 1) * width * dtype.itemsize
@@ -83,6 +84,11 @@ class Job:
             os.truncate(path, whole)
         return path
 
+    def _holds(self, line: dict[str, Any]) -> bool:
+        """Says whether a row that could not be embedded cannot be now."""
+        outside = image_files.OUTSIDE in line["error"]
+        return not outside or _root(line) == _root(self._settings)
+
     def _mark(self, row: int, value: int) -> None:
         if row >= len(self._done):
             self._done.extend(bytes(max(row + 1 - len(self._done), len(self._done))))
@@ -98,19 +104,23 @@ class Job:
 
     def add(self, rows: Sequence[int], vectors: np.ndarray) -> None:
         """Keeps the unit vectors of some rows."""
-        self.log.flush()
         vectors = vector_files.stored(vectors, self.dtype)
         size = self.width * self.dtype.itemsize
-        for row, vector in zip(rows, vectors, strict=True):
-            os.pwrite(self._vectors, vector.tobytes(), row * size)
-            self._mark(row, 1)
-        self._numbers.write(np.array(rows, np.int64).tobytes())
+        with _naming(self._directory):
+            self.log.flush()
+            for row, vector in zip(rows, vectors, strict=True):
+                os.pwrite(self._vectors, vector.tobytes(), row * size)
+                self._mark(row, 1)
+            self._numbers.write(np.array(rows, np.int64).tobytes())
 
     def fail(self, row: int, id: str, reason: str) -> None:
         """Notes that a row cannot be embedded."""
-        line = json.dumps({"row": row, "id": id, "error": reason}, ensure_ascii=False)
-        self._faults.write(line + "\n")
-        self._faults.flush()
+        line = {"row": row, "id": id, "error": reason}
+        if image_files.OUTSIDE in reason:
+            line["image_root"] = _root(self._settings)
+        with _naming(self._directory):
+            self._faults.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._faults.flush()
         self._mark(row, 2)
 
     def close(self) -> None:
@@ -126,7 +136,9 @@ class Job:
             for row in np.frombuffer(content[: len(content) // 8 * 8], np.int64):
                 self._mark(int(row), 1)
         errors = [
-            line for path in self._directory.glob("errors-*.jsonl") for line in _whole_lines(path)
+            line
+            for path in self._directory.glob("errors-*.jsonl")
+            for line in filter(self._holds, _whole_lines(path))
         ]
         errors = list({line["row"]: line for line in errors}.values())
         errors.sort(key=lambda line: line["row"])
@@ -141,11 +153,13 @@ class Job:
             "complete": complete,
             "items": self.log.digest,
         }
-        vector_files.write(self._output, rows, about)
+        with _naming(self._output):
+            vector_files.write(self._output, rows, about)
         path = errors_of(self._output)
         if errors:
             part = path.with_name(f".{path.name}.part")
-            part.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in errors))
+            with _naming(path):
+                part.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in errors))
             os.replace(part, path)
         else:
             path.unlink(missing_ok=True)
@@ -305,6 +319,33 @@ def check_settings(place, there: dict[str, Any], now: dict[str, Any]) -> None:
             f"{place} is of other settings ({'; '.join(differing)}): give the same, choose another "
             "--output, or remove it"
         )
+
+
+def check_root(output: pathlib.Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises where rows of a finished output were outside an image root that is another now."""
+    if _root(there) == _root(now) or not errors_of(output).exists():
+        return
+    lines = _whole_lines(errors_of(output))
+    if count := sum(image_files.OUTSIDE in line["error"] for line in lines):
+        raise UserError(
+            f"{output} lacks {count} rows whose images were outside the image root then "
+            f"(--image-root {_root(there)!r} there, {_root(now)!r} now): remove it, or choose "
+            "another --output"
+        )
+
+
+def _root(about: dict[str, Any]) -> str:
+    return about.get("image_root", "")  # of before there was the key
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+    """Says in what an operating system raises while a file is written, which one it is."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def directory_of(output: pathlib.Path) -> pathlib.Path:

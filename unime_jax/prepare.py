@@ -68,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     mmeb.add_argument(
         "--trust-images", action="store_true", help="read headers only; damage shows in training"
     )
+    for kind, default in ((smol, "the folder of --pairs"), (mmeb, "--images")):
+        text = f"no image outside of it is read, be it by a link ({default})"
+        kind.add_argument("--image-root", default="", help=text)
     return parser
 
 
@@ -90,7 +93,7 @@ def run_mmeb(args: argparse.Namespace) -> None:
     if args.rows_per_set < 0 or not 0 <= args.max_bad_share <= 1:
         raise UserError("--rows-per-set is at least 0, --max-bad-share between 0 and 1")
     settings = mmeb_prepare.Settings(
-        args.split, args.rows_per_set, not args.trust_images, args.max_bad_share
+        args.split, args.rows_per_set, not args.trust_images, args.max_bad_share, args.image_root
     )
     files = {name: mmeb_prepare.parquet_files(source, name, args.split) for name in names}
     total = sum(mmeb_prepare.count_rows(found, args.rows_per_set) for found in files.values())
@@ -213,7 +216,7 @@ def _write_data(target: pathlib.Path, files: dict, args: argparse.Namespace) -> 
     print("reading captions and sentences ...", flush=True)
     words = smol.read_wordnet(files) if "wordnet" in files else None
     if args.pairs:
-        raw, font = smol.own_pairs(pathlib.Path(args.pairs)), None
+        raw, font = smol.own_pairs(pathlib.Path(args.pairs), args.image_root), None
     else:
         raw, font = smol.read_pairs(files, words), smol.read_font(files)
     if args.smoke:

@@ -1,6 +1,7 @@
 """Searches a file of vectors for what is nearest to a text, a picture, or both."""
 
 import argparse
+import contextlib
 import os
 import pathlib
 from typing import Any
@@ -104,13 +105,15 @@ def _draw(args, index: vector_files.Vectors, cosines, places) -> pathlib.Path:
     hits = [(c, p) for c, p in pairs if index.images[p]]
     folder = index.about["folder"]
     found = {p: os.path.join(folder, os.path.expanduser(index.images[p])) for _, p in hits}
+    # Of what an index names only files are opened, and shown alone where they are pictures.
     missing = {int(index.rows[p]): p for p, name in found.items() if not os.path.isfile(name)}
+    found = {p: name for p, name in found.items() if os.path.isfile(name)}
     found |= _from_input(index.about, missing)
 
     def picture(place) -> np.ndarray | None:
         try:
             return np.asarray(pictures.load_rgb(found[place]))
-        except UserError:
+        except (KeyError, UserError):
             return None
 
     words = [index.texts[p] or os.path.basename(index.images[p]) for _, p in hits]
@@ -128,13 +131,13 @@ def _from_input(about: dict[str, Any], rows: dict[int, int]) -> dict[int, bytes]
     """Reads pictures that lie in the input itself, if that is still there."""
     if not rows or not os.path.isfile(about["input"]):
         return {}
-    entries = items.Input(about["input"], items.Keys(*about["keys"]))
     found = {}
-    for entry in entries:
-        if entry.row in rows and isinstance(entry.image, bytes):
-            found[rows[entry.row]] = entry.image
-        if entry.row >= max(rows):
-            break
+    with contextlib.suppress(UserError):  # it is something else now
+        for entry in items.Input(about["input"], items.Keys(*about["keys"])):
+            if entry.row in rows and isinstance(entry.image, bytes):
+                found[rows[entry.row]] = entry.image
+            if entry.row >= max(rows):
+                break
     return found
 
 

@@ -1,6 +1,7 @@
 """MMEB's training sets: from published files to rows."""
 
 import json
+import os
 import pickle
 import shutil
 
@@ -112,6 +113,22 @@ def test_a_path_out_of_the_root_is_never_read(root, tmp_path):
     for path in ("../../images/x.jpg", str(tmp_path / "a" / "images" / "x.jpg"), "..\\..\\x.jpg"):
         reader = mmeb_prepare._Reader(iter(()), images, LENIENT, None)
         assert "leaves the image root" in str(reader._load(path))
+
+
+def test_images_may_be_links_below_a_wider_root(root, tmp_path):
+    (tmp_path / "images").mkdir()
+    for folder in (root / "images").iterdir():
+        os.symlink(folder, tmp_path / "images" / folder.name)
+    how = ["--sets=CIRR", "--max-bad-share=0.5"]
+    source, output = f"--source={root / 'MMEB-train'}", f"--output={tmp_path / 'out'}"
+    command = ["prepare", "mmeb", source, f"--images={tmp_path / 'images'}", output, *how]
+    with pytest.raises(UserError, match="rows cannot be used, .*, the first: .* by a link to /"):
+        prepare.main(command)
+    (listed,) = (tmp_path / "out").glob("CIRR*.jsonl")
+    assert "--image-root chooses another root" in listed.read_text()
+    prepare.main([*command, f"--image-root={tmp_path.parent.parent}"])
+    (found,) = mmeb.open_sets(tmp_path / "out", ["CIRR"])
+    assert len(found) >= ROWS - 4
 
 
 def test_too_many_bad_rows_stop_a_set(root, tmp_path):

@@ -1,5 +1,6 @@
 """What reads files that others wrote, each called as the package calls it."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -46,6 +47,9 @@ class Reader:
     write: Callable[[pathlib.Path], None]
     damaged: tuple[str, ...]
     read: Callable[[pathlib.Path], object]
+
+
+_loaded = 0  # pictures that rows have named
 
 
 # ---------------------------------------------------------------- models
@@ -197,31 +201,37 @@ def _write_lines(directory: pathlib.Path) -> None:
 
 
 def _read_lines(directory: pathlib.Path):
-    from unime_jax.types import UserError
-
     source = items.Input(str(directory / "rows.jsonl"))
     assert source.count() is not None
     for entry in source:
         assert entry.digest
         if entry.image is not None and not entry.fault:
-            try:
-                pictures.size_of(entry.image)
-            except UserError:
-                continue
+            _look(lambda image=entry.image: image)
     faults: list[str] = []
     found = sources.pairs(directory / "rows.jsonl", faults=faults)
     _load_all(found[i].query_image for i in range(len(found)))
 
 
 def _load_all(images):
-    from unime_jax.types import UserError
-
     for image in images:
         if image is not None:
-            try:
-                pictures.size_of(image.load())
-            except UserError:
-                continue
+            _look(image.load)
+
+
+def _look(load):
+    from unime_jax.types import UserError
+
+    global _loaded
+    with contextlib.suppress(UserError):
+        pictures.size_of(load())
+        _loaded += 1
+
+
+def pictures_loaded(directory: pathlib.Path, reader: Reader) -> int:
+    """Reads a directory; returns how many pictures its rows named and had."""
+    before = _loaded
+    reader.read(directory)
+    return _loaded - before
 
 
 def _task_rows() -> list[dict]:

@@ -88,3 +88,19 @@ def test_what_goes_wrong_is_seen(tmp_path):
         )
         assert told in done.stdout + done.stderr
         assert (done.returncode == 0) == (what == "1 / 0")
+
+
+@pytest.mark.parametrize(
+    "name, count", [("JSON lines", 8), ("task pairs", 24), ("Parquet, captions", 6)]
+)
+def test_pictures_of_good_rows_are_read(tmp_path, monkeypatch, name, count):
+    """Else what is refused would say nothing."""
+    monkeypatch.syspath_prepend(ROOT / "tests/fuzz")
+    monkeypatch.syspath_prepend(ROOT / "tests/models")
+    import readers
+
+    monkeypatch.chdir(tmp_path)
+    directory = pathlib.Path("rows")
+    directory.mkdir()
+    readers.READERS[name].write(directory)
+    assert readers.pictures_loaded(directory, readers.READERS[name]) == count

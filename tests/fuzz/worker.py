@@ -8,6 +8,7 @@ The number of an input stands in the last line of stderr if the process does not
 
 import faulthandler
 import json
+import os
 import pathlib
 import resource
 import signal
@@ -35,7 +36,9 @@ def main(count: int, first: int, names: list[str]) -> None:
         counts = {"reader": name, "inputs": 0, "refused": 0, "accepted": 0, "other": {}}
         started, slowest = time.perf_counter(), 0.0
         with tempfile.TemporaryDirectory() as scratch:
-            directory = pathlib.Path(scratch)
+            # Named relatively, as users name files: absolute paths hide what is joined twice.
+            os.chdir(pathlib.Path(scratch).parent)
+            directory = pathlib.Path(pathlib.Path(scratch).name)
             reader.write(directory)
             reader.read(directory)  # good files are read
             for number in range(first, first + count):

@@ -166,7 +166,12 @@ def _caption_set(images: list[int], captions: list[int], owner: list[int]) -> Ca
 
 
 def read_sharegpt4v(
-    folder: pathlib.Path, images: pathlib.Path, items: Items, *, limit: int = 0
+    folder: pathlib.Path,
+    images: pathlib.Path,
+    items: Items,
+    *,
+    limit: int = 0,
+    image_root: str = "",
 ) -> CaptionSet:
     """Reads the first 1000 entries of the JSON list in a directory.
 
@@ -175,9 +180,10 @@ def read_sharegpt4v(
       images: directory that its image paths start from.
       items: gets what is not in it yet.
       limit: the first so many entries; 0: all 1000.
+      image_root: see `ImageFolder`.
     """
     path = _sharegpt4v_file(folder)
-    open_image = ImageFolder(images)
+    open_image = ImageFolder(images, image_root)
     pictures, captions = [], []
     count = min(limit or SHAREGPT4V_ROWS, SHAREGPT4V_ROWS)
     for row, entry in enumerate(itertools.islice(_entries(path), count)):
@@ -246,12 +252,14 @@ def _check_texts(where: str, *values) -> None:
             ) from None
 
 
-def read_urban1k(folder: pathlib.Path, items: Items, *, limit: int = 0) -> CaptionSet:
+def read_urban1k(
+    folder: pathlib.Path, items: Items, *, limit: int = 0, image_root: str = ""
+) -> CaptionSet:
     """Reads image/NAME.jpg and the first line of caption/NAME.txt."""
     found = sorted((folder / "caption").glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
     if not found:
         raise UserError(f"{folder}: no caption/*.txt in it")
-    open_image = ImageFolder(folder / "image")
+    open_image = ImageFolder(folder / "image", image_root)
     pictures, captions = [], []
     for path in found[: limit or None]:
         try:
@@ -267,7 +275,12 @@ def read_urban1k(folder: pathlib.Path, items: Items, *, limit: int = 0) -> Capti
 
 
 def read_sugarcrepe(
-    path: pathlib.Path, images: pathlib.Path, items: Items, *, limit: int = 0
+    path: pathlib.Path,
+    images: pathlib.Path,
+    items: Items,
+    *,
+    limit: int = 0,
+    image_root: str = "",
 ) -> Triples:
     """Reads one of SugarCrepe's files.
 
@@ -276,9 +289,10 @@ def read_sugarcrepe(
       images: directory of COCO's val2017.
       items: gets what is not in it yet.
       limit: the first so many rows; 0: all.
+      image_root: see `ImageFolder`.
     """
     rows = _rows(path)
-    open_image = ImageFolder(images)
+    open_image = ImageFolder(images, image_root)
     found = []
     for number, row in enumerate(rows[: limit or None]):
         try:

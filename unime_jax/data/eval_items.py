@@ -41,11 +41,16 @@ def identity(image: ImageRef) -> pathlib.Path | str:
 
 
 class ImageFolder:
-    """Image files below one directory, as rows name them."""
+    """Image files below one directory, as rows name them.
 
-    def __init__(self, root: pathlib.Path):
+    Args:
+      root: where their paths start.
+      image_root: directory that no path leaves; "": `root`.
+    """
+
+    def __init__(self, root: pathlib.Path, image_root: str = ""):
         self.root = root
-        self._folder = image_files.Folder(root)
+        self._folder = image_files.Folder(root, image_root or None, option="config.image_root")
 
     def __call__(self, path: str) -> ImageRef:
         """Returns the image of a path; whether it can be read shows when it is loaded."""

@@ -16,6 +16,9 @@ from unime_jax.types import UserError
 MAX_BYTES = 1 << 29  # of an encoded image: 100 MP of 16-bit RGB take no more when not compressed
 
 
+OUTSIDE = "leaves the image root"
+
+
 class Missing(UserError):
     """There is no such image."""
 
@@ -40,6 +43,9 @@ class Folder:
       start: directory that relative paths start from.
       root: directory that no path leaves; None: `start`.
       option: what the user sets to choose another root, for messages; "": nothing.
+
+    Raises:
+      UserError: there is no such root.
     """
 
     def __init__(
@@ -51,6 +57,8 @@ class Folder:
     ):
         self.start = pathlib.Path(start).expanduser()
         self.root = self.start if root is None else pathlib.Path(root).expanduser()
+        if root is not None and not self.root.is_dir():
+            raise UserError(f"{option or 'image root'} {root}: no such directory")
         self._inside = os.path.realpath(self.root)
         self._option = option
         # The files of a folder share it: one look at each file is left.
@@ -83,8 +91,7 @@ class Folder:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             raise UserError(f"{_short(name)!r}: no path of an image ({reason})") from None
         if not mode:
-            hint = f" ({self._option} chooses another root)" if self._option else ""
-            raise Outside(f"{_short(name)}: leaves the image root {self._inside}, not read{hint}")
+            raise Outside(self._refusal(name, path, real))
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening one may wait for ever
             raise UserError(f"{_short(name)}: no file but a pipe, socket or device")
         return pathlib.Path(path)
@@ -102,6 +109,15 @@ class Folder:
         real = os.path.join(self._real_folder(folder), name)
         plain = name not in ("", ".", "..") and not os.path.islink(real)
         return real if plain else os.path.realpath(real)
+
+    def _refusal(self, name: str, path: str, real: str) -> str:
+        """Says how a path leaves the root; links, as data sets are often laid out, are told."""
+        root = os.path.abspath(self.root)
+        by, hint = "", f"{self._option} chooses another root" if self._option else ""
+        if os.path.commonpath([root, os.path.abspath(path)]) == root:
+            by = f" by a link to {_short(os.fsencode(real).decode(errors='replace'))}"
+            hint += f", {os.path.commonpath([self._inside, real])} holds both" if hint else ""
+        return f"{_short(name)}: {OUTSIDE} {self._inside}{by}, not read" + f" ({hint})" * bool(hint)
 
     def _contains(self, real: str) -> bool:
         return os.path.commonpath([self._inside, real]) == self._inside

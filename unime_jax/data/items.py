@@ -85,10 +85,7 @@ class Input:
         # Absolute, as a picture's path then is: a relative one would begin at `folder` again.
         self.path = pathlib.Path(name).expanduser().absolute()
         self._kind = self._find_kind()
-        root = pathlib.Path(image_root).expanduser() if image_root else None
-        if root is not None and not root.is_dir():
-            raise UserError(f"--image-root {image_root}: no such directory")
-        self._images = image_files.Folder(self.folder, root, option="--image-root")
+        self._images = image_files.Folder(self.folder, image_root or None, option="--image-root")
 
     def _find_kind(self) -> str:
         if self.name == "-":

@@ -34,12 +34,14 @@ class Settings:
       rows_per_set: the first so many rows of the files are read; 0: all.
       decode: whether every image is decoded once, to find damaged ones; else its header is read.
       max_bad_share: of the rows read, how many may be left out, 0 to 1.
+      image_root: directory that no image's path leaves; "": the images' own.
     """
 
     split: str = "original"
     rows_per_set: int = mmeb_sets.ROWS_PER_SET
     decode: bool = True
     max_bad_share: float | int = 0.01
+    image_root: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +127,8 @@ def prepare(
         "files": [[path.name, path.stat().st_size] for path in files],
         **{k: v for k, v in dataclasses.asdict(settings).items() if k != "max_bad_share"},
     }
+    if root := wanted.pop("image_root"):  # sets of before the key was there lack it
+        wanted["image_root"] = os.path.realpath(pathlib.Path(root).expanduser())
     done = _read_summary(output / name, wanted)
     if done is not None:
         progress(done.rows)
@@ -133,7 +137,11 @@ def prepare(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     reader = _Reader(_rows(files, settings.rows_per_set), images, settings, progress)
-    mmeb_builder.write(scratch, reader.images(), reader.pairs)
+    try:
+        mmeb_builder.write(scratch, reader.images(), reader.pairs)
+    except AssertionError:  # tfds writes no empty set; why it is empty is told below
+        if reader.pairs:
+            raise
     shutil.rmtree(scratch / "downloads", ignore_errors=True)  # tfds makes it, empty
     summary = reader.summary()
     with open(scratch / SKIPPED, "w") as file:
@@ -142,9 +150,10 @@ def prepare(
         kept = output / f"{name}.{SKIPPED}"
         os.replace(scratch / SKIPPED, kept)
         shutil.rmtree(scratch)
+        problem = reader.skipped[0]["problem"] if reader.skipped else "there are none"
         raise UserError(
             f"{name}: {summary.bad} of {summary.rows} rows cannot be used, more than "
-            f"--max-bad-share allows; they are listed in {kept}"
+            f"--max-bad-share allows; they are listed in {kept}, the first: {problem}"
         )
     content = {"wanted": wanted, "summary": dataclasses.asdict(summary)}
     (scratch / SUMMARY).write_text(json.dumps(content, indent=1))
@@ -207,7 +216,8 @@ class _Reader:
     """
 
     def __init__(self, rows, root: pathlib.Path, settings: Settings, progress):
-        self._rows_left, self._images = rows, image_files.Folder(root)
+        self._images = image_files.Folder(root, settings.image_root or None, option="--image-root")
+        self._rows_left = rows
         self._decode, self._progress = settings.decode, progress
         self._by_content: dict[str, int] = {}  # hash of an image -> its number
         self._by_path: dict[str, str] = {}  # path of an image -> its hash

@@ -163,9 +163,17 @@ def wanted_packages(*, own_pairs: bool) -> list[str]:
     return models + (["wordnet"] if assets.apt_available() else [])
 
 
-def own_pairs(path: pathlib.Path) -> list[RawPair]:
-    """Reads a user's pairs.jsonl; the images stay where they are until they are decoded."""
-    folder = image_files.Folder(path.expanduser().parent)
+def own_pairs(path: pathlib.Path, image_root: str = "") -> list[RawPair]:
+    """Reads a user's pairs.jsonl; the images stay where they are until they are decoded.
+
+    Args:
+      path: of the file.
+      image_root: directory that no image's path leaves; "": the file's.
+
+    Raises:
+      UserError: a malformed line, a path out of the root.
+    """
+    folder = image_files.Folder(path.expanduser().parent, image_root or None, option="--image-root")
     found = []
     for row in sources.read_jsonl(path):
         file = folder.path(row["image"])

@@ -61,7 +61,7 @@ def run(config) -> dict[str, Any]:
 def _read(config) -> tuple[Items, dict[str, mmeb_eval.Rows], dict[str, str]]:
     """Reads the sets that are there; returns them and what is wrong with the others."""
     source = pathlib.Path(config.data.path).expanduser()
-    open_image = ImageFolder(pathlib.Path(config.images).expanduser())
+    open_image = ImageFolder(pathlib.Path(config.images).expanduser(), config.image_root)
     items, sets, problems = Items(), {}, {}
     chosen = mmeb.choose(config.sets)
     with report.Progress(len(chosen), "reading sets", unit="set") as progress:

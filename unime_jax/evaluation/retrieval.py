@@ -70,11 +70,15 @@ def _read_parquet(config, root, folder, items, problems) -> Data:
 def _read_sharegpt4v(config, root, folder, items, problems) -> Data:
     first = caption_sets.first_image(folder)
     images = _images(config, root, folder, first)
-    return caption_sets.read_sharegpt4v(folder, images, items, limit=config.limit)
+    return caption_sets.read_sharegpt4v(
+        folder, images, items, limit=config.limit, image_root=config.image_root
+    )
 
 
 def _read_urban1k(config, root, folder, items, problems) -> Data:
-    return caption_sets.read_urban1k(folder, items, limit=config.limit)
+    return caption_sets.read_urban1k(
+        folder, items, limit=config.limit, image_root=config.image_root
+    )
 
 
 def _read_sugarcrepe(config, root, folder, items, problems) -> Data:
@@ -87,7 +91,9 @@ def _read_sugarcrepe(config, root, folder, items, problems) -> Data:
                 raise UserError(f"{path}: no such file")
             if images is None:
                 images = _images(config, root, folder, caption_sets.first_filename(path))
-            found[name] = caption_sets.read_sugarcrepe(path, images, items, limit=config.limit)
+            found[name] = caption_sets.read_sugarcrepe(
+                path, images, items, limit=config.limit, image_root=config.image_root
+            )
         except UserError as error:
             problems[f"sugarcrepe {name}"] = str(error)
     if not found:
