@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from test_mmeb_run import config_of
 
-from unime_jax import tiny, weights
+from unime_jax import file_hashes, tiny, weights
 from unime_jax.evaluation import opening
 from unime_jax.types import UserError
 
@@ -78,3 +78,21 @@ def test_the_config_goes_first(found, tmp_path):
     config.data.prompt = "phi36v"
     with pytest.raises(UserError, match="config.data.prompt=phi36v: choose one of"):
         opening.settings_of(found, config, benchmark="mmeb")
+
+
+def test_models_and_images_have_one_memory_of_hashes(found, tmp_path, monkeypatch):
+    """Else weights of many gigabytes are hashed twice."""
+    places = []
+
+    class Hashes(file_hashes.FileHashes):
+        def __init__(self, directory):
+            places.append(directory)
+            super().__init__(directory)
+
+    monkeypatch.setattr(file_hashes, "FileHashes", Hashes)
+    monkeypatch.setattr(weights, "FileHashes", Hashes)
+    config = config_of("data", "images", tmp_path, cache=str(tmp_path / "cache"))
+    settings = opening.settings_of(found, config, benchmark="mmeb")
+    opening.open_encoder(config, found, [], settings)
+    assert dataclasses.replace(found).fingerprint
+    assert len(places) == 2 and len(set(places)) == 1
