@@ -1,6 +1,7 @@
 """Checkpoints: bit-equal restore, refusal of another configuration, what a reader finds."""
 
 import errno
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ import pytest
 import toy
 from test_steps import parts
 
-from unime_jax import checkpoint, sharding, steps
+from unime_jax import checkpoint, runtime, sharding, steps
 from unime_jax.checkpoint import integrity, run_directory
 from unime_jax.config import base_config
 from unime_jax.types import UserError
@@ -321,3 +322,66 @@ def test_saves_do_not_wait_for_checksums(tmp_path, monkeypatch):
     go_on.set()
     saves.close()
     assert checkpoint.read_trainable(tmp_path)["a"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_directory.fcntl, "lockf", refuse)
+    if number == errno.EIO:
+        with pytest.raises(UserError, match="cannot be written"), checkpoint.lock(tmp_path):
+            pass
+        return
+    with checkpoint.lock(tmp_path):
+        assert "its file system has no locks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": 3}', '{"a": {"rows": 3}}', "{"])
+def test_a_damaged_list_of_the_data_is_named(content, tmp_path):
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(UserError, match="data.json.*(is the file damaged|cannot be read)"):
+        checkpoint.check_data(tmp_path, {"a": {"rows": 3, "digest": "x"}})
+
+
+def test_processes_that_read_other_data_are_named(tmp_path, monkeypatch):
+    same, other = ({"a": {"rows": rows, "digest": "x"}} for rows in (3, 4))
+    said = [json.dumps(data) for data in (same, same, other)]
+    monkeypatch.setattr(runtime, "exchange", lambda text: said)
+    with pytest.raises(UserError, match=r"a: 3 rows \(x\) in process 0, 4 rows .* in process 2"):
+        checkpoint.check_data(tmp_path, same)
+    assert not (tmp_path / "data.json").exists()
+
+
+def test_process_0_alone_makes_checksums(tmp_path, monkeypatch):
+    """The others take its word, and read the checkpoint that it chose."""
+    count_up(tmp_path, 2)
+    monkeypatch.setattr(integrity, "_digest", pytest.fail)
+    path, problems = tmp_path / "checkpoints", iter(["[1, 2]", "", "has rust", "", ""])
+    found = integrity.newest_whole(path, str, agree=lambda find: next(problems))
+    assert found == (1, str(path / "1"), {2: "has rust"})
+
+
+def test_one_damaged_checkpoint_that_was_asked_for_is_no_end_of_a_run(tmp_path):
+    count_up(tmp_path, 3)
+    flip_a_bit(tmp_path / "checkpoints" / "3")
+    with pytest.raises(UserError, match=r"3: trainable.*others are there \(2\)") as caught:
+        checkpoint.read_trainable(tmp_path / "checkpoints" / "3")
+    assert "anew" not in str(caught.value)
+
+
+def test_a_reader_that_loses_a_race_with_a_removal_looks_again(tmp_path):
+    count_up(tmp_path, 3)
+    looked = []
+
+    def agree(find):
+        found = find()
+        looked.append(found)
+        if len(looked) == 1:  # the run goes on, and removes 2 and 3
+            count_up(tmp_path, 5)
+        return found
+
+    found = integrity.newest_whole(tmp_path / "checkpoints", str, agree=agree)
+    assert found is not None and found[0] == 5

@@ -65,3 +65,35 @@ def test_another_base_is_refused(root):
     miniature.write_model(root / "other", miniature.STUDENT, seed=0)
     with pytest.raises(UserError, match="was trained on .*student.* set config.model.path"):
         read(root, "first", base="other")
+    (root / "bare").mkdir()
+    (root / "bare" / "run.json").write_text('{"model": []}')
+    with pytest.raises(UserError, match="bare/run.json: no model.path"):
+        read(root, "bare")
+
+
+def test_an_adapter_of_a_base_of_another_name_is_said(root, capsys):
+    read(root, "peft")
+    assert "was trained on" not in capsys.readouterr().out
+    miniature.write_model(root / "renamed", miniature.STUDENT, seed=0)
+    read(root, "peft", base="renamed")
+    assert "peft: was trained on " in capsys.readouterr().out
+
+
+def test_a_run_stands_for_its_newest_checkpoint_until_this_one_has_begun(root, tmp_path, capsys):
+    output, first = tmp_path / "run", str(root / "first")
+    pinned = str(root / "first" / "checkpoints" / "1")
+    assert initial.resolve(output, "") == ""
+    assert initial.resolve(output, first) == initial.resolve(output, pinned) == pinned
+    assert initial.resolve(output, str(root / "peft")) == str(root / "peft")
+    with pytest.raises(UserError, match="config.init_from=/no/such/run: no such file"):
+        initial.resolve(output, "/no/such/run")
+    # Begun: what it began from counts, there or not, whatever is asked for.
+    checkpoint.open_run(output, {"init_from": "/gone/checkpoints/7", "seed": 1})
+    (output / "checkpoints" / "2").mkdir(parents=True)
+    for asked in ("", first, "/gone"):
+        capsys.readouterr()
+        assert initial.resolve(output, asked) == "/gone/checkpoints/7"
+        checkpoint.open_run(output, {"init_from": "/gone/checkpoints/7", "seed": 1})
+        said = f"goes on from its own checkpoint, not from {asked}" in capsys.readouterr().out
+        assert said == bool(asked)
+    checkpoint.check_continues(output, {"init_from": first, "seed": 1})

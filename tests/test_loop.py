@@ -1,6 +1,7 @@
 """The loop: a loss that is not finite ends the run, traces, what is saved when."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import toy
 
-from unime_jax import checkpoint, loop, report, runtime, sharding, steps
+from unime_jax import checkpoint, loop, optim, report, runtime, sharding, steps
+from unime_jax.checkpoint import integrity
 from unime_jax.config import base_config, check_profile
 from unime_jax.planning import topology
 from unime_jax.train_data import TrainData
@@ -75,6 +77,50 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
     np.testing.assert_array_equal(checkpoint.read_trainable(tmp_path)["kernel"], [2, 2])
     assert run(tmp_path)["loss"] == 1.0
     assert [row["step"] for row in report.read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_save_under_way_ends_before_an_error_ends_the_run(tmp_path, monkeypatch):
+    class Ends(Data):
+        def batches(self, first):
+            for step, batch in enumerate(super().batches(first)):
+                if step == 3:
+                    raise UserError("too many rows are bad")
+                yield batch
+
+    write = integrity.write_manifest
+
+    def slow(*args, **options):
+        time.sleep(0.5)
+        write(*args, **options)
+
+    monkeypatch.setattr(integrity, "write_manifest", slow)
+    with pytest.raises(UserError, match="too many"):
+        run(tmp_path, every=3, data=Ends())
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_a_spike_is_said_at_the_first_step_after_a_restart_as_well(tmp_path, monkeypatch, capsys):
+    def step(state, frozen, batch):
+        done, guard = state.step + 1, state.opt_state
+        skipped = guard.skipped + (done >= 3)
+        state = steps.TrainState(done, state.trainable, guard._replace(skipped=skipped))
+        one = jnp.float32(1)
+        return state, {"loss": one, "gradient_norm": one, "skipped_updates": skipped}
+
+    make = steps.TrainState
+    guard = optim.SpikeState(jnp.zeros(2), jnp.int32(0), {})
+    monkeypatch.setattr("test_loop.step_until", lambda bad: jax.jit(step))
+    monkeypatch.setattr(steps, "TrainState", lambda *args: make(*args[:2], args[2] or guard))
+    data = Data()
+    data.steps = 3
+    run(tmp_path, data=data)
+    assert capsys.readouterr().out.count("is a spike") == 1
+    run(tmp_path)
+    said = capsys.readouterr().out
+    assert [f"step {n}: loss 1.0000 is a spike" in said for n in (3, 4, 5, 6)] == [
+        False,
+        *[True] * 3,
+    ]
 
 
 def test_steps_asked_for_are_traced_by_the_first_process_alone(tmp_path, monkeypatch, capsys):

@@ -87,3 +87,7 @@ def test_an_update_at_a_spike_of_the_loss_is_skipped():
     for loss in (1.0, 1.0, 1.0, 50.0):
         _, early = guard.update(grads, early, params, loss=jnp.float32(loss))
     assert int(early.skipped) == 0, "not before there are so many losses"
+    none = guard.init(params)
+    for loss in (0.0, 0.0, 0.0, 0.0, 1e-6, 0.0):  # every row is learned: the median is 0
+        _, none = guard.update(grads, none, params, loss=jnp.float32(loss))
+    assert int(none.skipped) == 0

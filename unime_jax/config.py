@@ -272,8 +272,6 @@ def validate_train(config: ConfigDict) -> None:
     validate_values(config)
     check_path(config, "model.path")
     check_path(config, "data.path")
-    if config.init_from:
-        check_path(config, "init_from")
     if config.stage == "distill":
         check_path(config, "teacher.vectors")
         if config.eval.every_steps:

@@ -1,14 +1,41 @@
 """Initial values of what is trained, from another run or an adapter (`config.init_from`)."""
 
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from unime_jax import checkpoint, weights
+from unime_jax import checkpoint, runtime, weights
 from unime_jax.models import hf, peft
 from unime_jax.types import UserError
+
+
+def resolve(output: str | os.PathLike, name: str) -> str:
+    """Returns what `config.init_from` means to a run.
+
+    Args:
+      output: the run. Where it has begun, what it began from.
+      name: the setting. A run stands for the newest checkpoint that it has now.
+
+    Raises:
+      UserError: there is no such thing; all processes raise it.
+    """
+    return runtime.by_main(lambda: _resolve(output, name))
+
+
+def _resolve(output: str | os.PathLike, name: str) -> str:
+    if checkpoint.is_run(output) and checkpoint.has_begun(output):
+        if name:
+            print(f"{output} goes on from its own checkpoint, not from {name}")
+        recorded = checkpoint.read_run(output).get("init_from")
+        return recorded if isinstance(recorded, str) else ""
+    if name and not pathlib.Path(name).exists():
+        raise UserError(f"config.init_from={name}: no such file or directory")
+    if name and checkpoint.is_run(name) and checkpoint.locate(name)[1] is None:
+        return str(checkpoint.newest(name))
+    return name
 
 
 def read(settings: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict[str, Any]:
@@ -20,12 +47,15 @@ def read(settings: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict[str,
         did not train keep them.
 
     Raises:
-      UserError: the other one has another base, trained what this one does not, or in other shapes.
+      UserError: the other one trained what this one does not or in other shapes, or is a run on
+        another base. (An adapter's name for its base is no proof; another one is said.)
     """
     name = settings["init_from"]
     path = pathlib.Path(name)
     if checkpoint.is_run(path):
         _check_base(path, settings["model"]["path"])
+    elif peft.is_adapter(path):
+        _say_base(path, settings["model"]["path"])
     found = weights.find(settings["model"]["path"], adapter=path)
     change = found.changes[-1]
     adapters = settings["train"]["adapters"]
@@ -76,8 +106,17 @@ def _value(change: peft.Adapter, key: str, kind: str, rule: hf.Rule, scale: floa
     return found.a.T if kind == "lora_A" else found.b.T * np.float32(found.scale / scale)
 
 
+def _say_base(adapter: pathlib.Path, base: str) -> None:
+    own = hf.read_json(adapter / peft.CONFIG_FILE).get("base_model_name_or_path")
+    if isinstance(own, str) and own and pathlib.Path(own).name != pathlib.Path(base).name:
+        print(f"config.init_from={adapter}: was trained on {own}; config.model.path is {base}")
+
+
 def _check_base(run: pathlib.Path, base: str) -> None:
-    own = pathlib.Path(checkpoint.read_run(run)["model"]["path"])
+    model = checkpoint.read_run(run).get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("path"), str):
+        raise UserError(f"{run}/{checkpoint.RUN_FILE}: no model.path; is the file damaged?")
+    own = pathlib.Path(model["path"])
     here = pathlib.Path(base)
     moved = not own.is_dir() and own.name == here.name
     if own == here or moved:

@@ -1,5 +1,6 @@
 """The loop over a run's steps: metrics, checkpoints, stops, traces."""
 
+import contextlib
 import pathlib
 import resource
 import shlex
@@ -11,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unime_jax import checkpoint, report, runtime, steps
+from unime_jax import checkpoint, optim, report, runtime, steps
 from unime_jax.checkpoint.integrity import write_json
 from unime_jax.models import layers
 from unime_jax.planning import flops, topology
@@ -19,6 +20,7 @@ from unime_jax.train_data import TrainData
 from unime_jax.types import Batch, UserError
 
 GIB = 2**30
+_LAST_WAIT_MS = 20_000  # for the other processes, at an error
 _DEATHS = 3  # of processes that read, without a batch in between
 Validate = Callable[[dict[str, Any]], dict[str, float]]
 
@@ -75,7 +77,11 @@ class Loop:
             runtime.StopRequest() as stop,
             self._trace,
         ):
-            state = self._steps(state, first, total, stop)
+            try:
+                state = self._steps(state, first, total, stop)
+            except UserError:
+                self._close_all()
+                raise
             self._saves.close()
         self._progress.close()
         if int(state.step) < total:
@@ -84,10 +90,25 @@ class Loop:
         print(f"done: {self._output}" + self._data.summary())
         return self._metrics
 
+    def _close_all(self) -> None:
+        """Lets a save under way end before an error ends the run: the first process to go ends all.
+
+        What most errors are, all processes raise; for those of one alone the others are not long
+        waited for.
+        """
+        try:
+            self._saves.close()
+        except UserError as error:  # the first one is raised
+            print(error, file=sys.stderr)
+        with contextlib.suppress(Exception):  # JAX's own, of no public kind
+            runtime.barrier(wait=_LAST_WAIT_MS)
+
     def _steps(self, state, first: int, total: int, stop: runtime.StopRequest):
         batches = self._batches(first)
         every = self._settings["eval"]["every_steps"]
         pending = None
+        skipped = optim.skipped_updates(state.opt_state)
+        self._skipped = 0.0 if skipped is None else float(jax.device_get(skipped))
         print("compiling the step ...", flush=True)
         self._clock = started = time.perf_counter()
         for step in range(first, total):
@@ -188,8 +209,8 @@ class Loop:
             "memory_gib": peak_memory() / GIB,
             **self._speed(seconds),
         }
-        skipped = metrics.get("skipped_updates", 0.0) - self._metrics.get("skipped_updates", 0.0)
-        if skipped and self._metrics:
+        before, self._skipped = self._skipped, metrics.get("skipped_updates", 0.0)
+        if self._skipped > before:
             print(
                 f"\nstep {step + 1}: loss {metrics['loss']:.4f} is a spike, no update", flush=True
             )
@@ -221,8 +242,6 @@ class Loop:
             told = {name: str(metrics[name]) for name in ("loss", "gradient_norm")}
             content = {"step": step + 1, **told, "command": command}
             write_json(path, {**content, "rows": self._data.rows_of(step)})
-        runtime.barrier()  # the first process to leave ends all
-        self._saves.close()
         raise UserError(
             f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']}; "
             f"the rows of its batch are in {path}; check them, or lower "

@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
 def run(config) -> dict[str, float]:
     """Trains as the configuration says and returns the last step's metrics."""
     print(describe(config))
+    config.output = str(pathlib.Path(config.output).expanduser())
     settings = config.to_dict()
     # The run finds its base again from wherever it is loaded.
     for section, key in ((settings["model"], "path"), (settings, "init_from")):
@@ -55,13 +56,14 @@ def run(config) -> dict[str, float]:
     if config.train.replay:
         return _replay(config, settings)
     with checkpoint.lock(config.output):
+        settings["init_from"] = initial.resolve(config.output, settings["init_from"])
         checkpoint.open_run(config.output, settings)
         return _train(config, settings)
 
 
 def _train(config, settings: dict[str, Any]) -> dict[str, float]:
     run = _open(config, settings)
-    checkpoint.check_data(config.output, run.data.fingerprint() if runtime.is_main() else {})
+    checkpoint.check_data(config.output, run.data.fingerprint())
     saves = checkpoint.Checkpoints(
         config.output,
         config=settings,
@@ -72,10 +74,8 @@ def _train(config, settings: dict[str, Any]) -> dict[str, float]:
         every_seconds=config.checkpoint.every_seconds,
     )
     trainable = run.trainable
-    if config.init_from and saves.latest is None:
+    if settings["init_from"] and saves.latest is None:
         trainable = initial.read(settings, trainable)
-    elif config.init_from:
-        print(f"{config.output} goes on from its own checkpoint, not from {config.init_from}")
     validate = _validation(
         config, run.graphdef, {**run.frozen, **trainable}, run.directory, run.mesh
     )
@@ -90,8 +90,12 @@ def _replay(config, settings: dict[str, Any]) -> dict[str, float]:
     if not checkpoint.is_run(config.output):
         raise UserError(f"config.train.replay: {config.output} holds no run; set config.output")
     checkpoint.check_continues(config.output, settings)
+    settings["init_from"] = initial.resolve(config.output, settings["init_from"])
     run = _open(config, settings)
-    trainable = initial.read(settings, run.trainable) if config.init_from else run.trainable
+    trainable = run.trainable
+    if settings["init_from"]:
+        if not checkpoint.has_begun(config.output, before=config.train.replay):
+            trainable = initial.read(settings, trainable)
     state = steps.create_state(trainable, run.optimizer, mesh=run.mesh)
     return replay.run(settings, run.graphdef, run.train_step, run.frozen, run.data, state, run.mesh)
 

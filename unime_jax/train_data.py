@@ -63,7 +63,7 @@ class TrainData:
         fingerprint: Callable[[], dict[str, Any]] = dict,
     ):
         self._batches, self._threads, self._note = batches, threads, note
-        self._workers, self._bad_file = workers, bad_file
+        self._workers, self._bad_file, self._begun = workers, bad_file, False
         self._made = batches
         if mesh is not None and sharding.processes(mesh) > 1:
             own = functools.partial(sharding.own_rows, mesh=mesh)
@@ -88,6 +88,7 @@ class TrainData:
         """
         how = {"threads": self._threads, "workers": self._workers}
         made = self._made.iterate(first, self.steps, **how)
+        self._go_on(first)
         with contextlib.closing(made):
             try:
                 self._list_bad()
@@ -98,6 +99,15 @@ class TrainData:
                 self._list_bad()
                 listed = f"; all that were met are in {self._bad_file}" if self._bad_file else ""
                 raise UserError(f"{error}{listed}") from None
+
+    def _go_on(self, first: int) -> None:
+        """Takes over the list of bad rows of an earlier start, or drops that of another run."""
+        file = None if self._begun else self._bad_file
+        self._begun = True  # not where readers that were killed are replaced
+        if file and first:
+            self._batches.bad.go_on(file)
+        elif file and runtime.is_main():
+            file.unlink(missing_ok=True)
 
     def _list_bad(self) -> None:
         """Counts the bad rows met so far, and lists them."""

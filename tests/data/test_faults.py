@@ -200,6 +200,16 @@ def test_bad_rows_are_counted_listed_and_replaced(tmp_path, smol):
         "malformed", "unreadable", "missing", "outside the image root"
     }  # fmt: skip
     assert any("pairs.jsonl line 41: not UTF-8" in line["problem"] for line in listed)
+    # Started again, with the last step alone.
+    again = open_pairs(path, smol, limit=0.6, size=20)
+    next(again.batches(5))
+    assert again.counts["bad_rows"] == bad and again.summary() == data.summary()
+    assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == bad
+    # A batch brings the rows that it met, not all that were met before.
+    met = [len(data._batches._with_problems(step)[1]) for step in range(6)]
+    assert 0 < min(met) < len(images)
+    next(open_pairs(path, smol, limit=0.6, size=20).batches(0))  # another run in that place
+    assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) < bad
 
 
 def test_too_many_bad_rows_stop_the_run_with_a_summary(tmp_path, smol):

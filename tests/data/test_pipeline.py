@@ -1,5 +1,9 @@
 """Batches of fixed shape, a function of the step."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import packages
@@ -383,3 +387,12 @@ def test_images_of_real_backbones_need_one_size(byte_level):
             )
             assert query.tiles.shape[1:] == (tiles, 28, 28, 3) and query.grid.tolist() == [grid] * 4
             assert ((query.image_index >= 0).sum(1) == fixed.fixed_layout.positions).all()
+
+
+def test_a_reading_process_whose_parent_is_gone_already_ends():
+    code = "import time; from unime_jax.data import ahead; ahead._end_with({}, 0, 1); time.sleep(2)"
+    found = [
+        subprocess.run([sys.executable, "-c", code.format(parent)]).returncode
+        for parent in (os.getpid(), 2**22 + 1)
+    ]
+    assert found == [0, 1]

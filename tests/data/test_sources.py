@@ -142,3 +142,25 @@ def test_bad_rows_count_once_and_stop_the_run():
     assert len(bad) == 2 and bad.problems() == ["a.png: broken", "b.png: broken"]
     with pytest.raises(UserError, match="3 of 100 rows are unreadable.*max_bad_share.*c.png"):
         bad.add((0, 8), "c.png: broken")
+
+
+def test_a_restart_goes_on_with_the_list_of_bad_rows(tmp_path):
+    file = tmp_path / "bad_rows.jsonl"
+    first = bad_rows.BadRows(100, 0.02)
+    first.add((0, 7), "a.png: broken")
+    first.add((0, 9), "c.png: gone", "missing")
+    first.list_in(file), first.list_in(file)
+    file.write_text(file.read_text() + '{"kind": "unreada')  # as a kill leaves it
+    before = file.read_text()
+    again = bad_rows.BadRows(100, 0.02)
+    again.go_on(file)
+    assert len(again) == 2 and again.kinds() == "1 unreadable, 1 missing"
+    again.add((0, 7), "a.png: broken")
+    again.list_in(file)
+    assert file.read_text() == before and len(again) == 2
+    again.add((1, 7), "b.png: broken")  # those of before may be right by now
+    again.list_in(file)
+    assert len(again) == 3 and file.read_text().count("b.png") == 1
+    with pytest.raises(UserError, match="3 of 100 rows"):
+        again.add((1, 8), "d.png: broken")
+    again.go_on(tmp_path / "none.jsonl")

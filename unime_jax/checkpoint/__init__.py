@@ -11,23 +11,26 @@ from unime_jax.checkpoint.run_directory import (
     RUN_FILE,
     check_continues,
     check_data,
+    has_begun,
     is_run,
     locate,
     lock,
     open_run,
     read_run,
 )
-from unime_jax.checkpoint.runs import Checkpoints, read_state, read_trainable
+from unime_jax.checkpoint.runs import Checkpoints, newest, read_state, read_trainable
 
 __all__ = [
     "RUN_FILE",
     "Checkpoints",
     "check_continues",
     "check_data",
+    "has_begun",
     "is_model",
     "is_run",
     "locate",
     "lock",
+    "newest",
     "open_run",
     "read_model",
     "read_model_leaf",

@@ -140,8 +140,12 @@ def newest_whole(
     Returns:
       its step, what was read, and by step what is wrong with newer ones; None without any.
     """
+
+    def listed() -> str:
+        return agree(lambda: json.dumps(sorted(filter(among, steps(directory)))))
+
     problems: dict[int, str] = {}
-    there = agree(lambda: json.dumps([step for step in steps(directory) if among(step)]))
+    there = listed()
     for step in sorted(json.loads(there), reverse=True):
         path = directory / str(step)
         old = bool(agree(lambda path=path: "old" if is_old(path) else ""))
@@ -154,13 +158,17 @@ def newest_whole(
                 if not old:
                     raise UserError(f"{path} is whole but cannot be read ({problem})") from error
         problems[step] = problem
-    if problems:
-        told = "; ".join(f"{directory / str(step)}: {text}" for step, text in problems.items())
-        raise UserError(
-            f"no checkpoint is whole ({told}); nothing was changed: restore the files from a copy, "
-            "or train anew in another config.output"
-        )
-    return None
+    if not problems:
+        return None
+    if there != listed():  # a run that trains removed them, having saved newer ones
+        return newest_whole(directory, read, below=below, among=among, agree=agree)
+    told = "; ".join(f"{directory / str(step)}: {text}" for step, text in problems.items())
+    others = agree(lambda: ", ".join(str(step) for step in steps(directory) if not among(step)))
+    advice = f"others are there ({others})" if others else "train anew in another config.output"
+    raise UserError(
+        f"no checkpoint is whole{' of those that will do' if others else ''} ({told}); nothing was "
+        f"changed: restore the files from a copy; or {advice}"
+    )
 
 
 def steps(directory: pathlib.Path) -> list[int]:

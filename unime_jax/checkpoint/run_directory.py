@@ -12,6 +12,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import pathlib
 import socket
@@ -32,6 +33,7 @@ FREE_KEYS = (
     "eval.",
     "mesh.",
     "output",
+    "init_from",  # was read before the first checkpoint
     "data.threads",
     "data.workers",
     "data.max_bad_share",
@@ -41,7 +43,7 @@ FREE_KEYS = (
     "train.replay",
 )
 # Keys that runs of old lack, and what they did.
-NEW_KEYS = {"init_from": "", "optim.spike_factor": 0.0, "optim.spike_window": 32}
+NEW_KEYS = {"optim.spike_factor": 0.0, "optim.spike_window": 32}
 
 
 def locate(path: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
@@ -99,7 +101,7 @@ def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
       UserError: the directory holds a run of another configuration, or cannot be written.
     """
     path = pathlib.Path(path)
-    if is_run(path) and _has_begun(path):
+    if is_run(path) and has_begun(path):
         check_continues(path, config)
     runtime.barrier()  # all have looked at what was there
     with _by_main(), _writable(path):
@@ -113,9 +115,12 @@ def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
         )
 
 
-def _has_begun(path: pathlib.Path) -> bool:
-    """Says whether there is a checkpoint; before the first one, another start may change all."""
-    return bool(integrity.steps(path / CHECKPOINTS))
+def has_begun(path: str | os.PathLike, *, before: float = math.inf) -> bool:
+    """Says whether there is a checkpoint, of fewer steps than `before`.
+
+    Until there is one, another start may change all.
+    """
+    return any(step < before for step in integrity.steps(pathlib.Path(path) / CHECKPOINTS))
 
 
 def check_data(path: str | os.PathLike, found: dict[str, dict[str, Any]]) -> None:
@@ -123,11 +128,18 @@ def check_data(path: str | os.PathLike, found: dict[str, dict[str, Any]]) -> Non
 
     Args:
       path: the run directory.
-      found: by data set, its number of rows and a digest of them; process 0's counts.
+      found: by data set, its number of rows and a digest of them, as this process read them.
 
     Raises:
-      UserError: they differ; every data set that does is named.
+      UserError: they differ, or processes read other ones; every data set that does is named.
     """
+    first, *others = map(json.loads, runtime.exchange(json.dumps(found)))
+    for number, other in enumerate(others, 1):
+        if differing := _differing(first, other, ("in process 0", f"in process {number}")):
+            raise UserError(
+                f"config.data.path: processes read different rows ({differing}); give all of them "
+                "the same files"
+            )
     with _by_main():
         if runtime.is_main():
             _check_data(pathlib.Path(path), found)
@@ -135,20 +147,27 @@ def check_data(path: str | os.PathLike, found: dict[str, dict[str, Any]]) -> Non
 
 def _check_data(path: pathlib.Path, found: dict[str, dict[str, Any]]) -> None:
     file = path / DATA_FILE
-    if not file.is_file() or not _has_begun(path):
+    if not file.is_file() or not has_begun(path):
         integrity.write_json(file, found)
         return
     there = _read(file)
-    differing = [
-        f"{name}: {_rows(there.get(name))} then, {_rows(found.get(name))} now"
-        for name in sorted(there | found)
-        if there.get(name) != found.get(name)
-    ]
-    if differing:
+    for name, entry in there.items():
+        if not isinstance(entry, dict) or not {"rows", "digest"} <= entry.keys():
+            raise UserError(f"{file}: {name!r} is {entry!r}; is the file damaged? remove it")
+    if differing := _differing(there, found, ("then", "now")):
         raise UserError(
-            f"config.data.path: not the rows that {path} was trained on so far "
-            f"({'; '.join(differing)}); put them back or choose another config.output"
+            f"config.data.path: not the rows that {path} was trained on so far ({differing}); put "
+            "them back or choose another config.output"
         )
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], when: tuple[str, str]) -> str:
+    """Names the data sets that differ, "" where none does."""
+    return "; ".join(
+        f"{name}: {_rows(one.get(name))} {when[0]}, {_rows(other.get(name))} {when[1]}"
+        for name in sorted(one | other)
+        if one.get(name) != other.get(name)
+    )
 
 
 def _rows(data_set: dict[str, Any] | None) -> str:
@@ -184,7 +203,12 @@ def _hold(file: TextIO, path: pathlib.Path) -> None:
                 f"config.output={path}: {holder} trains there; wait for it, stop it or choose "
                 "another directory"
             ) from None
-        # A file system without locks.
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        print(
+            f"{path}: its file system has no locks ({error.strerror}); nothing keeps a second run "
+            "from training there"
+        )
     file.seek(0)
     file.truncate()
     started = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -34,7 +34,8 @@ from unime_jax.types import UserError
 
 # What a kill leaves of a save or of a removal; other names are the user's.
 _LEFT = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
-_HOUR_MS = 3_600_000  # for checksums of a large checkpoint, which process 0 makes
+# Process 0 makes the checksums, of a large checkpoint within an hour.
+_agree = functools.partial(runtime.by_main, wait=3_600_000)
 
 
 class Checkpoints:
@@ -215,7 +216,11 @@ class Checkpoints:
                 for part in self._parts(step):
                     shutil.rmtree(part, ignore_errors=True)
             whole = max(integrity.steps(self._directory), default=None)
-            before = "there is none before it" if whole is None else f"checkpoint {whole} is whole"
+            before = (
+                "there is none before it"
+                if whole is None
+                else f"checkpoint {whole} was saved before it"
+            )
             raise UserError(
                 f"{self._directory / str(step)} cannot be written ({reason}); {before}; put that "
                 "right and start again"
@@ -260,12 +265,34 @@ def _restore(directory: pathlib.Path, state, among: Callable[[int], bool] = lamb
             directory,
             lambda path: reader.restore(path, args=args),
             among=among,
-            agree=functools.partial(runtime.by_main, wait=_HOUR_MS),
+            agree=_agree,
         )
     if found is None:
         return None
     step, content, problems = found
     return step, _join(state, content["trainable"], content["rest"]), problems
+
+
+def newest(path: str | os.PathLike) -> pathlib.Path:
+    """Returns the newest whole checkpoint that a run has now; called by process 0 alone.
+
+    Raises:
+      UserError: no step has been saved there yet, or what is there is damaged.
+    """
+    directory = pathlib.Path(path).absolute() / run_directory.CHECKPOINTS
+    found = integrity.newest_whole(directory, lambda checkpoint: checkpoint, below="trainable/")
+    if found is None:
+        raise UserError(f"{path}: no checkpoint there yet; let the run save one first")
+    _say_damaged(directory, found[0], found[2])
+    return found[1]
+
+
+def _say_damaged(directory: pathlib.Path, step: int, problems: dict[int, str]) -> None:
+    for number, problem in problems.items():
+        print(
+            f"{directory / str(number)} is damaged ({problem}); checkpoint {step} is read",
+            file=sys.stderr,
+        )
 
 
 def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -296,6 +323,7 @@ def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
             read,
             below="trainable/",
             among=lambda step: wanted is None or step == wanted,
+            agree=_agree,  # the run may be saving: all processes are to read the same
         )
     if found is None and wanted is not None:
         there = ", ".join(map(str, sorted(integrity.steps(directory))))
@@ -303,11 +331,7 @@ def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
     if found is None:
         raise UserError(f"{path}: no checkpoint there yet; let the run save one first")
     step, content, problems = found
-    for number, problem in problems.items():
-        print(
-            f"{directory / str(number)} is damaged ({problem}); checkpoint {step} is read",
-            file=sys.stderr,
-        )
+    _say_damaged(directory, step, problems)
     return content
 
 

@@ -1,5 +1,6 @@
 """Makes batches ahead of their reader, in threads or processes."""
 
+import functools
 import os
 import threading
 import time
@@ -39,7 +40,7 @@ def ahead_of_time(
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1),
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=functools.partial(_end_with, os.getpid()),
         )
     found = iter(dataset)
     try:
@@ -49,10 +50,9 @@ def ahead_of_time(
             found.close()
 
 
-def _end_with_parent(index: int, count: int) -> None:
+def _end_with(parent: int, index: int, count: int) -> None:
     """Ends a reading process soon after the training process: killed, that one cannot do it."""
     del index, count  # grain's
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,6 +1,7 @@
 """Keeps count of training rows that cannot be read."""
 
 import collections
+import contextlib
 import json
 import pathlib
 import threading
@@ -23,7 +24,8 @@ class BadRows:
         self._lock = threading.Lock()
         self._seen: dict[tuple, tuple[str, str]] = {}
         self._total, self._limit = total, limit
-        self._listed = 0
+        self._before: dict[tuple, tuple[str, str]] = {}  # of earlier starts of the run
+        self._listed: set[tuple] = set()
 
     def add(self, row: tuple, problem: str, kind: str = "unreadable") -> None:
         """Notes a bad row; a row met again counts once.
@@ -46,14 +48,14 @@ class BadRows:
             too_many = len(self._seen) > self._limit * self._total
         if too_many:
             first = "; ".join(self.problems()[:_SHOWN])
-            some = "the first" if len(self) > _SHOWN else "they are"
+            some = "the first" if len(self._seen) > _SHOWN else "they are"
             raise UserError(
-                f"{len(self)} of {self._total} rows are unreadable ({self.kinds()}), more than "
-                f"config.data.max_bad_share={self._limit} allows; {some}: {first}"
+                f"{len(self._seen)} of {self._total} rows are unreadable ({_count(self._seen)}), "
+                f"more than config.data.max_bad_share={self._limit} allows; {some}: {first}"
             )
 
     def __len__(self) -> int:
-        return len(self._seen)
+        return len(self._seen.keys() | self._before.keys())
 
     def __getstate__(self):
         """Leaves the lock behind: another process has its own."""
@@ -72,23 +74,42 @@ class BadRows:
         with self._lock:
             return [problem for _, problem in self._seen.values()]
 
-    def list_in(self, path: pathlib.Path) -> None:
-        """Writes the rows that were met since the last call to a file of JSON lines."""
-        with self._lock:
-            found = list(self._seen.values())
-        if len(found) == self._listed:
+    def go_on(self, path: pathlib.Path) -> None:
+        """Counts what an earlier start listed in a file, and does not list it again.
+
+        Towards the limit these do not count: they may have been put right since.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
             return
-        with open(path, "a" if self._listed else "w", encoding="utf-8", errors="replace") as file:
-            for kind, problem in found[self._listed :]:
-                line = {"kind": kind, "problem": problem}
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last, cut short
+                found = json.loads(line)
+                self._before[tuple(found["row"])] = found["kind"], found["problem"]
+        self._listed |= self._before.keys()
+
+    def list_in(self, path: pathlib.Path) -> None:
+        """Appends the rows that no call has written yet to a file of JSON lines."""
+        with self._lock:
+            found = [item for item in self._seen.items() if item[0] not in self._listed]
+        if not found:
+            return
+        with open(path, "a", encoding="utf-8", errors="replace") as file:
+            for row, (kind, problem) in found:
+                line = {"kind": kind, "problem": problem, "row": row}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._listed = len(found)
+        self._listed |= {row for row, _ in found}
 
     def kinds(self) -> str:
         """Returns how many there are of each kind: "3 missing, 2 unreadable"."""
         with self._lock:
-            counts = collections.Counter(kind for kind, _ in self._seen.values())
-        return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+            return _count({**self._before, **self._seen})
+
+
+def _count(rows: Mapping[tuple, tuple[str, str]]) -> str:
+    counts = collections.Counter(kind for kind, _ in rows.values())
+    return ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
 
 
 def told(error: UserError) -> tuple[str, str]:

@@ -146,12 +146,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         """Makes the batch of a step."""
-        rows = enumerate(self.members(step))
-        return self.pack([self.draw(step, place, *row, self._count_bad) for place, row in rows])
-
-    def _count_bad(self, attempt: int, row: tuple[int, int], error: UserError) -> None:
-        del attempt
-        self.bad.add(row, *bad_rows.told(error))
+        return self._with_problems(step)[0]
 
     def pack(self, rows: list[Drawn]) -> Batch:
         """Makes a batch of its rows, in order; items that nobody encoded are in no group."""
@@ -199,8 +194,17 @@ class Batches:
         return named
 
     def _with_problems(self, step: int) -> tuple[Batch, list]:
-        batch = self[step]
-        return batch, self.bad.items()
+        """Returns a batch, and the bad rows that it met, each with its problem and kind."""
+        met = {}
+
+        def fault(attempt: int, row: tuple[int, int], error: UserError) -> None:
+            del attempt
+            met[row] = bad_rows.told(error)
+            self.bad.add(row, *met[row])
+
+        rows = enumerate(self.members(step))
+        batch = self.pack([self.draw(step, place, *row, fault) for place, row in rows])
+        return batch, list(met.items())
 
     def iterate(self, first: int, steps: int, **options) -> Iterator[Batch]:
         """Yields batches first..steps-1, made ahead of time; options as of `ahead_of_time`."""
