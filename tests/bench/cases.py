@@ -155,7 +155,7 @@ def resolved(case: Case, folder: pathlib.Path) -> dict[str, Any]:
     c.stage = case.stage
     c.output = str(folder / "run")
     c.model.path = str(folder / "model")
-    c.model.remat = "dots"  # on CPU faster than keeping all, in half of the memory
+    c.model.remat = "dots"  # half of the memory of keeping all
     c.optim.learning_rate = 1e-4
     c.optim.schedule = "constant"
     c.optim.warmup_steps = 0

@@ -156,14 +156,19 @@ def _spread(values: list[float], form: str) -> str:
     return f"{median} ({low} to {high})" if len(values) > 1 else median
 
 
-def default_models(scratch: pathlib.Path) -> list[str]:
-    """Writes a tiny model; returns it and the newcomer's, if that is there."""
+def tiny_model(scratch: pathlib.Path) -> pathlib.Path:
+    """Writes a tiny model of random weights."""
     sys.path.insert(0, str(HERE.parents[1]))
     import miniature
 
+    return miniature.write_model(scratch / "tiny", miniature.STUDENT, seed=0)
+
+
+def default_models(scratch: pathlib.Path) -> list[str]:
+    """Returns a tiny model and the newcomer's, if that is there."""
     from unime_jax import runtime
 
-    tiny = str(miniature.write_model(scratch / "tiny", miniature.STUDENT, seed=0))
+    tiny = str(tiny_model(scratch))
     smol = runtime.cache_directory() / "smol" / "student"
     if not smol.is_dir():
         print(f"{smol} is not there: run `python -m unime_jax.prepare smol`")

@@ -1,7 +1,7 @@
 """How the cost of a stage-2 step grows: `python tests/bench/scaling.py [--output DIR] [--quick]`.
 
 Seconds on two CPU threads against rows, text length and tiles, beside the operations that
-`planning.flops` counts in the same program, scaled to the first point; bytes that devices send each
+`planning.flops` counts in the same program, scaled to the last point; bytes that devices send each
 other against their number (8 virtual CPU devices, from the compiled program); and what `plan`
 estimates for pods. One plot each, all numbers in scaling.json.
 """
@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import time
@@ -20,22 +19,23 @@ import measure
 import numpy as np
 import workers
 
-SHALLOW = cases.llava(256, 768, 4, (4, 2), (128, 4, 2), 112, 4096)
+SHALLOW = cases.llava(256, 768, 2, (4, 2), (128, 4, 2), 112, 4096)
 WAYS = {
-    "rows": ("pairs of a batch, chunks of 8", (8, 16, 32, 64, 128)),
-    "tokens": ("positions of a row of text, 16 pairs", (32, 64, 128, 256, 512, 1024)),
-    "tiles": ("tiles of an image, 16 pairs", (1, 3, 5)),
+    "rows": ("pairs of a batch, chunks of 4", (8, 16, 32, 64)),
+    "tokens": ("positions of a row of text, 8 pairs", (32, 128, 512, 1024)),
+    "tiles": ("tiles of an image, 8 pairs", (2, 3, 5, 10)),
 }
-PODS = ("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16")
+CANVASES = {2: (1, 1), 3: (1, 2), 5: (2, 2), 10: (3, 3)}  # the whole image is a tile besides
+DEVICES = (1, 2, 4, 8)
+PODS = ("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:16x16")
 
 
-def batch(rows: int = 16, tokens: int = 32, tiles: int = 3) -> cases.Case:
+def batch(rows: int = 8, tokens: int = 32, tiles: int = 3) -> cases.Case:
     """A case: queries of an image and a text, targets of a text."""
     config = dict(SHALLOW)
-    if tiles in (1, 5):  # the whole image is one of them
-        config["image_grid_pinpoints"] = [[112, 112] if tiles == 1 else [224, 224]]
+    config["image_grid_pinpoints"] = [[112 * side for side in CANVASES[tiles]]]
     mixture = cases.Mixture(((rows, 24, True),), ((rows, tokens, False),))
-    return cases.Case("", "contrast", config, mixture, 112, {"train.chunk": 8})
+    return cases.Case("", "contrast", config, mixture, 112, {"train.chunk": 4})
 
 
 def point(way: str, value: int, repeats: int) -> dict[str, float]:
@@ -194,21 +194,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     parser.add_argument("--quick", action="store_true", help="two points a plot, no pods")
-    parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="steps of each point, the best counts"
+    )
+    parser.add_argument("--points", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.point:
-        way, value = re.fullmatch(r"(\w+)=(\d+)", args.point).groups()
-        result = devices(int(value)) if way == "devices" else point(way, int(value), 3)
-        print(json.dumps(result))
+    if args.points:
+        way, *values = args.points
+        for value in map(int, values):
+            one = devices(value) if way == "devices" else point(way, value, args.repeats)
+            print(json.dumps(one), flush=True)
         return
     args.output.mkdir(parents=True, exist_ok=True)
-    ways = {way: values for way, (_, values) in WAYS.items()} | {"devices": (2, 4, 8)}
+    ways = {way: values for way, (_, values) in WAYS.items()} | {"devices": DEVICES}
     found: dict = {"machine": measure.machine()}
     for way, values in ways.items():
-        found[way] = {}
-        for value in values[:2] if args.quick else values:
-            found[way][value] = one = _in_process(way, value)
-            print(f"{way} {value}: {one}", flush=True)
+        chosen = (values[0], values[-1]) if args.quick else values
+        found[way] = _in_process(way, chosen)
     if not args.quick:
         found["pods"] = pods("configs/llava16_stage2.py")
         print(f"pods: {found['pods']}")
@@ -217,17 +219,20 @@ def main() -> None:
     print(f"written: {args.output}/scaling.json and scaling_*.png")
 
 
-def _in_process(way: str, value: int) -> dict:
+def _in_process(way: str, values) -> dict:
     env = {"JAX_PLATFORMS": "cpu"}
     if way == "devices":
         env["XLA_FLAGS"] = (
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
         )
-    command = [sys.executable, __file__, "--point", f"{way}={value}"]
+    command = [sys.executable, __file__, "--points", way, *map(str, values)]
     done = subprocess.run(command, capture_output=True, text=True, env=workers.environment(env))
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    return workers.last_json(done.stdout)
+    found = dict(zip(values, map(json.loads, done.stdout.split("\n")), strict=False))
+    for value, one in found.items():
+        print(f"{way} {value}: {one}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

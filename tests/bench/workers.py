@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import resource
+import select
 import subprocess
 import sys
 import tempfile
@@ -18,20 +19,30 @@ from typing import Any
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 THREADS = 2
+LIMIT = 1800.0  # seconds that a child may take for an answer
 
 
 class WorkerError(Exception):
-    """A child ended early; the message is the end of what it printed."""
+    """A child ended early or took too long; the message is the end of what it printed."""
 
 
 class Worker:
     """A child and what it answers.
 
+    Args:
+      limit: seconds within which it has to be ready.
+
     Attributes:
       ready: what the child said when it was set up.
     """
 
-    def __init__(self, script: str, *arguments: str, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        script: str,
+        *arguments: str,
+        env: dict[str, str] | None = None,
+        limit: float = LIMIT,
+    ):
         self._errors = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / script), *arguments],
@@ -42,10 +53,9 @@ class Worker:
             env=environment(env),
         )
         try:
-            self.ready = self._answer()
+            self.ready = self._answer(limit)
         except BaseException:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
             raise
 
     def step(self) -> dict[str, Any]:
@@ -68,7 +78,10 @@ class Worker:
         self._process.stdin.flush()
         return self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, limit: float = LIMIT) -> dict[str, Any]:
+        if not select.select([self._process.stdout], [], [], limit)[0]:
+            self.kill()
+            raise WorkerError(f"no answer within {limit:.0f} s")
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
@@ -102,6 +115,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 def last_json(text: str) -> dict[str, Any]:
     return json.loads(text.strip().splitlines()[-1])
+
+
+def last_line(error: BaseException) -> str:
+    """Returns the last line of an error's message, or the error's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def serve(

@@ -1,0 +1,104 @@
+"""Training steps of both sides, in turns; first they show that they compute the same."""
+
+import pathlib
+from typing import Any
+
+import measure
+import workers
+from bench import COMPILE_LIMIT, Bench
+from measure import Result
+from workers import Worker, WorkerError
+
+PARITY = 1e-4  # of loss and gradient norm, relative
+HALF_PARITY = 2e-2  # the same in bfloat16
+
+
+def training(name: str, bench: Bench) -> list[Result]:
+    """Times a training step; both sides first show that they compute the same."""
+    folder = bench.scratch / name
+    bench.prepare(name, folder)
+    settings = workers.read_json(folder / "case.json")
+    case = settings["case"]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    ours = bench.worker("jax_side.py", str(folder), env=cache)
+    cold = ours.ready | ours.close()
+    ours = bench.worker("jax_side.py", str(folder), env=cache)  # compiled before, as most runs are
+    if not case["torch"]:
+        return _alone(name, case, ours, cold, bench)
+    variant, torch, tried, left_out = _fastest(folder, bench)
+    difference = _parity(ours.ready["first"], torch.ready["first"])
+    if difference > (PARITY if settings["model"]["dtype"] == "float32" else HALF_PARITY):
+        raise WorkerError(
+            f"the sides differ by {difference:.1e} ({ours.ready['first']} and "
+            f"{torch.ready['first']}): nothing was timed"
+        )
+    found = workers.take_turns({"ours": ours, "torch": torch}, bench.repeats, warm=1)
+    peaks = {"ours": ours.close()["peak_gib"], "torch": torch.close()["peak_gib"]}
+    last = _parity(*(found[side][-1] for side in measure.SIDES))
+    speeds = {side: [case["rows"] / x["seconds"] for x in found[side]] for side in found}
+    unit = "sentences/s" if case["stage"] == "distill" else "pairs/s"
+    notes = {
+        "PyTorch's fastest": variant,
+        **({"left out": left_out} if left_out else {}),
+        "seconds a step": {side: measure.median([x["seconds"] for x in found[side]])
+                           for side in found},
+        "first step differs by": difference,
+        f"step {bench.repeats + 2} by": last,
+        "first call, s": {"ours": cold["first_seconds"],
+                          "ours, compiled before": ours.ready["first_seconds"],
+                          **{key: value["first_seconds"] for key, value in tried.items()}},
+        "peak GiB": {"ours, when it compiles": cold["peak_gib"],
+                     **{key: one.get("peak_gib", peaks["torch"]) for key, one in tried.items()}},
+    }  # fmt: skip
+    memory = {side: [peak] for side, peak in peaks.items()}
+    return [
+        Result(name, case["title"], unit, speeds, notes),
+        Result(f"{name}_memory", "  its peak memory", "GiB", memory),
+    ]
+
+
+def _alone(name: str, case, ours: Worker, cold, bench: Bench) -> list[Result]:
+    """Times a step that PyTorch's side does not have."""
+    found = workers.take_turns({"ours": ours}, bench.repeats)["ours"]
+    peak = ours.close()["peak_gib"]
+    speeds = {"ours": [case["rows"] / x["seconds"] for x in found]}
+    note = {"seconds a step": measure.median([x["seconds"] for x in found])}
+    note |= {"first call, s": cold["first_seconds"], "planned GiB": cold.get("planned_gib", "-")}
+    return [
+        Result(name, case["title"], "rows/s", speeds, note),
+        Result(f"{name}_memory", "  its peak memory", "GiB", {"ours": [peak]}),
+    ]
+
+
+def _fastest(folder: pathlib.Path, bench: Bench):
+    """Returns PyTorch's fastest way, its worker, and what each way took or why it was left out."""
+    tried: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    running: dict[str, Worker] = {}
+    for variant in bench.variants:
+        limit = COMPILE_LIMIT[bench.device] if variant == "compile" else workers.LIMIT
+        try:
+            worker = bench.worker(
+                "torch_side.py", str(folder), variant, bench.torch_device, limit=limit
+            )
+            seconds = worker.step()["seconds"]
+        except WorkerError as error:
+            left_out[variant] = workers.last_line(error)
+            print(f"  PyTorch, {variant}: left out: {left_out[variant]}", flush=True)
+            continue
+        running[variant] = worker
+        tried[variant] = {"seconds": seconds, "first_seconds": worker.ready["first_seconds"]}
+        print(f"  PyTorch, {variant}: {seconds:.2f} s a step", flush=True)
+        best = min(tried, key=lambda name: tried[name]["seconds"])
+        for loser in [name for name in running if name != best]:
+            tried[loser] |= running.pop(loser).close()
+    if not running:
+        raise WorkerError(f"no way of PyTorch runs: {left_out}")
+    (best, worker), *_ = running.items()
+    return best, worker, tried, left_out
+
+
+def _parity(ours: dict[str, float], torch: dict[str, float]) -> float:
+    """Largest relative difference of loss and gradient norm."""
+    names = ("loss", "gradient_norm")
+    return max(abs(ours[name] / torch[name] - 1) for name in names)
