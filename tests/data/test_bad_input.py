@@ -289,4 +289,4 @@ def test_rows_of_parquet_that_are_no_utf8_are_left_out(tmp_path):
     assert found[1].fault == "text is not UTF-8"
     faults: list[str] = []
     (part,) = task_pairs.read(tmp_path / "x.parquet", faults=faults)
-    assert len(part) == 2 and "row 1: text is not UTF-8" in faults[0]
+    assert len(part) == 2 and "row 1: query_text is not UTF-8" in faults[0]

@@ -151,7 +151,7 @@ def test_area_weights(inputs, outputs):
     [
         ({"model_type": "vit"}, "'vit' is unknown"),
         ({"image_size": 100}, "image_size = 100 is no multiple of 32"),
-        ({"image_size": "64"}, "image_size = '64' is no multiple"),
+        ({"image_size": "64"}, "image_size = '64' must be a positive whole number"),
         ({"grid": 3}, "grid = 3 is not between 1 and 2"),
         ({"width": 3}, "unknown keys width"),
     ],

@@ -22,6 +22,7 @@ SETTINGS = {
     "optim": {
         "learning_rate": 1e-3, "schedule": "constant", "warmup_share": 0.0, "warmup_steps": 0,
         "b1": 0.9, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0, "multipliers": (),
+        "spike_factor": 0.0, "spike_window": 32,
     },
     "train": {
         "chunk": 2, "trainable": (), "quantize": None, "feature_dropout": 0.0,
