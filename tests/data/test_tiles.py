@@ -281,6 +281,7 @@ def test_the_number_of_crops_is_the_checkpoints(tmp_path):
     ("spec", "settings", "named"),
     [
         (PHI, {"image_mean": [0.5, 0.5, 0.5]}, "image_mean"),
+        (PHI, {"rescale_factor": 10**400}, "rescale_factor"),
         (PHI, {"image_std": [0.26862954, 0.26130258]}, "image_std"),
         (PHI, {"num_img_tokens": 256}, "num_img_tokens"),
         (PHI, {"num_crops": 0}, "num_crops=0"),

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import sys
 from typing import Any
 
 from unime_jax.data.tiles import AnyResolution, PhiHD, Square, Transform
@@ -29,6 +30,8 @@ _EXPECTED = {
         "aspect_ratio_setting": "anyres",
     },
 }
+
+_LARGEST = sys.float_info.max  # JSON has integers that no float holds
 
 
 def make_transform(spec: ImageSpec, directory: str | pathlib.Path, *, crops: int = 0) -> Transform:
@@ -104,5 +107,6 @@ def _same(value: Any, wanted: Any) -> bool:
             and all(map(_same, value, wanted))
         )
     if isinstance(wanted, float):
-        return isinstance(value, (int, float)) and math.isclose(value, wanted, rel_tol=1e-6)
+        number = isinstance(value, (int, float)) and abs(value) <= _LARGEST
+        return number and math.isclose(value, wanted, rel_tol=1e-6)
     return value == wanted
