@@ -46,11 +46,12 @@ class BadRows:
             for row, (problem, kind) in rows.items():
                 self._seen.setdefault(row, (kind, problem))
             too_many = len(self._seen) > self._limit * self._total
+            seen = dict(self._seen) if too_many else {}  # other threads go on adding
         if too_many:
-            first = "; ".join(self.problems()[:_SHOWN])
-            some = "the first" if len(self._seen) > _SHOWN else "they are"
+            first = "; ".join(problem for _, problem in list(seen.values())[:_SHOWN])
+            some = "the first" if len(seen) > _SHOWN else "they are"
             raise UserError(
-                f"{len(self._seen)} of {self._total} rows are unreadable ({_count(self._seen)}), "
+                f"{len(seen)} of {self._total} rows are unreadable ({_count(seen)}), "
                 f"more than config.data.max_bad_share={self._limit} allows; {some}: {first}"
             )
 
