@@ -49,6 +49,18 @@ def test_the_function_is_pure_and_differentiable(embedder):
     assert max(norms) > 0 and all(np.isfinite(norms))
 
 
+def test_parameters_that_are_set_are_those_that_embed(embedder):
+    inputs, texts = embedder.params, ["a red cat", "two dogs"]
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    before = embedder.embed(texts=texts), embedder.featurise(tiles)
+    try:
+        embedder.params = jax.tree.map(lambda x: x * 1.1, inputs)
+        after = embedder.embed(texts=texts), embedder.featurise(tiles)
+    finally:
+        embedder.params = inputs
+    assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(before, after, strict=True))
+
+
 def test_token_rows(embedder):
     row = embedder.preprocessor.tokenize("a red cat", False)
     np.testing.assert_allclose(

@@ -13,6 +13,7 @@ import pytest
 
 from unime_jax import checkpoint, embedder, report, runtime, teach, train
 from unime_jax.config import validate_train
+from unime_jax.evaluation import smol
 from unime_jax.types import UserError
 
 
@@ -45,9 +46,21 @@ def stages(root):
         places = {"model.path": model, "output": runs[name]}
         c = miniature.config(f"smol_{name}", root, **{**changes, **places, **changed})
         validate_train(c)
-        train.run(c)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(smol, "validation_recall", _with_probe(smol.validation_recall))
+            train.run(c)
         model = runs[name]
     return runs
+
+
+def _with_probe(measure):
+    """Has validation say a number that every change of the text side changes."""
+
+    def found(model, *, pairs):
+        probe = float(model.embed(texts=["a red cat"])[0, 0])
+        return {**measure(model, pairs=pairs), "validation/probe": probe}
+
+    return found
 
 
 def test_every_stage_runs_and_builds_on_the_one_before(root, stages):
@@ -77,6 +90,14 @@ def test_metrics_and_configuration_are_stored(stages):
     assert checkpoint.read_run(stages["stage2"])["stage"] == "contrast"
     saved = sorted((stages["stage2"] / "checkpoints").glob("*/config/metadata"))
     assert json.loads(saved[-1].read_text())["loss"]["k"] == 4
+
+
+def test_validation_is_of_the_step_it_stands_at(root, stages):
+    rows = [r for r in report.read_metrics(stages["stage2"]) if "validation/probe" in r]
+    before, after = (row["validation/probe"] for row in rows)
+    assert abs(before - after) > 1e-4
+    saved = embedder.load(stages["stage2"], dtype="float32").embed(texts=["a red cat"])
+    assert saved[0, 0] == pytest.approx(after, abs=1e-5)
 
 
 def test_started_again_a_finished_run_does_nothing(root, stages, capsys):

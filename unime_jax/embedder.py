@@ -31,7 +31,8 @@ class Embedder:
     """A model, its host-side preprocessing, and where its parameters live.
 
     Attributes:
-      graphdef, params: the model; `nnx.merge(graphdef, params)` is its module.
+      graphdef, params: the model; `nnx.merge(graphdef, params)` is its module. Other parameters
+        may be set: every call takes those that are there.
       model_config: config.json of the backbone.
       mesh: devices, or None for the default one.
 
@@ -68,7 +69,7 @@ class Embedder:
         self._preparation = {"image_size": image_size, "image_crops": image_crops}
         self._prompt = prompt
         self.fusion = fusion or FUSIONS[0]
-        self._runner = Runner(self.graphdef, self.params, mesh=mesh)
+        self._runner = Runner(self.graphdef, mesh=mesh)
 
     @functools.cached_property
     def preprocessor(self) -> preprocess.Preprocessor:
@@ -201,7 +202,7 @@ class Embedder:
         self, tiles: np.ndarray, *, rows: int = 32, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
         """Runs the vision tower alone: uint8[N, S, S, 3] -> f32[N, P, D]."""
-        return self._runner.featurise(tiles, rows=rows, progress=progress)
+        return self._runner.featurise(self.params, tiles, rows=rows, progress=progress)
 
     def _bucket(self, texts, images, instruction):
         if texts is None and images is None:
@@ -227,7 +228,7 @@ class Embedder:
         apply: Callable[[Params, Sequence[Inputs]], Any] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
         """Embeds groups one after the other; see `Runner.run`."""
-        return self._runner.run(groups, apply)
+        return self._runner.run(self.params, groups, apply)
 
     def _run(self, groups: buckets.Groups, progress, *, rows: int | None = None) -> np.ndarray:
         """Embeds groups; `progress` counts the first `rows` rows alone, where that is given."""

@@ -27,7 +27,7 @@ class Runner:
     that they belong to, so that its program is not compiled again for every length of row.
 
     Args:
-      graphdef, params: the model.
+      graphdef: the model; its parameters are given to every call, for training goes on with them.
       mesh: devices, or None for the default one.
 
     Attributes:
@@ -35,8 +35,8 @@ class Runner:
       apply: `(params, inputs) -> f32[B, E]`, pure, not compiled.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, params: Params, *, mesh=None):
-        self._params, self._mesh = params, mesh
+    def __init__(self, graphdef: nnx.GraphDef, *, mesh=None):
+        self._mesh = mesh
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         options = {"compiler_options": runtime.compiler_options(device.platform)}
         rows, placement, own = {}, None, layers.Placement(read_only=True)
@@ -61,12 +61,14 @@ class Runner:
 
     def run(
         self,
+        params: Params,
         groups: Iterable[tuple[Inputs, Any]],
         apply: Callable[[Params, Sequence[Inputs]], Any] | None = None,
     ) -> Iterator[tuple[Any, Any]]:
         """Embeds groups one after the other; the host makes the next while the device works.
 
         Args:
+          params: of the model.
           groups: each with something that tells its rows, which is handed through.
           apply: what is computed in place of the embeddings; arrays with a line for each row.
 
@@ -84,14 +86,14 @@ class Runner:
             padded = _pad_rows(inputs, self.limits.padded(inputs.rows))
             if self._mesh is not None:
                 padded = sharding.shard_batch(padded, self._mesh)
-            started = apply(self._params, [self._with_features(padded)])
+            started = apply(params, [self._with_features(params, padded)])
             if ahead is not None:
                 yield read(*ahead)
             ahead = rows, started, inputs.rows
         if ahead is not None:
             yield read(*ahead)
 
-    def _with_features(self, inputs: Inputs) -> Inputs:
+    def _with_features(self, params: Params, inputs: Inputs) -> Inputs:
         """Returns a group whose images the vision tower has seen."""
         rows, count = inputs.tiles.shape[:2]
         if not count or inputs.features is not None:
@@ -100,7 +102,7 @@ class Runner:
         grid = inputs.grid
         parts = [
             self._see(
-                self._params,
+                params,
                 inputs.tiles[start : start + step],
                 None if grid is None else grid[start : start + step],
             )
@@ -115,7 +117,12 @@ class Runner:
         return 1 << (max(1, self._tiles // count).bit_length() - 1)
 
     def featurise(
-        self, tiles: np.ndarray, *, rows: int, progress: Callable[[int], None] | None = None
+        self,
+        params: Params,
+        tiles: np.ndarray,
+        *,
+        rows: int,
+        progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Runs the vision tower alone: uint8[N, S, S, 3] -> f32[N, P, D], `rows` at a time."""
         done = []
@@ -124,7 +131,7 @@ class Runner:
             padded = np.pad(part, [(0, rows - len(part)), (0, 0), (0, 0), (0, 0)])
             if self._mesh is not None:
                 padded = sharding.shard_batch(padded, self._mesh)
-            done.append(np.asarray(self._featurise(self._params, padded))[: len(part)])
+            done.append(np.asarray(self._featurise(params, padded))[: len(part)])
             if progress:
                 progress(len(part))
         return np.concatenate(done)
