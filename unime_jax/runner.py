@@ -18,6 +18,9 @@ from unime_jax.types import Array, Inputs, Params
 # Positions of a group on a CPU: its activations stay small, and larger groups are no faster.
 _CPU_TOKENS = 2048
 _CPU_TILES = 8  # that the vision tower reads at a time
+# Operations in the time that one more program takes: seconds of two cores, of a GPU or TPU.
+_PROGRAM = {"cpu": 2.5e11}
+_FAST_PROGRAM = 2e15
 
 
 class Runner:
@@ -50,7 +53,10 @@ class Runner:
             own = dataclasses.replace(own, kernel=kernel)
         # That share the rows of a group.
         devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        self.limits = buckets.Limits(devices=devices)
+        operations = 2 * sum(leaf.size for leaf in jax.tree.leaves(params))  # of a position
+        rate = _PROGRAM.get(device.platform, _FAST_PROGRAM)
+        program = max(1, int(rate / operations)) * devices
+        self.limits = buckets.Limits(devices=devices, program=program)
         if device.platform == "cpu":
             self.limits = dataclasses.replace(self.limits, tokens=_CPU_TOKENS)
         self._tiles = _CPU_TILES if device.platform == "cpu" else self.limits.tiles

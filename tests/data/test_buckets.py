@@ -31,7 +31,7 @@ def test_padding_stays_below_a_fourth(length):
     st.sampled_from([1, 4, 6]),
 )
 def test_groups_are_bounded_and_hold_every_row_once(shapes, devices):
-    limits = buckets.Limits(devices=devices)
+    limits = buckets.Limits(devices=devices, program=1)
     found = buckets.sort(shapes, limits)
     assert sorted(row for bucket in found for row in bucket.members) == list(range(len(shapes)))
     for bucket in found:
@@ -58,12 +58,12 @@ def test_full_groups_spread_over_devices_without_padding():
 
 def cost(groups, limits, known=()):
     """What groups cost: their positions, and their programs."""
-    shapes = [(len(rows), max(rows)) for rows in groups]
-    return sum(
-        limits.padded(rows) * tokens
-        + (0 if (tokens, 0, limits.padded(rows)) in known else limits.program)
-        for rows, tokens in shapes
-    )
+    total = 0
+    for group in groups:
+        rows = limits.padded(len(group))
+        there = [tokens * rows for tokens, _, n in known if n == rows and tokens >= max(group)]
+        total += min([max(group) * rows + limits.program, *there])
+    return total
 
 
 @settings(deadline=None)
@@ -72,13 +72,18 @@ def cost(groups, limits, known=()):
     st.sampled_from([64, 512, 4096]),
 )
 def test_rows_that_are_left_cost_as_little_as_can_be(lengths, tokens):
-    limits = buckets.Limits(rows=4, tokens=tokens)
+    limits = buckets.Limits(rows=4, tokens=tokens, program=tokens)
     known = {(32, 0, 2), (64, 0, 1)}
     left = {}
     for row, length in enumerate(lengths):
         left.setdefault((length, 0), []).append(row)
-    found = [[lengths[row] for row in b.members] for b in buckets.gather(left, limits, known)]
+    programs = buckets.Programs(limits.program, known)
+    made = buckets.gather(left, limits, programs)
+    found = [[lengths[row] for row in bucket.members] for bucket in made]
     assert sorted(length for rows in found for length in rows) == sorted(lengths)
+    for bucket, rows in zip(made, found, strict=True):
+        shape = bucket.tokens, 0, limits.padded(len(rows))
+        assert bucket.tokens == max(rows) or (bucket.tokens > max(rows) and shape in known)
     lengths = sorted(lengths)
     ways = []
     for cuts in itertools.product([False, True], repeat=len(lengths) - 1):
@@ -97,6 +102,35 @@ def test_a_few_rows_of_each_length_are_one_group():
     assert (group.tokens, sorted(group.members)) == (32, [0, 1, 2, 3])
     pictures, texts = buckets.sort([(64, 1), (64, 0), (48, 1), (80, 0)])
     assert (pictures.tiles, texts.tiles) == (1, 0)  # which do not mix
+
+
+def programs_of(found, limits):
+    return {(b.tokens, b.tiles, limits.padded(len(b.members))) for b in found}
+
+
+def test_where_programs_are_dear_few_lengths_are_made():
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(4.2, 0.8, 2000), 4, 1000).astype(int)
+    shapes = [(buckets.padded_length(int(n), 4096), 0) for n in lengths]
+    exact, few = (buckets.Limits(tokens=2048, program=cost) for cost in (1, 1 << 22))
+    many = programs_of(buckets.sort(shapes, exact), exact)
+    assert {tokens for tokens, _, _ in many} == {tokens for tokens, _ in shapes}
+    found = buckets.sort(shapes, few)
+    assert len(programs_of(found, few)) <= 10 < len(many)
+    assert sorted(row for bucket in found for row in bucket.members) == list(range(2000))
+    for bucket in found:
+        assert all(shapes[row][0] <= bucket.tokens for row in bucket.members)
+
+
+def test_a_length_gets_its_own_program_once_padding_has_cost_as_much():
+    limits = buckets.Limits(rows=1, tokens=2048, program=8 * 100)
+    sorter = buckets.Sorter(limits, longest=90)
+    made = [sorter.add((40, 0), row).tokens for row in range(6)]
+    assert made == [64] * 4 + [40] * 2  # 24 positions each, of 100
+    assert sorter.add((80, 0), 6).tokens == 90  # not 128, which the model does not read
+    assert sorter.add((56, 0), 7).tokens == 64 and sorter.add((300, 0), 8).tokens == 300
+    assert sorter.add((40, 1), 9).tokens == 64  # images have programs of their own
+    assert sorter.rest() == []
 
 
 class Recorder:

@@ -1,7 +1,9 @@
 """Sorts rows of any length into a few shapes, and prepares one group ahead of its reader."""
 
+import bisect
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +19,7 @@ LENGTHS = (
     *(320, 384, 448, 512, 640, 768, 896, 1024),
 )
 _STEP = 256  # of longer ones
+_AGAIN = 8  # a shape that was compiled before costs so many times less than a new one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +30,14 @@ class Limits:
       rows, tokens, tiles: at most so many rows, positions and tiles in one group, for each device
         that shares it.
       devices: that the rows of a group are spread over.
+      program: how many positions cost about as much as one more shape that must be compiled.
     """
 
     rows: int = 64
     tokens: int = 8192
     tiles: int = 64
     devices: int = 1
+    program: int = 8192
 
     def full(self, tokens: int, tiles: int) -> int:
         """Returns how many rows of one shape make a full group."""
@@ -43,11 +48,6 @@ class Limits:
     def padded(self, rows: int) -> int:
         """Returns how many rows a group is padded to: the same power of two on every device."""
         return self.devices << (-(-rows // self.devices) - 1).bit_length()
-
-    @property
-    def program(self) -> int:
-        """Is how many positions cost about as much as one more shape that must be compiled."""
-        return self.tokens * self.devices
 
 
 LIMITS = Limits()
@@ -73,37 +73,116 @@ def padded_length(length: int, limit: int) -> int:
     return min(fitting, limit)
 
 
-def sort(shapes: Sequence[tuple[int, int]], limits: Limits = LIMITS) -> list[Bucket]:
+class Sorter:
+    """Sorts rows of any length into groups of few shapes, one row after the other.
+
+    A full group has the shape of its rows, unless padding its rows to a longer shape is cheaper
+    than another program: until that has cost as much as a program does, it takes one that is known,
+    or the next power of two, which serves other lengths as well.
+
+    Args:
+      limits: of the groups.
+      longest: no row is padded to more positions; None: to as many as it takes.
+    """
+
+    def __init__(self, limits: Limits = LIMITS, longest: int | None = None):
+        self._limits, self._longest = limits, longest
+        self._waiting: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+        self._programs = Programs(limits.program)
+        self._padding: collections.Counter[tuple[int, int]] = collections.Counter()
+
+    def add(self, shape: tuple[int, int], member: int) -> Bucket | None:
+        """Takes a row of a shape (T, C); returns its group, if that is full now."""
+        self._waiting[shape].append(member)
+        full = len(self._waiting[shape]) == self._limits.full(*shape)
+        return self._leave(shape) if full else None
+
+    def largest(self) -> Bucket:
+        """Lets the largest group go, though it is not full."""
+        return self._leave(max(self._waiting, key=lambda shape: len(self._waiting[shape])))
+
+    def rest(self) -> list[Bucket]:
+        """Lets all go that are waiting, in few groups: short rows may go with longer ones."""
+        left, self._waiting = self._waiting, collections.defaultdict(list)
+        return gather(left, self._limits, self._programs)
+
+    def _leave(self, shape: tuple[int, int]) -> Bucket:
+        members = self._waiting.pop(shape)
+        rows = self._limits.padded(len(members))
+        tokens = self._tokens(shape, rows)
+        self._padding[shape] += (tokens - shape[0]) * rows
+        self._programs.add(tokens, shape[1], rows)
+        return Bucket(tokens, shape[1], tuple(members))
+
+    def _tokens(self, shape: tuple[int, int], rows: int) -> int:
+        """Returns the length that rows of a shape are padded to."""
+        tokens, tiles = shape
+        power = 1 << (tokens - 1).bit_length()
+        if self._longest is not None:
+            power = min(power, self._longest)
+        there = self._programs.fitting(tokens, tiles, rows)
+        longer = [] if there is None else [there]
+        if power >= tokens and self._limits.full(power, tiles) >= rows:
+            longer.append(power)
+        found = min(longer, default=tokens)
+        cost = self._padding[shape] + (found - tokens) * rows
+        return found if cost <= self._limits.program // _AGAIN else tokens
+
+
+class Programs:
+    """Knows which shapes (T, C, padded rows) there are programs for.
+
+    Attributes:
+      cost: of one more, in positions.
+    """
+
+    def __init__(self, cost: int, known: Iterable[tuple[int, int, int]] = ()):
+        self.cost = cost
+        self._lengths: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
+        for shape in known:
+            self.add(*shape)
+
+    def add(self, tokens: int, tiles: int, rows: int) -> None:
+        lengths = self._lengths[tiles, rows]
+        if tokens not in lengths:
+            bisect.insort(lengths, tokens)
+
+    def fitting(self, tokens: int, tiles: int, rows: int) -> int | None:
+        """Returns the least length of at least so many tokens that there is a program for."""
+        lengths = self._lengths[tiles, rows]
+        place = bisect.bisect_left(lengths, tokens)
+        return lengths[place] if place < len(lengths) else None
+
+    def best(self, tokens: int, tiles: int, rows: int) -> tuple[int, int]:
+        """Returns what a group costs at least, and its length then."""
+        own = tokens * rows + self.cost, tokens
+        there = self.fitting(tokens, tiles, rows)
+        return own if there is None else min(own, (there * rows, there))
+
+
+def sort(shapes: Sequence[tuple[int, int]], limits: Limits = LIMITS, **options) -> list[Bucket]:
     """Puts rows of equal shape together, then what is left of each shape; short ones first.
 
     Args:
       shapes: (T, C) of each row.
       limits: of the groups.
+      options: of `Sorter`.
     """
-    places = collections.defaultdict(list)
-    for place, shape in enumerate(shapes):
-        places[shape].append(place)
-    buckets, left = [], {}
-    for shape, members in places.items():
-        rows = limits.full(*shape)
-        whole = len(members) // rows * rows
-        for start in range(0, whole, rows):
-            buckets.append(Bucket(*shape, tuple(members[start : start + rows])))
-        left[shape] = members[whole:]
-    known = {(bucket.tokens, bucket.tiles, len(bucket.members)) for bucket in buckets}
-    buckets += gather(left, limits, known)
+    sorter = Sorter(limits, **options)
+    full = [sorter.add(shape, place) for place, shape in enumerate(shapes)]
+    buckets = [*filter(None, full), *sorter.rest()]
     return sorted(buckets, key=lambda bucket: (bucket.tokens, bucket.tiles))
 
 
 def gather(
-    left: dict[tuple[int, int], list[int]], limits: Limits, known: set[tuple[int, int, int]]
+    left: dict[tuple[int, int], list[int]], limits: Limits, programs: Programs
 ) -> list[Bucket]:
     """Puts rows that fill no group into few groups: short ones may go with longer ones.
 
     Args:
       left: the rows of each shape (T, C).
       limits: of the groups.
-      known: (T, C, padded rows) of the groups before, whose programs are there already.
+      programs: of the groups before.
     """
     buckets = []
     for tiles in sorted({tiles for _, tiles in left}):
@@ -114,28 +193,27 @@ def gather(
             for member in members
         ]
         stop = len(rows)
-        for start in reversed(_cuts([tokens for tokens, _ in rows], tiles, limits, known)):
+        for start in reversed(_cuts([tokens for tokens, _ in rows], tiles, limits, programs)):
             members = tuple(member for _, member in rows[start:stop])
-            buckets.append(Bucket(rows[stop - 1][0], tiles, members))
+            _, tokens = programs.best(rows[stop - 1][0], tiles, limits.padded(len(members)))
+            buckets.append(Bucket(tokens, tiles, members))
             stop = start
     return buckets
 
 
-def _cuts(
-    lengths: list[int], tiles: int, limits: Limits, known: set[tuple[int, int, int]]
-) -> list[int]:
+def _cuts(lengths: list[int], tiles: int, limits: Limits, programs: Programs) -> list[int]:
     """Returns where groups begin that cost least, of rows that are sorted by length.
 
     A group costs its positions, padding included, and what its program costs unless it is known.
     """
+    cost_of = functools.cache(lambda tokens, rows: programs.best(tokens, tiles, rows)[0])
     # Of the first i rows: the least cost, and where the last of their groups begins.
     best, begins = [0], [0]
     for stop, tokens in enumerate(lengths, 1):
-        costs = []
-        for start in range(max(0, stop - limits.full(tokens, tiles)), stop):
-            rows = limits.padded(stop - start)
-            program = 0 if (tokens, tiles, rows) in known else limits.program
-            costs.append((best[start] + tokens * rows + program, start))
+        costs = [
+            (best[start] + cost_of(tokens, limits.padded(stop - start)), start)
+            for start in range(max(0, stop - limits.full(tokens, tiles)), stop)
+        ]
         cost, start = min(costs)
         best.append(cost)
         begins.append(start)

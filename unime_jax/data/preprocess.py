@@ -352,7 +352,8 @@ class Preprocessor:
                 list(zip(found, pictures, strict=True)), tokens=bucket.tokens, tiles=bucket.tiles
             )
 
-        return buckets.Groups(buckets.sort(shapes, self.limits), prepare, pack, tokens=real)
+        sorted_rows = buckets.sort(shapes, self.limits, longest=self.longest)
+        return buckets.Groups(sorted_rows, prepare, pack, tokens=real)
 
     def shape_of(self, row: Row, layout: Layout | None) -> tuple[int, int]:
         """Returns T and C of the group that a row belongs in.
@@ -362,9 +363,13 @@ class Preprocessor:
         """
         length = row.length(0 if layout is None else layout.positions)
         self.check_length(length)
-        limit = self.max_tokens if self._window is None else min(self._window, self.max_tokens)
         tiles = 0 if layout is None else self.transform.bucket(layout.tiles)
-        return buckets.padded_length(length, limit), tiles
+        return buckets.padded_length(length, self.longest), tiles
+
+    @property
+    def longest(self) -> int:
+        """Is the most positions of a row, padding included."""
+        return self.max_tokens if self._window is None else min(self._window, self.max_tokens)
 
     def check_length(self, length: int) -> None:
         """Refuses a row that attends to fewer positions than it has; the others are cut before.

@@ -1,6 +1,5 @@
 """Groups of rows that come one after the other, without end and with faults among them."""
 
-import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -88,29 +87,19 @@ class Stream:
 
     def _buckets(self, pool: ThreadPoolExecutor) -> Iterator[buckets.Bucket]:
         """Yields full buckets as they come, the others where there is no room, and at the end."""
-        limits = self._model.limits
-        shapes: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-        known: set[tuple[int, int, int]] = set()
-        count = size = 0  # of the rows in `shapes`, and the bytes that they hold
-
-        def leave(shape: tuple[int, int]) -> buckets.Bucket:
-            nonlocal count, size
-            members = shapes.pop(shape)
-            count -= len(members)
-            size -= sum(_held(self._waiting[member].item) for member in members)
-            known.add((*shape, limits.padded(len(members))))
-            return buckets.Bucket(*shape, tuple(members))
-
+        sorter = buckets.Sorter(self._model.limits, self._model.longest)
+        count = size = 0  # of the rows that wait, and the bytes that they hold
         for number, found in enumerate(self._measured(pool)):
-            shape = self._model.shape_of(found.row, found.layout)
             self._waiting[number] = found
-            shapes[shape].append(number)
             count, size = count + 1, size + _held(found.item)
-            if len(shapes[shape]) == limits.full(*shape):
-                yield leave(shape)
-            while count > WAITING_ROWS or size > WAITING_BYTES:
-                yield leave(max(shapes, key=lambda shape: len(shapes[shape])))
-        yield from buckets.gather(shapes, limits, known)
+            bucket = sorter.add(self._model.shape_of(found.row, found.layout), number)
+            while bucket or count > WAITING_ROWS or size > WAITING_BYTES:
+                bucket = bucket or sorter.largest()
+                count -= len(bucket.members)
+                size -= sum(_held(self._waiting[member].item) for member in bucket.members)
+                yield bucket
+                bucket = None
+        yield from sorter.rest()
 
     def _measured(self, pool: ThreadPoolExecutor) -> Iterator[_Waiting]:
         """Tokenises the items and reads their images' sizes, a few items at a time."""

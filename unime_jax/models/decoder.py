@@ -22,6 +22,7 @@ from unime_jax.models.layers import (
     attention,
     fold,
     last_token,
+    layer_of,
     placed_rows,
     placed_weights,
     rope,
@@ -297,7 +298,8 @@ class Decoder(nnx.Module):
         if not self.config.narrow_last_layer:
             return last_token(self(embeds, lengths, key=key), lengths)
         graphdef, state = nnx.split(self.model.layers)
-        final = placed_weights(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], state)))
+        last = jax.tree.map(lambda leaf: layer_of(leaf, -1), state)
+        final = placed_weights(nnx.merge(graphdef, last))
         x = self._layers(embeds, lengths, fold(key, 0), self.config.num_hidden_layers - 1)
         x = final(x, self._tables(embeds, lengths), lengths, fold(key, 1), last=True)
         return self.model.norm(placed_rows(x))[:, 0]

@@ -74,14 +74,18 @@ class Linear(nnx.Module):
         if self.kernel is None:
             y = quant.matmul(x, self.kernel_codes[...], self.kernel_scales[...])
         else:
-            y = products.matmul(x, self.kernel[...], self.matmul)
+            y = self._product(x, self.kernel)
         y = self._shifted(y)
         if self.lora_A is None:
             return y
         if drops:
             x = dropout(x, key, self.lora_dropout)
-        low = products.matmul(x, self.lora_A[...], self.matmul)
-        return y + products.matmul(low, self.lora_B[...], self.matmul) * self.lora_scale
+        low = self._product(x, self.lora_A)
+        return y + self._product(low, self.lora_B) * self.lora_scale
+
+    def _product(self, x: Array, weight: nnx.Param) -> Array:
+        # How gradients are written costs as much to trace as the product itself.
+        return products.matmul(x, weight[...], "plain" if _read_only() else self.matmul)
 
     def _merged(self, x: Array) -> Array | None:
         """Applies the sum of weight and adapter, where that is faster."""
@@ -273,13 +277,14 @@ class Placement:
 
     Attributes:
       rows: places an array of rows.
-      weights: (path, array) -> the array as a layer uses it.
+      weights: (path, array) -> the array as a layer uses it; None leaves all as they are.
       kernel: wraps (q, k, v, ...) -> rows that the compiler cannot divide over devices.
-      read_only: weights have no gradients: some layers of a stack are run without a copy of them.
+      read_only: weights have no gradients: some layers of a stack are run without a copy of them,
+        and nothing is traced that only gradients need.
     """
 
     rows: Callable[[Array], Array] = lambda x: x
-    weights: Callable[[str, Array], Array] = lambda path, x: x
+    weights: Callable[[str, Array], Array] | None = None
     kernel: Callable[[Callable[..., Array]], Callable[..., Array]] = lambda run: run
     read_only: bool = False
 
@@ -299,6 +304,12 @@ def placed(placement: Placement | None):
         _PLACEMENT.reset(token)
 
 
+def _read_only() -> bool:
+    """Says whether there will be no gradients of weights."""
+    placement = _PLACEMENT.get()
+    return placement is not None and placement.read_only
+
+
 def placed_rows(x: Array) -> Array:
     """Places an array of rows where the step wants it."""
     placement = _PLACEMENT.get()
@@ -308,12 +319,19 @@ def placed_rows(x: Array) -> Array:
 def placed_weights(layer: nnx.Module) -> nnx.Module:
     """Places the weights of a layer where the step wants them while it runs."""
     placement = _PLACEMENT.get()
-    if placement is None:
+    if placement is None or placement.weights is None:
         return layer
     flat = flatten(nnx.to_pure_dict(nnx.state(layer)))
     flat = {path: placement.weights(path, leaf) for path, leaf in flat.items()}
     nnx.update(layer, unflatten(flat))
     return layer
+
+
+def layer_of(leaf: Float[Array, "L *shape"], number: int | Array) -> Float[Array, "*shape"]:
+    """Returns a parameter of one layer; quicker to trace than an index in brackets."""
+    if isinstance(number, int):
+        return jax.lax.index_in_dim(leaf, number, keepdims=False)
+    return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False, allow_negative_indices=False)
 
 
 def _all_but_placed(primitive, *_, **params) -> bool:
@@ -354,12 +372,12 @@ def scan_layers(
     graphdef, stacked = nnx.split(layers)
     numbers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0] if count is None else count)
     keys = None if key is None else jax.vmap(lambda n: fold(key, n))(numbers)
-    by_number = count is not None and (_PLACEMENT.get() or Placement()).read_only
+    by_number = count is not None and _read_only()
     states = stacked if count is None else jax.tree.map(lambda leaf: leaf[:count], stacked)
 
     def body(x, layer):
         state, key = layer
-        state = jax.tree.map(lambda leaf: leaf[state], stacked) if by_number else state
+        state = jax.tree.map(lambda leaf: layer_of(leaf, state), stacked) if by_number else state
         layer = placed_weights(nnx.merge(graphdef, state))
         return placed_rows(apply(layer, placed_rows(x), key)), None
 
@@ -367,6 +385,6 @@ def scan_layers(
         raise UserError(f"remat {remat!r} is unknown; use one of {', '.join(REMATS)}")
     if remat != "none":
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
-    elif _PLACEMENT.get() is not None:
+    elif _PLACEMENT.get() is not None and not _read_only():
         body = jax.checkpoint(body, policy=_all_but_placed, prevent_cse=False)
     return jax.lax.scan(body, x, (numbers if by_number else states, keys))[0]
