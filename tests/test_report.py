@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -153,6 +155,16 @@ def test_a_fresh_run_starts_anew(tmp_path):
     assert [line["loss"] for line in report.read_metrics(tmp_path)] == [2.0, 2.0]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
     assert report.read_metrics(tmp_path / "nothing") == []
+
+
+def test_tensorboard_needs_no_torch(tmp_path):
+    """Where torch is installed, tensorboardX would take it; in a process that has none so far."""
+    code = (
+        "import sys; from unime_jax import report; report.MetricsWriter(sys.argv[1]).close(); "
+        "assert 'torch' not in sys.modules; import torch"
+    )
+    pytest.importorskip("torch")
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

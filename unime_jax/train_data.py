@@ -314,10 +314,10 @@ def _open_texts(
     """Returns the sources of a run on texts, all their texts, and a note on what was left out."""
     path = settings["data"]["path"]
     if not nli.is_nli(path):
-        texts = sources.sentences(path, faults)
         if pathlib.Path(path).suffix == ".jsonl":
+            texts = sources.sentences(path, faults)
             return [sources.Texts(texts)], texts, ""
-        return couples.read(path), texts, ""
+        return *couples.read(path), ""
     if settings["stage"] == "align":
         raise UserError(f"config.data.path={path}: alignment needs pairs of image and text")
     if settings["stage"] == "contrast" and settings["loss"]["k"]:

@@ -25,7 +25,8 @@ def test_relatives_are_one_row_and_the_rest_is_coupled_in_order(monkeypatch, tmp
         return [{"text": t, "kind": k, "synset": ""} for t, k in CAPTIONS]
 
     monkeypatch.setattr(sources, "split_sentences", split)
-    meanings, definitions, captions = couples.read(tmp_path)
+    (meanings, definitions, captions), texts = couples.read(tmp_path)
+    assert texts == sources.sentences(tmp_path)  # in the order of the teacher's vectors
     assert rows_of(meanings) == [
         ("a small cat", "her kitten slept"),
         ("to run fast", "he ran home"),
@@ -41,7 +42,7 @@ def test_relatives_are_one_row_and_the_rest_is_coupled_in_order(monkeypatch, tmp
 
 
 def test_real_data_every_text_of_stage_1_is_in_a_row(assets):
-    found = couples.read(assets / "data")
+    found, _ = couples.read(assets / "data")
     texts = {text for source in found for row in rows_of(source) for text in row}
     assert texts == set(sources.sentences(assets / "data"))
     assert len(found[0]) > 3000

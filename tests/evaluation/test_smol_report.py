@@ -342,9 +342,16 @@ def test_heldout_sentences_measure_agreement_and_definitions(monkeypatch):
     teacher, other = (smol.unit(x) for x in rng.normal(size=(2, 6, 4)).astype(np.float32))
     other[[0, 3]] = other[[2, 5]]  # definitions stand where their examples do
     fake = types.SimpleNamespace(embed=lambda texts, instruction=None: teacher)
-    monkeypatch.setattr(evaluation.embedder, "load", lambda path, dtype: fake)
     monkeypatch.setattr(sources, "split_sentences", lambda path, name: rows)
+    with pytest.raises(UserError, match="teacher: no such directory"):
+        evaluation.read_heldout("data", teacher="teacher")  # before a step is taken
+    monkeypatch.setattr(evaluation.weights, "find", lambda path: path)
+    loaded = []
+    monkeypatch.setattr(
+        evaluation.embedder, "load_weights", lambda found, dtype: loaded.append(found) or fake
+    )
     heldout = evaluation.read_heldout("data", teacher="teacher")
+    assert not loaded and (heldout.teacher == heldout.teacher).all() and loaded == ["teacher"]
     assert heldout.texts == [row["text"] for row in rows]
     assert heldout.couples.tolist() == [[0, 2], [3, 5]]
     monkeypatch.setattr(evaluation.metrics, "recall_at_k", _recall_at_1)

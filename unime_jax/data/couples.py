@@ -22,24 +22,25 @@ class Couples:
         return Example(query_text=query, target_text=target, target_id=target, set=self.name)
 
 
-def read(path: str | os.PathLike) -> list[Couples]:
-    """Reads the texts of stage 1 from a directory written by `prepare`, two a row.
+def read(path: str | os.PathLike) -> tuple[list[Couples], list[str]]:
+    """Reads stage 1's rows from a directory written by `prepare`, and every text once.
 
     A meaning's definition and its example sentence are one row, so that they meet in a batch, as
     the sentences of an NLI row do: a text without any relative there teaches little (recall@10 of a
     definition's example .58 after 50 steps, .46 drawn one by one). The other definitions and the
     captions are coupled in their (random) order.
     """
+    sentences, captions = sources.stage1_rows(path)
     by_meaning: dict[str, list[str]] = {}
-    for row in sources.split_sentences(path, "train"):
+    for row in sentences:
         by_meaning.setdefault(row["synset"], []).append(row["text"])
-    meanings = [tuple(texts[:2]) for texts in by_meaning.values() if len(texts) > 1]
-    alone = [texts[0] for texts in by_meaning.values() if len(texts) == 1]
-    captions = [
-        r["text"] for r in sources.split_sentences(path, "captions") if r["kind"] == "caption"
-    ]
-    found = {"meanings": meanings, "definitions": _by_two(alone), "captions": _by_two(captions)}
-    return [Couples(rows, name) for name, rows in found.items() if rows]
+    found = {
+        "meanings": [tuple(texts[:2]) for texts in by_meaning.values() if len(texts) > 1],
+        "definitions": _by_two([texts[0] for texts in by_meaning.values() if len(texts) == 1]),
+        "captions": _by_two([row["text"] for row in captions]),
+    }
+    rows = [Couples(rows, name) for name, rows in found.items() if rows]
+    return rows, sources.distinct_texts(sentences, captions)
 
 
 def _by_two(texts: list[str]) -> list[tuple[str, str]]:

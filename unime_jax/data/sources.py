@@ -377,6 +377,15 @@ def sentences(path: str | os.PathLike, faults: list[str] | None = None) -> Seque
         return nli.read(path, faults).sentences
     if path.suffix == ".jsonl":
         return list(dict.fromkeys(row["text"] for row in read_jsonl(path, faults)))
-    found = [row["text"] for row in split_sentences(path, "train")]
-    found += [row["text"] for row in split_sentences(path, "captions") if row["kind"] == "caption"]
-    return list(dict.fromkeys(found))
+    return distinct_texts(*stage1_rows(path))
+
+
+def stage1_rows(path: str | os.PathLike) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Reads WordNet's sentences and the training captions of a directory written by `prepare`."""
+    captions = split_sentences(path, "captions")
+    return split_sentences(path, "train"), [row for row in captions if row["kind"] == "caption"]
+
+
+def distinct_texts(*parts: Sequence[dict[str, str]]) -> list[str]:
+    """Returns every text of some rows once, in their order."""
+    return list(dict.fromkeys(row["text"] for part in parts for row in part))

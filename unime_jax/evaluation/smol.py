@@ -1,12 +1,13 @@
 """Embeds what the small benchmarks ask for: with every model, the teacher and the baselines."""
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unime_jax import embedder, metrics, report, train_data
+from unime_jax import embedder, metrics, report, train_data, weights
 from unime_jax.benchmarks import smol
 from unime_jax.data import sources
 from unime_jax.types import UserError, flatten
@@ -121,17 +122,22 @@ class HeldOut:
 
     Attributes:
       texts: the sentences.
-      teacher: f32[N, E], the teacher's vectors of them.
       couples: int[n, 2], places of a definition and of its example.
+      embed: returns f32[N, E], the teacher's vectors of the sentences.
     """
 
     texts: list[str]
-    teacher: np.ndarray
     couples: np.ndarray
+    embed: Callable[[], np.ndarray]
+
+    @functools.cached_property
+    def teacher(self) -> np.ndarray:
+        """The teacher's vectors, f32[N, E], made when they are first asked for."""
+        return self.embed()
 
 
 def read_heldout(path, *, teacher: str, instruction: str | None = None) -> HeldOut:
-    """Reads the held-out sentences of prepared data and embeds them with the teacher."""
+    """Reads the held-out sentences of prepared data, and opens the teacher that will embed them."""
     rows = sources.split_sentences(path, "heldout")
     by_meaning: dict[str, dict[str, int]] = {}
     for place, row in enumerate(rows):
@@ -140,8 +146,13 @@ def read_heldout(path, *, teacher: str, instruction: str | None = None) -> HeldO
     whole = [found for found in by_meaning.values() if len(found) == 2]
     couples = np.array([[w["gloss"], w["example"]] for w in whole], int).reshape(-1, 2)
     texts = [row["text"] for row in rows]
-    vectors = embedder.load(teacher, dtype="float32").embed(texts=texts, instruction=instruction)
-    return HeldOut(texts, vectors, couples)
+    found = weights.find(teacher)
+
+    def embed() -> np.ndarray:
+        model = embedder.load_weights(found, dtype="float32")
+        return model.embed(texts=texts, instruction=instruction)
+
+    return HeldOut(texts, couples, embed)
 
 
 def validation_sentences(model, heldout: HeldOut) -> dict[str, float]:
