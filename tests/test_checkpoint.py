@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import shutil
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -302,26 +301,6 @@ def test_the_newest_and_the_best_are_kept(mode, best, tmp_path):
         np.testing.assert_array_equal(checkpoint.read_trainable(path)["a"], [int(step)] * 3)
     with pytest.raises(UserError, match="checkpoints/4: no such checkpoint; there are "):
         checkpoint.read_trainable(tmp_path / "checkpoints" / "4")
-
-
-def test_saves_do_not_wait_for_checksums(tmp_path, monkeypatch):
-    """They are made by the writer's thread, before the checkpoint gets its name."""
-    begun, go_on = threading.Event(), threading.Event()
-    write = integrity.write_manifest
-
-    def slow(directory, **notes):
-        begun.set()
-        assert go_on.wait(60)
-        write(directory, **notes)
-
-    monkeypatch.setattr(integrity, "write_manifest", slow)
-    saves = checkpoint.Checkpoints(tmp_path, config={}, every_steps=1)
-    saves.save(steps.TrainState(jnp.int32(1), {"a": jnp.ones(3)}, {}))
-    assert begun.wait(60)
-    assert not (tmp_path / "checkpoints" / "1").exists()
-    go_on.set()
-    saves.close()
-    assert checkpoint.read_trainable(tmp_path)["a"].tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])

@@ -9,10 +9,13 @@ from unime_jax.checkpoint.model_directory import (
 )
 from unime_jax.checkpoint.run_directory import (
     RUN_FILE,
+    Hashes,
     check_continues,
     check_data,
+    check_files,
     has_begun,
     is_run,
+    keep,
     locate,
     lock,
     open_run,
@@ -23,11 +26,14 @@ from unime_jax.checkpoint.runs import Checkpoints, newest, read_state, read_trai
 __all__ = [
     "RUN_FILE",
     "Checkpoints",
+    "Hashes",
     "check_continues",
     "check_data",
+    "check_files",
     "has_begun",
     "is_model",
     "is_run",
+    "keep",
     "locate",
     "lock",
     "newest",

@@ -15,6 +15,9 @@ from typing import Any
 from unime_jax.types import UserError
 
 MANIFEST = "manifest.json"
+# Chunks are compressed, written and read one by one: each device of a mesh reads little besides its
+# own part.
+CHUNK_BYTES = 64 * 2**20
 
 
 def write_manifest(directory: pathlib.Path, **notes: Any) -> None:
@@ -30,7 +33,6 @@ def write_manifest(directory: pathlib.Path, **notes: Any) -> None:
             files[name] = [path.stat().st_size, _digest(path)]
         to_disk(path)
     write_json(directory / MANIFEST, {**notes, "files": files})
-    to_disk(directory)
 
 
 def to_disk(path: pathlib.Path) -> None:

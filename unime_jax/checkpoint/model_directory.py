@@ -16,15 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from unime_jax.checkpoint.integrity import orbax
+from unime_jax.checkpoint.integrity import CHUNK_BYTES, orbax
 from unime_jax.types import Params, UserError, flatten, unflatten
 
 MODEL_FILE = "model.json"
 MODEL_FORMAT = 1
-# Chunks are compressed, written and read one by one: each device of a mesh reads little besides its
-# own part, and a write needs .1 GB above the arrays. (One file for all, Orbax's other way, holds
-# everything compressed in memory before it writes: .6 GB for .5 GB of arrays.)
-CHUNK_BYTES = 64 * 2**20
 
 
 def is_model(path: str | os.PathLike) -> bool:
@@ -44,6 +40,8 @@ def write_model(
     """
     ocp, path = orbax(), pathlib.Path(path).absolute()
     trees = {"params": params, "unused": unused}
+    # A file a chunk: .1 GB above the arrays. One file for all, Orbax's other way, holds everything
+    # compressed in memory before it writes: .6 GB for .5 GB of arrays.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as writer:
         for name, tree in trees.items():
             if tree:

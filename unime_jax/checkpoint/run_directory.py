@@ -2,9 +2,11 @@
 
 run.json          the resolved configuration
 data.json         rows of every data set and a digest of them
+files.json        hashes of the other files that the run reads: its base, its teacher's vectors
 run.lock          held by the process that trains there
 checkpoints/N/    see `runs`
 damaged/          checkpoints that were found damaged, moved here
+kept/N            which other runs need checkpoint N: it is never removed
 metrics.jsonl     one line a logged step
 """
 
@@ -17,15 +19,15 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from unime_jax import runtime
 from unime_jax.checkpoint import integrity
 from unime_jax.types import UserError
 
-RUN_FILE, DATA_FILE, LOCK_FILE = "run.json", "data.json", "run.lock"
-CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
+RUN_FILE, DATA_FILE, FILES_FILE, LOCK_FILE = "run.json", "data.json", "files.json", "run.lock"
+CHECKPOINTS, DAMAGED, KEPT = "checkpoints", "damaged", "kept"
 # Keys that may change between a run and its continuation without changing what is computed.
 FREE_KEYS = (
     "checkpoint.",
@@ -52,6 +54,25 @@ def locate(path: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
     return path, None
+
+
+def keep(checkpoint: str | os.PathLike, output: str | os.PathLike) -> bool:
+    """Has a run keep a checkpoint for another one that is built on it; says whether it will.
+
+    Args:
+      checkpoint: RUN/checkpoints/STEP.
+      output: the other run.
+    """
+    run, step = locate(checkpoint)
+    line = f"{pathlib.Path(output).absolute()}\n"
+    with contextlib.suppress(OSError):
+        (run / KEPT).mkdir(exist_ok=True)
+        with open(run / KEPT / str(step), "a+", encoding="utf-8") as file:
+            file.seek(0)
+            if line not in file.readlines():
+                file.write(line)
+        return pathlib.Path(checkpoint).is_dir()  # not removed meanwhile
+    return False
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -159,6 +180,54 @@ def _check_data(path: pathlib.Path, found: dict[str, dict[str, Any]]) -> None:
             f"config.data.path: not the rows that {path} was trained on so far ({differing}); put "
             "them back or choose another config.output"
         )
+
+
+Hashes = dict[str, dict[str, str]]  # of files, by key of the configuration and name
+
+
+def check_files(path: str | os.PathLike, find: Callable[[], Hashes], *, keep: bool = True) -> None:
+    """Keeps which files a run reads, or checks that they are those that it began with.
+
+    Runs that were begun by a version that kept none keep those of now.
+
+    Args:
+      path: the run directory.
+      find: process 0 calls it, for up to an hour.
+      keep: False to check alone.
+
+    Raises:
+      UserError: they differ; all that do are named.
+    """
+    runtime.by_main(lambda: _check_files(pathlib.Path(path), find, keep), wait=3_600_000)
+
+
+def _check_files(path: pathlib.Path, find: Callable[[], Hashes], keep: bool) -> str:
+    file = path / FILES_FILE
+    there = _read(file) if file.is_file() and has_begun(path) else None
+    if there is None and keep:
+        with _writable(path):
+            integrity.write_json(file, find())
+    if there is None:
+        return ""
+    found = find()
+    if not all(isinstance(names, dict) for names in there.values()):
+        raise UserError(f"{file}: is the file damaged? remove it")
+    differing = [
+        f"{key}: {', '.join(names)}"
+        for key in sorted(there.keys() & found.keys())
+        if (names := _other_names(there[key], found[key]))
+    ]
+    if differing:
+        raise UserError(
+            f"not the files that {path} was trained with so far ({'; '.join(differing)}); put them "
+            "back or choose another config.output"
+        )
+    return ""
+
+
+def _other_names(one: dict[str, str], other: dict[str, str]) -> list[str]:
+    """Names what is gone, new or another one."""
+    return [name for name in sorted(one | other) if one.get(name) != other.get(name)]
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any], when: tuple[str, str]) -> str:

@@ -20,6 +20,7 @@ import pathlib
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -36,6 +37,8 @@ from unime_jax.types import UserError
 _LEFT = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
 # Process 0 makes the checksums, of a large checkpoint within an hour.
 _agree = functools.partial(runtime.by_main, wait=3_600_000)
+
+_BEGINS = threading.Lock()  # Orbax counts saves for a process, not for a writer
 
 
 class Checkpoints:
@@ -70,6 +73,7 @@ class Checkpoints:
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._saved_at = time.monotonic()
         self._notes: dict[str, Any] = {}  # of the manifest that is written next
+        self._copied: Any = None  # the state that is written next
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: concurrent.futures.Future | None = None
         if runtime.is_main():
@@ -156,17 +160,26 @@ class Checkpoints:
         if score is not None and not math.isfinite(score):
             print(f"step {step}: the score is {score}; its checkpoint is not one of the best")
             score = None
-        ocp = integrity.orbax()
-        # A copy: the step donates the state while the writer still reads it.
-        trainable, rest = map(ocp.args.StandardSave, _split(jax.tree.map(jnp.copy, state)))
-        config = ocp.args.JsonSave(self._config)
+        self._copied = _copy(state)  # the step donates the state while the writer still reads it
         self._notes = {"step": step, "score": score}
-        with self._explained(step):
-            args = ocp.args.Composite(trainable=trainable, rest=rest, config=config)
-            self._writer.save(self._directory / str(step), args=args)
-        self._pending = self._pool.submit(self._finish)
+        alone = jax.process_count() == 1
+        if not alone:  # Orbax's barriers: in the order in which all processes come to theirs
+            with self._explained(step):
+                self._write(step)
+        self._pending = self._pool.submit(self._finish, step if alone else None)
         self._latest, self._saved_at = step, time.monotonic()
         return True
+
+    def _write(self, step: int) -> None:
+        """Hands the copied state over to Orbax's threads."""
+        ocp = integrity.orbax()
+        state, self._copied = self._copied, None
+        state = jax.tree.map(_off_devices, state)  # which have their memory back now
+        trainable, rest = map(_save_args, _split(state))
+        config = ocp.args.JsonSave(self._config)
+        args = ocp.args.Composite(trainable=trainable, rest=rest, config=config)
+        with _BEGINS:
+            self._writer.save(self._directory / str(step), args=args)
 
     def _seal(self) -> None:
         """Writes the manifest, before the directory gets its name; process 0, in Orbax's thread."""
@@ -175,10 +188,17 @@ class Checkpoints:
 
     def _parts(self, step: int) -> list[pathlib.Path]:
         """Lists what there is of a save that is not done."""
-        return list(self._directory.glob(f"{step}.orbax-checkpoint-tmp*"))
+        start = f"{step}.orbax-checkpoint-tmp"  # no glob: Python keeps each pattern
+        return [path for path in self._directory.iterdir() if path.name.startswith(start)]
 
-    def _finish(self) -> None:
-        """Waits for the save and removes what is no longer kept; in a thread of its own."""
+    def _finish(self, unwritten: int | None) -> None:
+        """Waits for the save and removes what is no longer kept; in a thread of its own.
+
+        Args:
+          unwritten: the step that is to be written first, if any.
+        """
+        if unwritten is not None:
+            self._write(unwritten)
         self._writer.wait_until_finished()
         if not runtime.is_main():
             return
@@ -186,7 +206,8 @@ class Checkpoints:
         scores = integrity.scores(self._directory) if self._keep_best else {}
         best = sorted(scores, key=lambda step: (scores[step] * self._sign, step), reverse=True)
         newest = sorted(integrity.steps(self._directory), reverse=True)
-        for step in {*newest} - {*newest[: self._keep], *best[: self._keep_best]}:
+        needed = integrity.steps(self._run / run_directory.KEPT)  # by other runs
+        for step in {*newest} - {*newest[: self._keep], *best[: self._keep_best], *needed}:
             doomed = self._directory / f"{step}.removed"  # never half a checkpoint under its name
             os.replace(self._directory / str(step), doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -337,11 +358,36 @@ def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def _handler():
     ocp = integrity.orbax()
+    # A file a chunk, not OCDBT: see `_off_devices`. Either is read.
     return ocp.CompositeCheckpointHandler(
-        trainable=ocp.StandardCheckpointHandler(),
-        rest=ocp.StandardCheckpointHandler(),
+        trainable=ocp.StandardCheckpointHandler(use_ocdbt=False),
+        rest=ocp.StandardCheckpointHandler(use_ocdbt=False),
         config=ocp.JsonCheckpointHandler(),
     )
+
+
+@jax.jit
+def _copy(state):
+    """Copies a state, in one call: one a leaf takes milliseconds."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def _off_devices(array: jax.Array) -> jax.Array | np.ndarray:
+    """Returns an array on the host, if this process can see all of it.
+
+    Of arrays on devices Orbax writes each part where it is, but reads TensorStore's metrics as
+    well, for which it has no switch. What TensorStore says in JSON is never freed (0.1.86): these
+    metrics are 50 KB a save, the descriptions that Orbax needs for its OCDBT format .3 KB an array.
+    """
+    seen = array.is_fully_addressable or array.is_fully_replicated
+    return np.asarray(array) if seen else array
+
+
+def _save_args(tree: dict[str, Any]):
+    """Chunks are what a device of another mesh reads, besides its own part."""
+    ocp = integrity.orbax()
+    how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=integrity.CHUNK_BYTES), tree)
+    return ocp.args.StandardSave(tree, save_args=how)
 
 
 def _split(state) -> tuple[dict, dict]:
