@@ -44,9 +44,19 @@ def start(
     return started
 
 
-def finish(started, codes=None) -> list[str]:
+def finish(started, codes=None, *, seconds: float = 900) -> list[str]:
     """Waits for the processes; returns what each said, once they ended with the given codes."""
-    said = [process.communicate(timeout=900)[0] for process in started]
+    said, late = [], False
+    for process in started:
+        try:
+            said.append(process.communicate(timeout=seconds)[0])
+        except subprocess.TimeoutExpired:
+            late = True
+            for other in started:
+                other.kill()
+            said.append(process.communicate()[0])
+    text = "\n---\n".join(said)
+    assert not late, f"still running after {seconds} s:\n{text}"
     found = [process.returncode for process in started]
-    assert found == (codes or [0] * len(started)), "\n---\n".join(said)
+    assert found == (codes or [0] * len(started)), text
     return said

@@ -143,16 +143,50 @@ os._exit(0)
 """
 
 
-def test_no_message_is_lost_where_old_ones_are_removed():
+def start_two(program, *arguments):
     place = f"127.0.0.1:{processes.free_port()}"
-    started = [
+    return [
         subprocess.Popen(
-            [sys.executable, "-c", TALK, place, str(number)], cwd=processes.ROOT,
+            [sys.executable, "-c", program, place, str(number), *arguments], cwd=processes.ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for number in range(2)
     ]  # fmt: skip
-    processes.finish(started)
+
+
+def test_no_message_is_lost_where_old_ones_are_removed():
+    processes.finish(start_two(TALK), seconds=120)
+
+
+FAIL = """
+import sys, time, types
+import jax
+from unime_jax import loop, runtime
+from unime_jax.types import UserError
+
+def main(argv):
+    jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+    runtime._PLACE = (jax.process_index(), 2)
+    run = loop.Loop.__new__(loop.Loop)
+
+    def close():
+        time.sleep(3 * jax.process_index())
+        print("saved", flush=True)
+
+    run._saves = types.SimpleNamespace(close=close)
+    run._close_all()
+    raise UserError("all rows are bad")
+
+runtime.run_entry(main)
+"""
+
+
+@pytest.mark.slow
+def test_an_error_that_all_raise_waits_for_the_save_of_each():
+    """The end of the first process ends the others, whatever they are at."""
+    said = processes.finish(start_two(FAIL), [2, 2], seconds=120)
+    for number, text in enumerate(said):
+        assert "saved" in text and f"(process {number} of 2): all rows are bad" in text, said
 
 
 def test_what_process_0_meets_all_raise(monkeypatch):

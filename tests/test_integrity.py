@@ -1,0 +1,89 @@
+"""What is on the disk for good, in which order: a power cut leaves a whole checkpoint."""
+
+import errno
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from unime_jax import checkpoint, steps
+from unime_jax.checkpoint import integrity
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Lists what was synced and renamed, as (what, path, content or source)."""
+    found, sync, rename, replace = [], os.fsync, os.rename, os.replace
+
+    def synced(file):
+        path = pathlib.Path(os.readlink(f"/proc/self/fd/{file}"))
+        sync(file)
+        found.append(("sync", path, path.read_bytes() if path.is_file() else None))
+
+    def renaming(do):
+        def run(source, target, **options):
+            do(source, target, **options)
+            found.append(("name", pathlib.Path(target), pathlib.Path(source)))
+
+        return run
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renaming(rename))
+    monkeypatch.setattr(os, "replace", renaming(replace))
+    return found
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(events, tmp_path):
+    saves = checkpoint.Checkpoints(tmp_path, config={}, keep=1)
+    values = {"a": jnp.asarray(np.random.default_rng(0).standard_normal(5000, np.float32))}
+    for step in (1, 2):
+        saves.save(steps.TrainState(jnp.int32(step), values, {}), force=True)
+    saves.close()
+    place = tmp_path / "checkpoints"
+    named = {path: at for at, (what, path, _) in enumerate(events) if what == "name"}
+    for step in (1, 2):
+        at = named[place / str(step)]
+        part = events[at][2]
+        content = {path: what for kind, path, what in events[:at] if kind == "sync"}
+        folder = place / ("1.removed" if step == 1 else "2")
+        if step == 2:
+            files = integrity.read_manifest(folder)["files"]
+            assert len(files) > 6
+            for name in files:
+                assert content[part / name] == (folder / name).read_bytes(), name
+                assert (part / name).parent in content, "its name"
+        # The manifest, then the directory that holds its name.
+        manifest = [
+            at for at, (_, path, _) in enumerate(events) if path == part / "manifest.json.part"
+        ]
+        renamed = named[part / "manifest.json"]
+        folders = [at for at, event in enumerate(events) if event[:2] == ("sync", part)]
+        assert manifest[0] < renamed < folders[-1] < at
+    # The new one's name, before the older one goes.
+    kept = [at for at, event in enumerate(events) if event[:2] == ("sync", place)]
+    assert any(named[place / "2"] < at < named[place / "1.removed"] for at in kept)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(events, tmp_path):
+    integrity.write_json(tmp_path / "x.json", {"a": 1})
+    assert [(what, path.name) for what, path, _ in events] == [
+        ("sync", "x.json.part"),
+        ("name", "x.json"),
+        ("sync", tmp_path.name),
+    ]
+    assert events[0][2] == (tmp_path / "x.json").read_bytes()
+
+
+@pytest.mark.parametrize("number, raises", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_directories_that_cannot_be_synced_are_not_missed(number, raises, tmp_path, monkeypatch):
+    def fail(file):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if raises:
+        with pytest.raises(OSError):
+            integrity.to_disk(tmp_path)
+    else:
+        integrity.to_disk(tmp_path)
