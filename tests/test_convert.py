@@ -212,6 +212,12 @@ def test_a_base_is_not_taken_for_itself(root, tmp_path):
     (tmp_path / "student" / "run.json").write_text(json.dumps(text))
     with pytest.raises(UserError, match="trained from student, which is neither where it was nor"):
         weights.find(tmp_path / "student")
+    itself = tmp_path / "student" / "checkpoints" / "1"
+    itself.mkdir(parents=True)
+    text["model"]["path"] = str(itself)
+    (tmp_path / "student" / "run.json").write_text(json.dumps(text))
+    with pytest.raises(UserError, match="trained from student/checkpoints/1, which is neither"):
+        weights.find(tmp_path / "student")
 
 
 def test_an_output_that_is_there_is_kept(root, tmp_path):

@@ -1,11 +1,14 @@
 """`config.init_from`: a run starts from what another run or an adapter trained."""
 
+import shutil
+
 import fabricated
+import jax.numpy as jnp
 import miniature
 import numpy as np
 import pytest
 
-from unime_jax import checkpoint, convert, initial
+from unime_jax import checkpoint, convert, initial, steps, weights
 from unime_jax.types import UserError
 
 
@@ -69,6 +72,57 @@ def test_another_base_is_refused(root):
     (root / "bare" / "run.json").write_text('{"model": []}')
     with pytest.raises(UserError, match="bare/run.json: no model.path"):
         read(root, "bare")
+
+
+def test_a_base_that_trained_on_is_another_base(root):
+    read(root, "first", base="student")
+    run = fabricated.write_run(
+        root / "second", root / "first" / "checkpoints" / "1", miniature.STUDENT, seed=2
+    )
+    assert initial._check_base(run, str(root / "first" / "checkpoints" / "1")) is None
+    assert initial._check_base(run, str(root / "first")) is None, "of a run of before"
+    with pytest.raises(UserError, match="set config.model.path to the former"):
+        initial._check_base(run, str(root / "first" / "checkpoints" / "2"))
+
+
+def test_a_base_that_still_trains_is_its_checkpoint_of_now(root, tmp_path, capsys):
+    first = fabricated.write_run(tmp_path / "first", root / "student", miniature.STUDENT, seed=1)
+    output, pinned = tmp_path / "run", str(first / "checkpoints" / "1")
+    assert initial.base(output, str(root / "student")) == str(root / "student")
+    assert initial.base(output, str(first)) == pinned
+    assert f"path={first}: its newest checkpoint now, 1, is the base" in capsys.readouterr().out
+    fabricated.write_run(output, pinned, miniature.STUDENT, seed=2)
+    before = weights.find(output).fingerprint
+
+    config = checkpoint.read_run(first)
+    saves = checkpoint.Checkpoints(first, config=config, keep=1)
+    for step in (2, 3):  # it trains on, and keeps one checkpoint
+        trained = {key: jnp.asarray(x + 1) for key, x in checkpoint.read_trainable(first).items()}
+        saves.save(steps.TrainState(jnp.int32(step), trained, {}), force=True)
+        saves._settle()
+    saves.close()
+    assert initial.base(tmp_path / "new", str(first), keep=False).endswith("checkpoints/3")
+    capsys.readouterr()
+    assert initial.base(output, str(first)) == initial.base(output, pinned) == pinned
+    assert capsys.readouterr().out == "" and weights.find(output).fingerprint == before
+    assert sorted(path.name for path in (first / "checkpoints").iterdir()) == ["1", "3"]
+
+    (tmp_path / "moved").mkdir()
+    for run in (first, output):
+        run.rename(tmp_path / "moved" / run.name)
+    assert weights.find(tmp_path / "moved" / "run").fingerprint == before
+    shutil.rmtree(tmp_path / "moved" / "first" / "checkpoints" / "1")
+    with pytest.raises(UserError, match="trained from first/checkpoints/1, which is neither"):
+        weights.find(tmp_path / "moved" / "run")
+
+
+def test_a_run_is_no_base_of_itself(root, tmp_path):
+    for name in ("first", "first/checkpoints/1"):
+        with pytest.raises(UserError, match="config.model.path=.* is config.output as well"):
+            initial.base(root / "first", str(root / name))
+    with pytest.raises(UserError, match="no checkpoint there yet"):
+        checkpoint.open_run(tmp_path / "bare", {})
+        initial.base(tmp_path / "run", str(tmp_path / "bare"))
 
 
 def test_an_adapter_of_a_base_of_another_name_is_said(root, capsys):

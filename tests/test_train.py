@@ -107,6 +107,31 @@ def test_started_again_a_finished_run_does_nothing(root, stages, capsys):
     assert "all 4 steps are done" in capsys.readouterr().out
 
 
+def test_a_run_goes_on_with_the_files_that_it_began_with_alone(root, stages, capsys):
+    changes = {"data.features": root / "features", "data.length_bins": 1}
+    c = miniature.config("smol_stage1", root, output=stages["stage1"], **changes)
+    vectors = root / "vectors" / "vectors-00000.npy"
+    replaced = {
+        "config.teacher.vectors: vectors-00000.npy": vectors,
+        "config.model.path: model.safetensors": root / "student" / "model.safetensors",
+    }
+    for told, path in replaced.items():
+        content = path.read_bytes()
+        path.write_bytes(content[:-4] + bytes(4))
+        with pytest.raises(UserError, match=f"trained with so far .{told}.; put"):
+            train.run(c)
+        path.write_bytes(content)
+    (stages["stage1"] / "files.json").unlink()  # a run of before
+    assert train.run(c) == {}
+    assert (stages["stage1"] / "files.json").is_file()
+
+
+def test_a_run_is_built_on_one_checkpoint_of_another(stages):
+    assert checkpoint.read_run(stages["stage2"])["model"]["path"] == str(
+        stages["align"] / "checkpoints" / "4"
+    )
+
+
 def test_alignment_refuses_a_model_without_projector(root, tmp_path):
     c = miniature.config(
         "smol_align", root, **{"model.path": root / "teacher", "output": tmp_path / "run"}

@@ -29,7 +29,7 @@ def base_config() -> ConfigDict:
     # judge (stage 2 with a judge's scores of each row's own hard negatives)
 
     c.model = ConfigDict()
-    c.model.path = ""  # HF directory or the output directory of an earlier run
+    c.model.path = ""  # HF directory, or a run: its newest checkpoint when this one begins
     c.model.dtype = "float32"  # of the frozen base and of the computation: float32 or bfloat16
     # auto (the fastest of the platform), xla (the reference, anywhere), cudnn (GPU), splash (TPU)
     c.model.attention = "auto"

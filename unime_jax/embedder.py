@@ -264,12 +264,23 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
 
 def load_weights(found: weights.Weights, *, dtype: str, mesh=None) -> Embedder:
     """Loads what `weights.find` found; see `load`."""
-    model = _build(found, dtype=dtype, mesh=mesh)
+    model = build(found, dtype=dtype, mesh=mesh)
     return Embedder(model, directory=found.directory, mesh=mesh, **found.preparation)
 
 
-def load_model(
-    path,
+def load_model(path, *, dtype: str, mesh=None, **options) -> tuple[nnx.Module, pathlib.Path]:
+    """Returns the model, adapters merged, and the directory of its config.json and tokenizer.
+
+    Args:
+      path, dtype, mesh: see `load`.
+      options: see `build`.
+    """
+    found = weights.find(path)
+    return build(found, dtype=dtype, mesh=mesh, **options), found.directory
+
+
+def build(
+    found: weights.Weights,
     *,
     dtype: str,
     attention: str = "auto",
@@ -277,29 +288,13 @@ def load_model(
     mesh=None,
     part: str = "all",
     quantize: str | None = None,
-) -> tuple[nnx.Module, pathlib.Path]:
-    """Returns the model, adapters merged, and the directory of its config.json and tokenizer.
+) -> nnx.Module:
+    """Returns the model that `weights.find` found, adapters merged.
 
     Args:
-      path, dtype, mesh: see `load`.
+      dtype, mesh: see `load`.
       attention, remat, part, quantize: see `models.load`.
     """
-    found = weights.find(path)
-    model = _build(
-        found,
-        dtype=dtype,
-        attention=attention,
-        remat=remat,
-        mesh=mesh,
-        part=part,
-        quantize=quantize,
-    )
-    return model, found.directory
-
-
-def _build(
-    found: weights.Weights, *, dtype: str, attention: str = "auto", mesh=None, **options
-) -> nnx.Module:
     return models.load(
         found.directory,
         dtype=dtype,
@@ -307,7 +302,9 @@ def _build(
         matmul=resolve_matmul(mesh),
         sharding_of=None if mesh is None else sharding.sharding_of(mesh),
         fill=found.fill,
-        **options,
+        remat=remat,
+        part=part,
+        quantize=quantize,
     )
 
 

@@ -1,4 +1,7 @@
-"""Initial values of what is trained, from another run or an adapter (`config.init_from`)."""
+"""What a run starts from: its base, and initial values from another run or an adapter.
+
+Where either is a run, which may still train, its checkpoint of now is meant ever after.
+"""
 
 import os
 import pathlib
@@ -10,6 +13,39 @@ import numpy as np
 from unime_jax import checkpoint, runtime, weights
 from unime_jax.models import hf, peft
 from unime_jax.types import UserError
+
+
+def base(output: str | os.PathLike, name: str, *, keep: bool = True) -> str:
+    """Returns what `config.model.path` means to a run.
+
+    Args:
+      output: the run. Where it has begun, what it began from.
+      name: the setting. A run stands for the newest checkpoint that it has now.
+      keep: that checkpoint is to stay, however long the other run trains.
+
+    Raises:
+      UserError: there is no such checkpoint; all processes raise it.
+    """
+    return runtime.by_main(lambda: _base(output, name, keep))
+
+
+def _base(output: str | os.PathLike, name: str, keep: bool) -> str:
+    run, step = checkpoint.locate(name)
+    if not checkpoint.is_run(name):
+        return name
+    if run.resolve() == checkpoint.locate(output)[0].resolve():
+        raise UserError(f"config.model.path={name} is config.output as well; choose another output")
+    if checkpoint.is_run(output) and checkpoint.has_begun(output):
+        model = checkpoint.read_run(output).get("model")
+        recorded = model.get("path") if isinstance(model, dict) else None
+        same = isinstance(recorded, str) and checkpoint.locate(recorded)[0] == run
+        return recorded if same and step is None else name
+    found = checkpoint.newest(name) if step is None else pathlib.Path(name)
+    if keep and not checkpoint.keep(found, output):
+        print(f"{found} cannot be marked as needed by {output}; see that it is not removed")
+    if step is None:
+        print(f"config.model.path={name}: its newest checkpoint now, {found.name}, is the base")
+    return str(found)
 
 
 def resolve(output: str | os.PathLike, name: str) -> str:
@@ -118,10 +154,12 @@ def _check_base(run: pathlib.Path, base: str) -> None:
         raise UserError(f"{run}/{checkpoint.RUN_FILE}: no model.path; is the file damaged?")
     own = pathlib.Path(model["path"])
     here = pathlib.Path(base)
-    moved = not own.is_dir() and own.name == here.name
-    if own == here or moved:
+    (own_run, own_step), (here_run, here_step) = map(checkpoint.locate, (own, here))
+    moved = not own_run.is_dir() and own_run.name == here_run.name
+    # Runs of before name a run as their base without a step.
+    if (own_run == here_run or moved) and (own_step == here_step or None in (own_step, here_step)):
         return
-    if checkpoint.locate(here)[0].resolve() == checkpoint.locate(run)[0].resolve():
+    if here_run.resolve() == checkpoint.locate(run)[0].resolve():
         raise UserError(
             f"config.init_from={run} is config.model.path as well: what it trained would count "
             f"twice; leave config.init_from empty, or set config.model.path={own}"

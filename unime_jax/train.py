@@ -21,6 +21,7 @@ from flax import nnx
 from unime_jax import (
     checkpoint,
     embedder,
+    file_hashes,
     initial,
     loop,
     optim,
@@ -28,8 +29,10 @@ from unime_jax import (
     runtime,
     sharding,
     steps,
+    weights,
 )
 from unime_jax.config import describe, parse, validate_train
+from unime_jax.data import teacher_vectors
 from unime_jax.evaluation import smol
 from unime_jax.train_data import TrainData, open_data, reads_images
 from unime_jax.types import UserError, flatten, unflatten
@@ -56,6 +59,7 @@ def run(config) -> dict[str, float]:
     if config.train.replay:
         return _replay(config, settings)
     with checkpoint.lock(config.output):
+        settings["model"]["path"] = initial.base(config.output, settings["model"]["path"])
         settings["init_from"] = initial.resolve(config.output, settings["init_from"])
         checkpoint.open_run(config.output, settings)
         return _train(config, settings)
@@ -89,6 +93,7 @@ def _replay(config, settings: dict[str, Any]) -> dict[str, float]:
     """Takes one step of a run again and tells what its loss and gradient come from."""
     if not checkpoint.is_run(config.output):
         raise UserError(f"config.train.replay: {config.output} holds no run; set config.output")
+    settings["model"]["path"] = initial.base(config.output, settings["model"]["path"], keep=False)
     checkpoint.check_continues(config.output, settings)
     settings["init_from"] = initial.resolve(config.output, settings["init_from"])
     run = _open(config, settings)
@@ -116,8 +121,12 @@ class _Run:
 
 def _open(config, settings: dict[str, Any]) -> _Run:
     mesh = sharding.make_mesh(**settings["mesh"])
-    model, directory = embedder.load_model(
-        config.model.path,
+    found = weights.find(settings["model"]["path"])
+    checkpoint.check_files(
+        config.output, lambda: _hashes(found, settings), keep=not config.train.replay
+    )
+    model = embedder.build(
+        found,
         dtype=config.model.dtype,
         attention=config.model.attention,
         remat=config.model.remat,
@@ -126,7 +135,7 @@ def _open(config, settings: dict[str, Any]) -> _Run:
         quantize=config.train.quantize,
     )
     preparation = {key: settings["data"][key] for key in embedder.PREPARATION}
-    base = embedder.Embedder(model, directory=directory, mesh=mesh, **preparation)
+    base = embedder.Embedder(model, directory=found.directory, mesh=mesh, **preparation)
     data = open_data(settings, base)
     print(data.describe())
     embedder.attach_adapters(model, settings["train"]["adapters"], seed=config.seed)
@@ -137,7 +146,20 @@ def _open(config, settings: dict[str, Any]) -> _Run:
     optimizer, train_step = steps.from_settings(
         settings, graphdef, steps=data.steps, sets=data.sets, mesh=mesh
     )
-    return _Run(mesh, directory, graphdef, trainable, frozen, data, optimizer, train_step)
+    return _Run(mesh, found.directory, graphdef, trainable, frozen, data, optimizer, train_step)
+
+
+def _hashes(found: weights.Weights, settings: dict[str, Any]) -> checkpoint.Hashes:
+    """Returns hashes of what a run reads besides its rows: its base, its teacher's vectors."""
+    hashes = {"config.model.path": found.digests}
+    if settings["stage"] == "distill":
+        files = teacher_vectors.files(settings["teacher"]["vectors"])
+        contents = file_hashes.of_files(files, runtime.cache_directory())
+        names = [path.name for path in files]
+        hashes["config.teacher.vectors"] = {
+            name: content.hex() for name, content in zip(names, contents, strict=True)
+        }
+    return hashes
 
 
 def _set_feature_dropout(model: nnx.Module, rate: float) -> None:

@@ -5,20 +5,17 @@ output directory of a training run or one of its checkpoints (RUN/checkpoints/ST
 in PEFT's format. Runs and adapters change a base, which may be any of these again.
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import os
 import pathlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from unime_jax import checkpoint, models, runtime
-from unime_jax.file_hashes import FileHashes
+from unime_jax import checkpoint, file_hashes, models, runtime
 from unime_jax.models import hf, hf_read, hf_write, hub, peft
 from unime_jax.types import Params, UserError
 
@@ -67,16 +64,35 @@ class Weights:
         """Tells models apart that embed differently, wherever they lie: 16 hex digits.
 
         Every byte of settings, tokenizer and weights counts: a model that was merged from its base
-        and an adapter differs from the base in any of them. Files that were hashed before and look
-        as they did are not read again.
+        and an adapter differs from the base in any of them.
         """
         digest = hashlib.blake2b(digest_size=8)
         digest.update(json.dumps([self.config, self.preparation], sort_keys=True).encode())
+        for name, content in self._files.items():
+            digest.update(f"{name}:".encode() + content)
+        self._add_changes(digest)
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """Tells of what a model is made of which part is another one, by name."""
+        config = json.dumps(self.config, sort_keys=True).encode()
+        found = {"config.json": file_hashes.of_bytes(config), **self._files}
+        if self.changes:
+            digest = hashlib.blake2b(digest_size=file_hashes.BYTES)
+            self._add_changes(digest)
+            found["what was trained on top"] = digest.digest()
+        return {name: content.hex() for name, content in found.items()}
+
+    @functools.cached_property
+    def _files(self) -> dict[str, bytes]:
+        """Hashes of the files; those that were hashed before and look as then are not read."""
         paths = sorted(path for path in self.directory.rglob("*") if self._counts(path))
-        hashes = FileHashes(runtime.cache_directory())
-        with contextlib.closing(hashes), ThreadPoolExecutor(4) as pool:
-            for path, content in zip(paths, pool.map(hashes, paths), strict=True):
-                digest.update(f"{path.relative_to(self.directory)}:".encode() + content)
+        names = [str(path.relative_to(self.directory)) for path in paths]
+        found = file_hashes.of_files(paths, runtime.cache_directory())
+        return dict(zip(names, found, strict=True))
+
+    def _add_changes(self, digest) -> None:
         for change in self.changes:
             for key, low_rank in sorted(change.low_rank.items()):
                 digest.update(f"{key}:{low_rank.scale}:".encode())
@@ -84,7 +100,6 @@ class Weights:
                     digest.update(b"" if part is None else np.ascontiguousarray(part).tobytes())
             for key, value in sorted(change.replaced.items()):
                 digest.update(key.encode() + np.ascontiguousarray(value).tobytes())
-        return digest.hexdigest()
 
     def _counts(self, path: pathlib.Path) -> bool:
         """Says whether a file is part of the model."""
@@ -227,12 +242,11 @@ def _changed(weights: Weights, path: pathlib.Path) -> Weights:
 def _base_of_run(path: pathlib.Path) -> str | pathlib.Path:
     path, _ = checkpoint.locate(path)
     base = pathlib.Path(_setting(path, "model.path", str))
-    for place in (base, path.parent / base.name):  # the second: runs that were moved together
+    name = base.relative_to(checkpoint.locate(base)[0].parent)  # of a run, with the checkpoint's
+    for place in (base, path.parent / name):  # the second: runs that were moved together
         if _is_other(place, path):
             return place
-    raise UserError(
-        f"{path} was trained from {base.name}, which is neither where it was nor beside it"
-    )
+    raise UserError(f"{path} was trained from {name}, which is neither where it was nor beside it")
 
 
 def _base_of_adapter(path: pathlib.Path) -> str | pathlib.Path:
@@ -250,7 +264,7 @@ def _base_of_adapter(path: pathlib.Path) -> str | pathlib.Path:
 
 def _is_other(place: pathlib.Path, path: pathlib.Path) -> bool:
     """Tells whether a directory is there that is not what asks for its base."""
-    return place.is_dir() and not place.samefile(path)
+    return place.is_dir() and not checkpoint.locate(place)[0].samefile(path)
 
 
 def _read_run(run: pathlib.Path, weights: Weights) -> peft.Adapter:

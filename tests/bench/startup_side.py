@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
         setattr(owner, name, wrapper)
 
-    timed(embedder, "load_model", "model")
+    timed(embedder, "build", "model")
     timed(train, "open_data", "data")
     timed(loop.Loop, "_count", "counting operations")
     timed(train_data.TrainData, "batches", "batches")

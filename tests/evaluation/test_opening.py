@@ -90,7 +90,6 @@ def test_models_and_images_have_one_memory_of_hashes(found, tmp_path, monkeypatc
             super().__init__(directory)
 
     monkeypatch.setattr(file_hashes, "FileHashes", Hashes)
-    monkeypatch.setattr(weights, "FileHashes", Hashes)
     config = config_of("data", "images", tmp_path, cache=str(tmp_path / "cache"))
     settings = opening.settings_of(found, config, benchmark="mmeb")
     opening.open_encoder(config, found, [], settings)

@@ -43,6 +43,11 @@ class Vectors:
         return out
 
 
+def files(directory: str | os.PathLike) -> list[pathlib.Path]:
+    """Lists the shards."""
+    return sorted(pathlib.Path(directory).expanduser().glob("vectors-*.npy"))
+
+
 def read(directory: str | os.PathLike, texts: Sequence[str] | None = None) -> tuple[Vectors, dict]:
     """Opens the vectors that `teach` wrote, and their manifest.
 
