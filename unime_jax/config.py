@@ -36,7 +36,9 @@ def base_config() -> ConfigDict:
     c.model.remat = "none"  # kept inside a chunk's layers: none (all), dots, full (nothing)
 
     c.data = ConfigDict()
-    c.data.path = ""  # directory written by `prepare`, a pairs.jsonl, or nli_for_simcse.csv
+    # Directory written by `prepare`, nli_for_simcse.csv, or pairs of your own: lines of
+    # {"image": path, "text": ...} (.jsonl), or rows of data/task_pairs.py (.jsonl .json .parquet).
+    c.data.path = ""
     c.data.max_tokens = 64  # longest row in tokens, prompt included, image features excluded
     c.data.prompt = ""  # key of data/prompts.py: TEMPLATES; "": the backbone's own
     # Of a row's image and text: together (one prompt) or sum (of two vectors); "": sum for models
@@ -119,7 +121,7 @@ def base_config() -> ConfigDict:
     c.log.profile = ""  # steps to trace, "10-12", into output/profile; "": none
 
     c.eval = ConfigDict()
-    c.eval.every_steps = 0  # measures on the held-out part of prepared data; 0: never
+    c.eval.every_steps = 0  # measures on the held-out part of `prepare smol`'s data; 0: never
 
     c.mesh = ConfigDict()  # devices along each axis; -1 takes what is left
     c.mesh.data = 1
@@ -264,7 +266,7 @@ def check_profile(wanted: str) -> None:
 
 
 def validate_train(config: ConfigDict) -> None:
-    """Checks a training run before any work.
+    """Checks a training run's values, and that its files are there.
 
     Raises:
       UserError: the first impossible value or missing file, named with its key.
@@ -272,6 +274,10 @@ def validate_train(config: ConfigDict) -> None:
     validate_values(config)
     check_path(config, "model.path")
     check_path(config, "data.path")
+    for key in ("data.images", "data.image_root"):
+        path = lookup(config, key)
+        there = not path or pathlib.Path(path).expanduser().is_dir()
+        check(there, f"config.{key}={path}: no such directory")
     if config.stage == "distill":
         check_path(config, "teacher.vectors")
         if config.eval.every_steps:
@@ -286,6 +292,10 @@ def validate_values(config: ConfigDict) -> None:
     """
     check("stage" in config, "this is no configuration of a training run: it has no config.stage")
     check_choice(config, "stage", STAGES)
+    for key in ("sets", "directions"):  # as a flag: one string with commas
+        value = config.data[key]
+        if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+            config.data[key] = tuple(part for item in value for part in item.split(","))
     problem = config_values.problem(config.to_dict())
     check(not problem, problem)
     check_choice(config, "model.dtype", ("float32", "bfloat16"))

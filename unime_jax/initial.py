@@ -35,7 +35,7 @@ def _base(output: str | os.PathLike, name: str, keep: bool) -> str:
         return name
     if run.resolve() == checkpoint.locate(output)[0].resolve():
         raise UserError(f"config.model.path={name} is config.output as well; choose another output")
-    if checkpoint.is_run(output) and checkpoint.has_begun(output):
+    if _has_begun(output):
         model = checkpoint.read_run(output).get("model")
         recorded = model.get("path") if isinstance(model, dict) else None
         same = isinstance(recorded, str) and checkpoint.locate(recorded)[0] == run
@@ -46,6 +46,27 @@ def _base(output: str | os.PathLike, name: str, keep: bool) -> str:
     if step is None:
         print(f"config.model.path={name}: its newest checkpoint now, {found.name}, is the base")
     return str(found)
+
+
+def check(output: str | os.PathLike, name: str) -> None:
+    """Checks that `config.init_from` names something to start from, unless the run has begun.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not name or _has_begun(output):
+        return
+    path = pathlib.Path(name).expanduser()
+    if not path.exists():
+        raise UserError(f"config.init_from={name}: no such file or directory")
+    if not checkpoint.is_run(path) and not peft.is_adapter(path):
+        raise UserError(
+            f"config.init_from={name}: neither a training run nor a PEFT adapter "
+            f"({peft.CONFIG_FILE}); a model to start from is config.model.path"
+        )
+    run, step = checkpoint.locate(path)
+    if checkpoint.is_run(path) and step is None and not checkpoint.has_begun(run):
+        raise UserError(f"config.init_from={name}: no checkpoint there yet; let the run save one")
 
 
 def resolve(output: str | os.PathLike, name: str) -> str:
@@ -62,16 +83,19 @@ def resolve(output: str | os.PathLike, name: str) -> str:
 
 
 def _resolve(output: str | os.PathLike, name: str) -> str:
-    if checkpoint.is_run(output) and checkpoint.has_begun(output):
+    if _has_begun(output):
         if name:
             print(f"{output} goes on from its own checkpoint, not from {name}")
         recorded = checkpoint.read_run(output).get("init_from")
         return recorded if isinstance(recorded, str) else ""
-    if name and not pathlib.Path(name).exists():
-        raise UserError(f"config.init_from={name}: no such file or directory")
+    check(output, name)
     if name and checkpoint.is_run(name) and checkpoint.locate(name)[1] is None:
         return str(checkpoint.newest(name))
     return name
+
+
+def _has_begun(output: str | os.PathLike) -> bool:
+    return checkpoint.is_run(output) and checkpoint.has_begun(output)
 
 
 def read(settings: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from unime_jax import (
 from unime_jax.config import describe, parse, validate_train
 from unime_jax.data import teacher_vectors
 from unime_jax.evaluation import smol
+from unime_jax.train_checks import check_run
 from unime_jax.train_data import TrainData, open_data, reads_images
 from unime_jax.types import UserError, flatten, unflatten
 
@@ -41,6 +42,7 @@ from unime_jax.types import UserError, flatten, unflatten
 def main(argv: list[str]) -> None:
     config = parse(argv, __doc__)
     validate_train(config)
+    check_run(config.to_dict())
     runtime.start(preemptible=True)
     run(config)
 

@@ -29,6 +29,7 @@ from unime_jax.data import (
 from unime_jax.data.texts import Places
 from unime_jax.embedder import Embedder
 from unime_jax.tower_features import cache_features
+from unime_jax.train_checks import check_data
 from unime_jax.types import Batch, UserError
 
 _LONG = 50_000  # rows whose measuring takes long enough to be shown
@@ -164,6 +165,7 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
     Raises:
       UserError: data that is missing or does not fit.
     """
+    kind = check_data(settings)
     data, stage = settings["data"], settings["stage"]
     if reads_images(settings) and embedder.image_spec is None:
         raise UserError(f"config.model.path: the model of {embedder.directory} takes no images")
@@ -182,14 +184,9 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
                     f"has {texts_of_row}; choose a multiple"
                 )
             batch_size //= texts_of_row
-    elif _is_task_data(settings):
+    elif kind in ("tasks", "mmeb"):
         found = _open_tasks(settings, faults)
     else:
-        if stage == "judge":
-            raise UserError(
-                f'config.data.path={data["path"]}: config.stage="judge" needs pairs with '
-                "hard_negatives and their scores (see unime_jax/data/task_pairs.py)"
-            )
         pairs = sources.pairs(data["path"], "train", folder=_images(data), faults=faults)
         directions = ["image_to_text"] if stage == "align" else data["directions"]
         found = [part for way in directions for part in pairs.directed(way).by_source()]
@@ -273,32 +270,18 @@ def _measuring(rows: int):
         yield progress.advance
 
 
-def _is_task_data(settings: dict[str, Any]) -> bool:
-    path = pathlib.Path(settings["data"]["path"]).expanduser()
-    return mmeb.is_prepared(path) or task_pairs.reads(path)
-
-
 def _open_tasks(settings: dict[str, Any], faults: list[str]) -> list[sources.Source]:
     """Opens pairs that bring their own wording: MMEB's sets, or a user's file."""
-    data, stage = settings["data"], settings["stage"]
+    data = settings["data"]
     path = pathlib.Path(data["path"]).expanduser()
-    if stage == "align" or data["features"]:
-        raise UserError(
-            f"config.data.path={path}: alignment and cached features need plain image-caption pairs"
-        )
     if not mmeb.is_prepared(path):
-        judged = settings["loss"]["k"] if stage == "judge" else 0
+        judged = settings["loss"]["k"] if settings["stage"] == "judge" else 0
         return task_pairs.read(
             path,
             folder=_images(data),
             judged=judged,
             rows_per_set=data["set_rows"],
             faults=faults,
-        )
-    if stage == "judge":
-        raise UserError(
-            f'config.data.path={path}: MMEB\'s sets have no judged negatives; config.stage="judge" '
-            "needs a file with hard_negatives and their scores"
         )
     return mmeb.open_sets(path, data["sets"], data["set_rows"])
 
@@ -318,13 +301,6 @@ def _open_texts(
             texts = sources.sentences(path, faults)
             return [sources.Texts(texts)], texts, ""
         return *couples.read(path), ""
-    if settings["stage"] == "align":
-        raise UserError(f"config.data.path={path}: alignment needs pairs of image and text")
-    if settings["stage"] == "contrast" and settings["loss"]["k"]:
-        raise UserError(
-            f"config.loss.k={settings['loss']['k']}: rows of {path} bring their own negatives, "
-            "none are mined; set config.loss.k=0"
-        )
     found = nli.read(path, faults)
     return [sources.Triples(found)], found.sentences, found.describe()
 

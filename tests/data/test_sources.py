@@ -72,8 +72,10 @@ def test_sentences_are_wordnets_and_captions(prepared):
 def test_what_is_not_there_is_said(prepared, tmp_path):
     with pytest.raises(UserError, match="has no split 'tset'; it has .*test"):
         sources.pairs(prepared, "tset")
-    with pytest.raises(UserError, match="holds no smol_pairs: run"):
+    with pytest.raises(UserError, match="holds no smol_pairs, as"):
         sources.pairs(tmp_path)
+    with pytest.raises(UserError, match="pairs.jsonl has no split 'validation'"):
+        sources.pairs(packages.jsonl(tmp_path, 3), "validation")
 
 
 @pytest.mark.parametrize(

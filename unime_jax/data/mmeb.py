@@ -90,6 +90,22 @@ def is_prepared(path: pathlib.Path) -> bool:
     return any((path / name / mmeb_prepare.SUMMARY).is_file() for name in mmeb_sets.NAMES)
 
 
+def choose(path: pathlib.Path, names: Sequence[str] = ()) -> list[str]:
+    """Returns the names of the sets to be read, all that are there where none are named.
+
+    Raises:
+      UserError: a set that is not there.
+    """
+    there = [n for n in mmeb_sets.NAMES if (path / n / mmeb_prepare.SUMMARY).is_file()]
+    for name in names:
+        if name not in there:
+            raise UserError(
+                f"config.data.sets: {path} has no set {name!r}, only {', '.join(there)}; prepare "
+                f"it with `python -m unime_jax.prepare mmeb --sets {name} ...`"
+            )
+    return list(names) or there
+
+
 def open_sets(
     path: pathlib.Path, names: Sequence[str] = (), rows_per_set: int = 0
 ) -> list[MmebSet]:
@@ -103,14 +119,8 @@ def open_sets(
     Raises:
       UserError: a set that is not there, or damaged.
     """
-    there = [n for n in mmeb_sets.NAMES if (path / n / mmeb_prepare.SUMMARY).is_file()]
     found = []
-    for name in names or there:
-        if name not in there:
-            raise UserError(
-                f"config.data.sets: {path} has no set {name!r}, only {', '.join(there)}; prepare "
-                f"it with `python -m unime_jax.prepare mmeb --sets {name} ...`"
-            )
+    for name in choose(path, names):
         with damage(path / name):
             has_image = np.load(path / name / mmeb_prepare.SIDES)
         has_image = has_image[: rows_per_set or None]

@@ -248,7 +248,7 @@ def pairs(
 
     Args:
       path: of the directory or file.
-      split: of a directory.
+      split: of a directory; a file has "train" alone.
       folder: of a file's images; None: its own.
       faults: see `read_jsonl`.
 
@@ -257,6 +257,8 @@ def pairs(
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix == ".jsonl":
+        if split != "train":
+            raise UserError(f"{path} has no split {split!r}: all of its rows are for training")
         return _jsonl_pairs(path, folder or image_files.Folder(path.parent), faults)
     images = _open(path, "smol_pairs", split)
     with damage(path):
@@ -322,11 +324,19 @@ def _jsonl_pairs(path: pathlib.Path, folder: image_files.Folder, faults: list[st
     return Pairs(rows, lambda number: folder.read(names[number]), name="pairs", labels=labels)
 
 
+def is_prepared(path: pathlib.Path) -> bool:
+    """Says whether `prepare smol` has written its data there."""
+    return any((path / "smol_pairs").glob("*/dataset_info.json"))
+
+
 def _open(path: pathlib.Path, name: str, split: str):
     """Opens one split of a tfds directory; images stay encoded."""
     versions = sorted((path / name).glob("*/dataset_info.json"))
     if not versions:
-        raise UserError(f"{path} holds no {name}: run `python -m unime_jax.prepare smol`")
+        raise UserError(
+            f"{path} holds no {name}, as `python -m unime_jax.prepare smol` writes them, and is no "
+            ".jsonl with pairs or .csv of NLI"
+        )
     os.environ.setdefault("TFDS_LOG_LEVEL", "error")
     import tensorflow_datasets as tfds
 
