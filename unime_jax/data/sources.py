@@ -144,6 +144,8 @@ class Pairs:
     Attributes:
       rows: captions and the like, images left out.
       name: of the set.
+      files: lists the files that hold the images, one each (None: it must not be read) or all of
+        them in a few; no files: they lie elsewhere.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class Pairs:
         direction: str = "image_to_text",
         members: Sequence[int] | None = None,
         labels: Sequence[str] | None = None,
+        files: Callable[[], Sequence[pathlib.Path | None]] = tuple,
     ):
         if direction not in DIRECTIONS:
             raise UserError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
@@ -164,6 +167,7 @@ class Pairs:
         self._load = load
         self._members = list(range(len(rows))) if members is None else list(members)
         self._labels = labels
+        self.files = files
 
     def __len__(self) -> int:
         return len(self._members)
@@ -192,29 +196,26 @@ class Pairs:
 
     def directed(self, direction: str) -> "Pairs":
         """Returns the same rows the other way round."""
-        return Pairs(
-            self.rows,
-            self._load,
-            name=self.name,
-            direction=direction,
-            members=self._members,
-            labels=self._labels,
-        )
+        return self._with(direction=direction)
 
     def by_source(self) -> list["Pairs"]:
         """Splits into one `Pairs` per picture package; image numbers stay those of the whole."""
         names = sorted({self.rows[number].source for number in self._members})
         return [
-            Pairs(
-                self.rows,
-                self._load,
-                name=name,
-                direction=self.direction,
-                members=[n for n in self._members if self.rows[n].source == name],
-                labels=self._labels,
-            )
+            self._with(name=name, members=[n for n in self._members if self.rows[n].source == name])
             for name in names
         ]
+
+    def _with(self, **changes: Any) -> "Pairs":
+        """Returns the same pictures, seen another way."""
+        given = {
+            "name": self.name,
+            "direction": self.direction,
+            "members": self._members,
+            "labels": self._labels,
+            "files": self.files,
+        }
+        return Pairs(self.rows, self._load, **{**given, **changes})
 
     def image(self, number: int) -> bytes:
         """Reads the encoded image `number` of the whole."""
@@ -278,7 +279,10 @@ def pairs(
         with damage(path):
             return images[number]["image"]
 
-    return Pairs(rows, load, name=split)
+    def files() -> list[pathlib.Path]:
+        return sorted((path / "smol_pairs").glob(f"*/*-{split}.*"))
+
+    return Pairs(rows, load, name=split, files=files)
 
 
 def read_jsonl(path: str | os.PathLike, faults: list[str] | None = None) -> list[dict]:
@@ -321,7 +325,21 @@ def _jsonl_pairs(path: pathlib.Path, folder: image_files.Folder, faults: list[st
     ]
     names = [row["image"] for row in found]
     labels = [str(folder.start / name) for name in names]
-    return Pairs(rows, lambda number: folder.read(names[number]), name="pairs", labels=labels)
+
+    def load(number: int) -> bytes:
+        return folder.read(names[number])
+
+    def files() -> list[pathlib.Path | None]:
+        return [_allowed(folder, name) for name in names]
+
+    return Pairs(rows, load, name="pairs", labels=labels, files=files)
+
+
+def _allowed(folder: image_files.Folder, name: str) -> pathlib.Path | None:
+    try:
+        return folder.path(name)
+    except UserError:
+        return None
 
 
 def is_prepared(path: pathlib.Path) -> bool:
