@@ -1,6 +1,8 @@
 """Reading data with random access."""
 
+import json
 import shutil
+import time
 
 import packages
 import pytest
@@ -166,3 +168,34 @@ def test_a_restart_goes_on_with_the_list_of_bad_rows(tmp_path):
     with pytest.raises(UserError, match="3 of 100 rows"):
         again.add((1, 8), "d.png: broken")
     again.go_on(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"kind": "x", "problem": "é', '{"kind": "x", "problem": "y", "row": [0, 9]}', "{"]
+)
+def test_a_list_that_a_kill_cut_short_stays_a_list(tmp_path, torn):
+    file = tmp_path / "bad_rows.jsonl"
+    first = bad_rows.BadRows(100, 1)
+    first.add((0, 7), "a\u2028\x85b.png: broken")
+    first.list_in(file)
+    file.write_bytes(file.read_bytes() + torn.encode()[: -1 if "é" in torn else None])
+    again = bad_rows.BadRows(100, 1)
+    again.add((0, 8), "of a file: malformed")
+    again.go_on(file)
+    assert len(again) == 2
+    for number in (7, 9):
+        again.add((0, number), "c.png: broken")
+    again.list_in(file)
+    rows = [json.loads(line)["row"] for line in file.read_bytes().splitlines()]
+    assert rows == [[0, 7], [0, 8], [0, 9]] and len(again) == 3
+
+
+def test_a_million_bad_rows_take_no_time_at_each_batch(tmp_path):
+    bad = bad_rows.BadRows(1, 10**6)
+    bad.add_all({(-1, n): ("malformed", "malformed") for n in range(100_000)})
+    bad.list_in(tmp_path / "bad_rows.jsonl")
+    start = time.process_time()
+    for _ in range(400):
+        assert len(bad) == 100_000
+        bad.list_in(tmp_path / "bad_rows.jsonl")
+    assert time.process_time() - start < 0.5  # 2 s and more where each call looks at all rows

@@ -3,9 +3,11 @@
 import collections
 import contextlib
 import json
+import os
 import pathlib
 import threading
 from collections.abc import Mapping
+from typing import BinaryIO
 
 from unime_jax.types import UserError
 
@@ -24,8 +26,9 @@ class BadRows:
         self._lock = threading.Lock()
         self._seen: dict[tuple, tuple[str, str]] = {}
         self._total, self._limit = total, limit
-        self._before: dict[tuple, tuple[str, str]] = {}  # of earlier starts of the run
-        self._listed: set[tuple] = set()
+        self._before: dict[tuple, tuple[str, str]] = {}  # listed by earlier starts of the run
+        self._unlisted: list[tuple] = []
+        self._count = 0  # of `_seen` and `_before` together
 
     def add(self, row: tuple, problem: str, kind: str = "unreadable") -> None:
         """Notes a bad row; a row met again counts once.
@@ -44,7 +47,12 @@ class BadRows:
         """Notes bad rows, each with its problem and kind; as `add`."""
         with self._lock:
             for row, (problem, kind) in rows.items():
-                self._seen.setdefault(row, (kind, problem))
+                if row in self._seen:
+                    continue
+                self._seen[row] = kind, problem
+                if row not in self._before:
+                    self._count += 1
+                    self._unlisted.append(row)
             too_many = len(self._seen) > self._limit * self._total
             seen = dict(self._seen) if too_many else {}  # other threads go on adding
         if too_many:
@@ -56,7 +64,7 @@ class BadRows:
             )
 
     def __len__(self) -> int:
-        return len(self._seen.keys() | self._before.keys())
+        return self._count
 
     def __getstate__(self):
         """Leaves the lock behind: another process has its own."""
@@ -81,31 +89,47 @@ class BadRows:
         Towards the limit these do not count: they may have been put right since.
         """
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # The last is cut short or empty; texts hold other ends of lines.
+            *lines, _ = path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return
-        for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last, cut short
-                found = json.loads(line)
-                self._before[tuple(found["row"])] = found["kind"], found["problem"]
-        self._listed |= self._before.keys()
+        with self._lock:
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    found = json.loads(line)
+                    self._before[tuple(found["row"])] = str(found["kind"]), str(found["problem"])
+            self._count = len(self._seen.keys() | self._before.keys())
+            self._unlisted = [row for row in self._unlisted if row not in self._before]
 
     def list_in(self, path: pathlib.Path) -> None:
         """Appends the rows that no call has written yet to a file of JSON lines."""
         with self._lock:
-            found = [item for item in self._seen.items() if item[0] not in self._listed]
-        if not found:
+            rows = list(self._unlisted)
+            found = [self._seen[row] for row in rows]
+        if not rows:
             return
-        with open(path, "a", encoding="utf-8", errors="replace") as file:
-            for row, (kind, problem) in found:
+        with open(path, "ab+") as file:
+            _cut_last_line(file)
+            for row, (kind, problem) in zip(rows, found, strict=True):
                 line = {"kind": kind, "problem": problem, "row": row}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._listed |= {row for row, _ in found}
+                text = json.dumps(line, ensure_ascii=False)
+                file.write(text.encode(errors="replace") + b"\n")
+        with self._lock:
+            del self._unlisted[: len(rows)]
 
     def kinds(self) -> str:
         """Returns how many there are of each kind: "3 missing, 2 unreadable"."""
         with self._lock:
             return _count({**self._before, **self._seen})
+
+
+def _cut_last_line(file: BinaryIO) -> None:
+    """Takes a line back that a kill cut short."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 1))
+    if file.read() not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _count(rows: Mapping[tuple, tuple[str, str]]) -> str:
