@@ -86,6 +86,29 @@ def test_lengths_are_measured_once(tmp_path):
     assert plain.asked == 10 and len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("content", [b"", b"x", b"\x93NUMPY\x01\x00v\x00{'descr", "others"])
+def test_a_damaged_cache_is_none(tmp_path, content):
+    def measured(rows):
+        return strata.measure(rows, lambda row: (row, row), cache=tmp_path, key="a").tolist()
+
+    expected = measured(Rows())
+    (path,) = tmp_path.iterdir()
+    if content == "others":
+        np.save(path, np.zeros((3, 2), np.int32))
+    else:
+        path.write_bytes(content)
+    rows = Rows()
+    assert measured(rows) == expected and rows.asked == 5
+    assert measured(rows) == expected and rows.asked == 5, "kept anew"
+
+
+def test_a_cache_that_cannot_be_written_is_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file", tmp_path / "file" / "below"):
+        found = strata.measure(Rows(), lambda row: (row, row), cache=cache, key="a")
+        assert found.shape == (5, 2)
+
+
 @pytest.mark.parametrize("count", [1, 7])
 def test_few_rows_a_batch_mean_few_strata(count):
     rng = np.random.default_rng(0)

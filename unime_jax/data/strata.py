@@ -6,6 +6,7 @@ sources share the bins of a side, so that a batch has few shapes.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -49,16 +50,18 @@ def measure(
     Args:
       source: rows.
       lengths_of: a row -> a few numbers.
-      cache: directory where results are kept; used for sources with a `fingerprint`.
+      cache: directory where results are kept, if it can be written; used for sources with a
+        `fingerprint`.
       key: what else the result depends on.
       progress: called with the number of rows just measured.
     """
     path = None
     if cache is not None and (mark := getattr(source, "fingerprint", "")):
         path = cache / f"{hashlib.sha256(f'{mark} {key}'.encode()).hexdigest()[:24]}.npy"
-        if path.is_file():
+        known = _load(path, len(source))
+        if known is not None:
             progress(len(source))
-            return np.load(path)
+            return known
     found = []
     for start in range(0, len(source), 1024):
         numbers = range(start, min(start + 1024, len(source)))
@@ -68,11 +71,29 @@ def measure(
         progress(len(numbers))
     lengths = np.array(found, np.int32)
     if path is not None:
+        _keep(path, lengths)
+    return lengths
+
+
+def _load(path: pathlib.Path, rows: int) -> np.ndarray | None:
+    """Reads kept lengths; None where there are none, or the file is damaged."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except Exception:  # numpy parses headers with Python's own tokenizer
+        return None
+    good = isinstance(found, np.ndarray) and found.dtype == np.int32 and found.ndim == 2
+    return found if good and len(found) == rows else None
+
+
+def _keep(path: pathlib.Path, lengths: np.ndarray) -> None:
+    part = path.with_suffix(f".{os.getpid()}.part.npy")
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part.npy")
         np.save(part, lengths)
         part.replace(path)
-    return lengths
+    except OSError:  # no place to keep them: the next run measures anew
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def divide(
