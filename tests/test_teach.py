@@ -1,6 +1,7 @@
 """Teaching: any teacher, any sentences, shards that survive a kill, a manifest that tells them."""
 
 import json
+import shutil
 
 import miniature
 import numpy as np
@@ -9,7 +10,7 @@ import tolerances
 
 import unime_jax
 from unime_jax import config as config_lib
-from unime_jax import teach
+from unime_jax import runtime, teach
 from unime_jax.data import nli, teacher_vectors
 from unime_jax.types import UserError
 
@@ -66,6 +67,32 @@ def test_vectors_of_other_settings_are_refused_not_overwritten(root, taught):
         teach.run(config(root, **{"teacher.instruction": "x", "model.dtype": "bfloat16"}))
     teach.run(config(root))  # nothing to do
     assert (taught / "vectors-00000.npy").stat().st_mtime_ns == before
+
+
+def test_a_teacher_replaced_in_place_is_another(root, taught, tmp_path):
+    teacher = shutil.copytree(root / "teacher", tmp_path / "teacher")
+    assert teach.run(config(root, **{"teacher.path": teacher})) == taught  # moved: the same
+    file = teacher / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="vectors of another teacher_hash; choose another"):
+        teach.run(config(root, **{"teacher.path": teacher}))
+
+
+def test_other_vectors_of_a_run_make_room_once(root, taught, tmp_path, monkeypatch):
+    """Process 0 alone removes them, and all make all of their own anew."""
+    c = config(root, **{"teacher.vectors": tmp_path, "stage": "distill"})
+    stale = [tmp_path / f"vectors-{number:05d}.npy" for number in (0, 7)]
+    for path in stale:
+        path.write_text("stale")
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "is_main", lambda: False)
+        teach.run(c)
+    assert [path.read_text() for path in stale] == ["stale"] * 2
+    teach.run(c)
+    assert [path.exists() for path in stale] == [True, False]
+    np.testing.assert_array_equal(np.load(stale[0]), np.load(taught / stale[0].name))
 
 
 def test_a_killed_teacher_goes_on_with_the_next_shard(root, taught, tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ with that of a training run the vectors go to its config.teacher.vectors. Finish
 started again, it goes on with the next one.
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax import embedder, report, runtime, sharding
+from unime_jax import embedder, report, runtime, sharding, weights
 from unime_jax.config import check, check_choice, check_path, parse
 from unime_jax.data import bad_rows, prompts, sources, teacher_vectors
 from unime_jax.types import UserError
@@ -58,7 +57,7 @@ def run(config) -> pathlib.Path:
     sentences = _sentences(config)
     manifest = {
         "teacher": pathlib.Path(config.teacher.path).expanduser().resolve().name,
-        "teacher_sha256": _fingerprint(config.teacher.path),
+        "teacher_hash": runtime.by_main(lambda: weights.find(config.teacher.path).fingerprint),
         "dtype": config.model.dtype,
         "instruction": config.teacher.instruction,
         "count": len(sentences),
@@ -67,7 +66,7 @@ def run(config) -> pathlib.Path:
     }
     begun = _begun(directory, manifest, keep=config.stage == "teach")
     shards = range(0, len(sentences), SHARD_ROWS)
-    missing = [start for start in shards if not _shard(directory, start).is_file()]
+    missing = [start for start in shards if not (begun and _shard(directory, start).is_file())]
     if begun and not missing:
         print(f"{directory}: all {len(sentences)} vectors are there")
         return directory
@@ -80,6 +79,9 @@ def run(config) -> pathlib.Path:
     manifest["width"] = model.embedding_width
     runtime.barrier()  # all have looked at what was there
     if runtime.is_main():
+        if not begun:
+            for stale in directory.glob("vectors-*.npy"):
+                stale.unlink()
         _write_manifest(directory, manifest)
     done = len(sentences) - sum(len(sentences[s : s + SHARD_ROWS]) for s in missing)
     with report.Progress(len(sentences), "teaching", start=done, unit="sentence") as progress:
@@ -102,12 +104,12 @@ def run(config) -> pathlib.Path:
 
 
 def _begun(directory: pathlib.Path, manifest: dict[str, Any], *, keep: bool) -> bool:
-    """Says whether vectors with these settings were begun there; others make room.
+    """Says whether vectors with these settings were begun there; others are to make room.
 
     Args:
       directory: of the vectors.
       manifest: what is known before the teacher is loaded.
-      keep: whether other vectors are refused or, in the cache of a run, removed.
+      keep: whether other vectors are refused; in the cache of a run they are not.
     """
     try:
         found = json.loads((directory / teacher_vectors.MANIFEST).read_text())
@@ -116,14 +118,11 @@ def _begun(directory: pathlib.Path, manifest: dict[str, Any], *, keep: bool) -> 
     differing = sorted(key for key in manifest if found.get(key) != manifest[key])
     if not differing:
         return True
-    shards = list(directory.glob("vectors-*.npy"))
-    if shards and keep:
+    if keep and any(directory.glob("vectors-*.npy")):
         raise UserError(
             f"{directory} holds vectors of another {', '.join(differing)}; choose another "
             "config.output or remove that directory"
         )
-    for shard in shards:
-        shard.unlink()
     return False
 
 
@@ -137,20 +136,6 @@ def _write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:
 
 def _shard(directory: pathlib.Path, start: int) -> pathlib.Path:
     return directory / f"vectors-{start // SHARD_ROWS:05d}.npy"
-
-
-def _fingerprint(directory) -> str:
-    """Hashes config and the head of each weight file: another teacher is noticed at no cost."""
-    digest = hashlib.sha256()
-    directory = pathlib.Path(directory).expanduser()
-    for step in sorted(directory.glob("checkpoints/*")):  # of a training run
-        digest.update(step.name.encode())
-    for path in sorted(directory.glob("*")):
-        if path.suffix in (".json", ".safetensors"):
-            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(1 << 20))
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":
