@@ -16,7 +16,7 @@ from unime_jax.data.rows import IMAGE_SLOT, without_padding
 from unime_jax.models import lora
 from unime_jax.runner import Runner
 from unime_jax.runtime import resolve_attention, resolve_matmul
-from unime_jax.types import Array, Inputs, Params, UserError
+from unime_jax.types import Array, Inputs, Params, UserError, flatten
 
 MAX_TOKENS = 4096
 DTYPES = ("bfloat16", "float32")
@@ -69,7 +69,8 @@ class Embedder:
         self._preparation = {"image_size": image_size, "image_crops": image_crops}
         self._prompt = prompt
         self.fusion = fusion or FUSIONS[0]
-        self._runner = Runner(self.graphdef, mesh=mesh)
+        size = sum(leaf.size for leaf in flatten(self.params).values())
+        self._runner = Runner(self.graphdef, size=size, mesh=mesh)
 
     @functools.cached_property
     def preprocessor(self) -> preprocess.Preprocessor:

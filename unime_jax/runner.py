@@ -31,6 +31,7 @@ class Runner:
 
     Args:
       graphdef: the model; its parameters are given to every call, for training goes on with them.
+      size: the number of the parameters.
       mesh: devices, or None for the default one.
 
     Attributes:
@@ -38,7 +39,7 @@ class Runner:
       apply: `(params, inputs) -> f32[B, E]`, pure, not compiled.
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, *, mesh=None):
+    def __init__(self, graphdef: nnx.GraphDef, *, size: int, mesh=None):
         self._mesh = mesh
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
         options = {"compiler_options": runtime.compiler_options(device.platform)}
@@ -53,7 +54,7 @@ class Runner:
             own = dataclasses.replace(own, kernel=kernel)
         # That share the rows of a group.
         devices = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        operations = 2 * sum(leaf.size for leaf in jax.tree.leaves(params))  # of a position
+        operations = 2 * size  # of a position
         rate = _PROGRAM.get(device.platform, _FAST_PROGRAM)
         program = max(1, int(rate / operations)) * devices
         self.limits = buckets.Limits(devices=devices, program=program)
