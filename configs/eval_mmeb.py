@@ -21,7 +21,6 @@ def get_config(arg: str = ""):
     c.sets = ""  # names, meta-tasks, ind or ood, separated by commas; "": all 36
     c.limit = 0  # queries of each set, evenly spread; 0: all
     c.images = "eval_images"  # directory that the sets' image paths start from
-    c.image_root = ""  # no image outside of it is read, be it by a link; "": config.images
     c.before = ""  # output of an earlier evaluation, drawn as "before"; "": chance
     c.data.path = "MMEB-eval"  # directory of the sets
     if arg == "smoke":

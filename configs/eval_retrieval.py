@@ -24,7 +24,6 @@ def get_config(arg: str = ""):
     c.sets = ""  # flickr30k, coco, sharegpt4v, urban1k, sugarcrepe, separated by commas; "": all
     c.limit = 0  # first images of each set (rows of SugarCrepe's files); 0: all
     c.images = ""  # root of ShareGPT4V's and SugarCrepe's images; "": beside the sets
-    c.image_root = ""  # no image outside of it is read, be it by a link; "": where they are found
     c.data.path = "retrieval"  # directory of the sets' directories
     if arg == "smoke":
         _shrink(c)

@@ -19,7 +19,7 @@ def get_config(arg: str = ""):
     c.benchmark = "smol"
     c.output = f"{runs}/report"  # directory of report.md, report.json and the plots
     c.dtype = "float32"  # of the models: float32 or bfloat16
-    c.limit = 0  # sentences and pairs to evaluate, evenly spread; 0: all
+    c.limit = 0  # so many sentences, the first, and pairs, evenly spread; 0: all
 
     # Row of the tables -> HF directory or run directory, in the order of the rows; "": left out.
     c.models = ConfigDict()

@@ -296,6 +296,28 @@ def test_loss_plot(tmp_path, drawn):
         report.plot_losses({"Nothing": []}, tmp_path / "y.png")
 
 
+def test_long_names_stay_inside_the_figure(tmp_path, drawn):
+    names = [f"{place} run of twenty-five letters" for place in "abcde"]
+    rows = {name: {"IND": 10.0, "OOD": 20.0} for name in names}
+    report.plot_groups(rows, tmp_path / "x.png", label="%", reference=names[3:])
+    rows, pair = {"VQA": [("GQA", 10.0, 20.0)]}, (names[0], names[1])
+    report.plot_dumbbells(rows, tmp_path / "y.png", names=pair, label="%", muted=["GQA"])
+    for figure, count in zip(drawn, (5, 4), strict=True):
+        (legend,) = figure.legends
+        assert len(legend.get_texts()) == count
+        inside, box = figure.bbox, legend.get_window_extent()
+        assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1
+
+
+def test_texts_are_wrapped_by_their_width_and_boxes_stand_for_unknown_letters():
+    with style.figure_of(2.0, 2.0, os.devnull) as figure:
+        narrow, wide = (
+            style.wrap(figure, f"{letter * 3} " * 60, 1.3, size=7.6, lines=4) for letter in "iW"
+        )
+    assert len(narrow) == len(wide) == 4 and len(narrow[0]) > 2 * len(wide[0])
+    assert style.drawable("a\u4e00 b") == "a\u25a1 b"
+
+
 def test_long_runs_are_thinned_by_means(tmp_path, drawn):
     steps = [{"step": s, "loss": float(s)} for s in range(1, 20_001)]
     report.plot_losses({"long": steps}, tmp_path / "x.png")

@@ -134,6 +134,7 @@ def evaluation_config() -> ConfigDict:
     """Returns the keys that evaluations on published sets share, with their defaults."""
     c = ConfigDict()
     c.cache = ""  # vectors of all models and benchmarks; "": ~/.cache/unime_jax/vectors
+    c.image_root = ""  # no image outside of it is read, by no link; "": the directory of the images
 
     c.model = ConfigDict()
     c.model.path = ""  # Hugging Face directory or hub id, run, PEFT adapter

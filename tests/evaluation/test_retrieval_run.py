@@ -9,6 +9,7 @@ import pytest
 
 from unime_jax import evaluate
 from unime_jax.benchmarks import mmeb
+from unime_jax.config import evaluation_config
 from unime_jax.data import eval_synthetic
 from unime_jax.evaluation import compare, opening, page, published, retrieval
 from unime_jax.types import UserError
@@ -200,7 +201,7 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path):
     run_a = mmeb_report(tmp_path / "a", 0.5, ["GQA"])
     other = mmeb_report(tmp_path / "b", 0.5, ["GQA"])
     content = json.loads((tmp_path / "b/report.json").read_text())
-    content["results"]["benchmark"] = "retrieval"
+    content["results"] |= {"benchmark": "retrieval", "sugarcrepe": {"means": {}, "files": {}}}
     (tmp_path / "b/report.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="runs of mmeb and retrieval"):
         compare.compare([run_a, other], tmp_path / "out")
@@ -208,8 +209,29 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path):
         compare.compare([str(tmp_path)], tmp_path / "out")
     with pytest.raises(UserError, match="two runs are called x"):
         compare.compare([f"x={run_a}", f"x={other}"], tmp_path / "out")
-    with pytest.raises(UserError, match="compare: .*RUN"):
+    with pytest.raises(UserError, match="RUN; `python -m unime_jax.evaluate compare --help`"):
         evaluate.main(["x", "compare"])
+    del content["results"]["means"]
+    content["results"]["benchmark"] = "mmeb"
+    (tmp_path / "b/report.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="b/report.json: not the report .*lacks means"):
+        compare.compare([run_a, other], tmp_path / "out")
+
+
+def test_runs_without_any_score_are_compared(tmp_path, capsys):
+    runs = [mmeb_report(tmp_path / name, 0.0, []) for name in "ab"]
+    compare.compare(runs, tmp_path / "out")
+    assert "0/36" in capsys.readouterr().out
+
+
+def test_directories_are_looked_for_before_any_work(captions, tmp_path):
+    (tmp_path / "file").touch()
+    assert evaluation_config().image_root == ""  # of configurations from before there was the key
+    for key in ("image_root", "images", "data.path", "output"):
+        config = config_of(captions, tmp_path / "out")
+        config.update_from_flattened_dict({key: str(tmp_path / "file")})
+        with pytest.raises(UserError, match=f"^config.{key}=.*directory"):
+            retrieval.validate(config)
 
 
 def test_published_rows_are_the_papers():

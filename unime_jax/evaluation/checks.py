@@ -2,8 +2,8 @@
 
 import pathlib
 
-from unime_jax import embedder, sharding
-from unime_jax.config import check, check_choice, check_path
+from unime_jax import embedder, runtime, sharding
+from unime_jax.config import check, check_choice, check_path, lookup
 
 
 def common(config, directory: str) -> None:
@@ -17,6 +17,7 @@ def common(config, directory: str) -> None:
       UserError: the first impossible value, named with its key.
     """
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
+    runtime.check_output(config.output, "config.output")
     check(config.limit >= 0, f"config.limit={config.limit}: must not be negative; 0 means all")
     check(
         bool(config.model.path),
@@ -29,8 +30,13 @@ def common(config, directory: str) -> None:
         check(value is None or value >= 0, f"config.data.{key}={value}: must not be negative")
     unknown = sorted(set(config.mesh) ^ set(sharding.AXES))
     check(not unknown, f"config.mesh: the axes are {', '.join(sharding.AXES)}")
-    check_path(config, "data.path")
-    check(
-        pathlib.Path(config.data.path).expanduser().is_dir(),
-        f"config.data.path={config.data.path}: give the directory {directory}",
-    )
+    directories = {"data.path": directory}
+    if config.images:
+        directories["images"] = "that the images' paths start from"
+    if config.image_root:
+        directories["image_root"] = "that no image lies outside of"
+    for key, what in directories.items():
+        check_path(config, key)
+        path = lookup(config, key)
+        is_there = pathlib.Path(path).expanduser().is_dir()
+        check(is_there, f"config.{key}={path}: give the directory {what}")

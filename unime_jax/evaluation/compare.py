@@ -1,13 +1,12 @@
 """Sets evaluations side by side, with the published rows."""
 
-import argparse
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from unime_jax import report
+from unime_jax import arguments, report, runtime
 from unime_jax.benchmarks import mmeb, sugarcrepe
 from unime_jax.evaluation import published
 from unime_jax.evaluation.mmeb_report import TASK_TITLES
@@ -25,21 +24,16 @@ from unime_jax.types import UserError
 DEFAULT_OUTPUT = "runs/compare"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"compare: {message}; see python -m unime_jax.evaluate --help")
-
-
 def main(argv: Sequence[str]) -> None:
-    parser = _Parser(
+    parser = arguments.Parser(
         prog="python -m unime_jax.evaluate compare",
         description=__doc__,
         epilog="Each RUN is the output directory of an evaluation; NAME=RUN gives it a name.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--output", default=DEFAULT_OUTPUT, help=f"default: {DEFAULT_OUTPUT}")
-    arguments = parser.parse_args(list(argv))
-    compare(arguments.runs, arguments.output)
+    args = parser.parse_args(list(argv))
+    compare(args.runs, args.output)
 
 
 def compare(runs: Sequence[str], output) -> pathlib.Path:
@@ -52,6 +46,7 @@ def compare(runs: Sequence[str], output) -> pathlib.Path:
     Raises:
       UserError: a run without results, or of another benchmark than the first.
     """
+    runtime.check_output(output, "--output")
     found = _read(runs)
     kinds = {each["results"]["benchmark"] for each in found.values()}
     if len(kinds) > 1:
@@ -105,6 +100,8 @@ def _counts(record: Mapping[str, Any]) -> tuple[int, ...]:
 def _mmeb(found: Mapping[str, Mapping[str, Any]], output: pathlib.Path) -> list[report.Section]:
     means = {name: each["results"]["means"] for name, each in found.items()}
     sections = [_mmeb_summary(found, means), _mmeb_sets(found)]
+    if not any(map(_scores, found.values())):
+        return sections
     labels = mmeb.LABELS
     bars = {
         name: {labels[mean]: percent(found[mean]["precision"]) for mean in mmeb.MEANS}

@@ -1,7 +1,9 @@
 """What the reports of all benchmarks of published sets share: files, plots of single queries."""
 
+import functools
 import json
 import math
+import operator
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from unime_jax import report
+from unime_jax.benchmarks import mmeb
 from unime_jax.evaluation import examples, hosts, opening
 from unime_jax.evaluation.encode import Encoder
 from unime_jax.report.tables import ABSENT
@@ -17,6 +20,12 @@ from unime_jax.types import UserError
 THIS = "this model"
 _FAILURES, _EXAMPLES = 8, 8
 _NAMED = 6  # sets in a note
+# What report.json has, so that `compare` reads it.
+_OF_ALL = ("model", "limit", "settings/model_type", "results/means", "results/sets")
+_OF_BENCHMARK = {
+    "mmeb": [f"results/means/{name}/precision" for name in mmeb.MEANS],
+    "retrieval": ["results/sugarcrepe/means", "results/sugarcrepe/files"],
+}
 
 
 class Page:
@@ -163,10 +172,14 @@ def read_results(path) -> dict[str, Any]:
     place = place / "report.json" if place.is_dir() else place
     try:
         found = json.loads(place.read_text())
-        found["results"]["benchmark"]
+        for key in (*_OF_ALL, *_OF_BENCHMARK[found["results"]["benchmark"]]):
+            functools.reduce(operator.getitem, key.split("/"), found)
     except FileNotFoundError:
         raise UserError(f"{path}: no report.json there; give the output of an evaluation") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except KeyError as error:
+        why = f"it lacks {error.args[0]}"
+        raise UserError(f"{place}: not the report of MMEB or of retrieval ({why})") from None
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{place}: not the report of MMEB or of retrieval") from None
     return found
 

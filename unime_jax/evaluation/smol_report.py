@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax import metrics, report
+from unime_jax import metrics, report, runtime
 from unime_jax.benchmarks import smol
 from unime_jax.config import check, check_choice, check_path, lookup
 from unime_jax.data import pictures
@@ -34,6 +34,7 @@ def validate(config) -> None:
       UserError: the first impossible value, named with its key.
     """
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
+    runtime.check_output(config.output, "config.output")
     check(config.limit >= 0, f"config.limit={config.limit}: must not be negative; 0 means all")
     check_choice(config, "data.split", ("test", "validation"))
     check_choice(config, "dtype", ("float32", "bfloat16"))

@@ -23,6 +23,7 @@ from unime_jax.report.style import (
     ORANGE,
     SEQUENTIAL,
     SERIES,
+    cut,
     figure_of,
     shade,
     shorten,
@@ -35,7 +36,7 @@ MAX_POINTS = 1000  # of a curve
 COSINES = {
     "positive_cosine": ("matching pairs", BLUE),
     "hard_negative_cosine": ("hard negatives", ORANGE),
-    "negative_cosine": ("all negatives", ORANGE),
+    "negative_cosine": ("all negatives", MUTED),
     "student_cosine": ("student", BLUE),
     "teacher_cosine": ("teacher", ORANGE),
 }
@@ -116,7 +117,7 @@ def plot_cosine_matrices(
             matrix = np.asarray(matrix)
             same = np.eye(len(matrix), dtype=bool)
             image = ax.imshow(matrix, cmap=colors, vmin=low, vmax=1, interpolation="nearest")
-            ax.set_title(title, pad=19)
+            ax.set_title(cut(title, 26), pad=19)
             others = f"{matrix[~same].mean():z.2f}" if len(matrix) > 1 else "-"
             ax.text(
                 0, 1.025, f"pairs {matrix[same].mean():z.2f}   others {others}",

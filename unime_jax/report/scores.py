@@ -4,9 +4,20 @@ import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
-from unime_jax.report.style import BLUE, GREY, INK, MUTED, SERIES, figure_of, shade
+from unime_jax.report.style import (
+    BLUE,
+    GREY,
+    INK,
+    MUTED,
+    SERIES,
+    cut,
+    figure_of,
+    legend_above,
+    shade,
+)
 
 _BAR_COLORS = (BLUE, *SERIES[1:])
+_NAME = 48  # letters of a row's name in a legend
 
 
 def plot_groups(
@@ -41,7 +52,7 @@ def plot_groups(
             offset = (number - (len(rows) - 1) / 2) * width
             drawn = [(i, row[g]) for i, g in enumerate(groups) if _is_number(row.get(g))]
             ax.bar([i + offset for i, _ in drawn], [v for _, v in drawn], 0.92 * width,
-                   color=color, label=name)  # fmt: skip
+                   color=color, label=cut(name, _NAME))  # fmt: skip
             for i, value in drawn:
                 ax.text(i + offset, value + 0.8, f"{value:.1f}", ha="center", va="bottom",
                         fontsize=6.2 if len(rows) < 4 else 5.4, color=INK)  # fmt: skip
@@ -58,7 +69,8 @@ def plot_groups(
         ax.set_ylim(0, min(106, 1.12 * max(values, default=1) + 2))
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)
-        figure.legend(loc="outside upper left", ncols=min(4, len(rows) + 1), borderaxespad=0.4)
+        handles, _ = ax.get_legend_handles_labels()
+        legend_above(figure, sorted(handles, key=lambda handle: handle.get_label() == "chance"))
     return pathlib.Path(path)
 
 
@@ -123,6 +135,7 @@ def _dumbbell(ax, y: int, before: float | None, after: float | None) -> None:
 def _dumbbell_legend(figure, names: tuple[str, str], italics: bool) -> None:
     from matplotlib.lines import Line2D
 
+    names = (cut(names[0], _NAME), cut(names[1], _NAME))
     handles = [
         Line2D([], [], marker="o", linestyle="none", color="white", markeredgecolor=MUTED,
                markersize=4.6, label=names[0]),
@@ -132,8 +145,7 @@ def _dumbbell_legend(figure, names: tuple[str, str], italics: bool) -> None:
     ]  # fmt: skip
     if italics:
         handles.append(Line2D([], [], linestyle="none", label="italics: out of distribution"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, borderaxespad=0.4,
-                  columnspacing=1.2, handletextpad=0.2, fontsize=7.5)  # fmt: skip
+    legend_above(figure, handles, columnspacing=1.2, handletextpad=0.2, fontsize=7.5)
 
 
 def _is_number(value) -> bool:

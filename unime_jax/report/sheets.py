@@ -2,15 +2,15 @@
 
 import dataclasses
 import pathlib
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 
-from unime_jax.report.style import GREEN, INK, LINE, MUTED, RED, figure_of, square
+from unime_jax.report.style import GREEN, INK, LINE, MUTED, RED, figure_of, square, wrap
 
 _CELL, _GAP, _HEIGHT, _HEAD = 1.5, 0.1, 1.8, 0.16  # inches
-_LETTERS, _LINES, _LINE = 28, 4, 0.108  # of a line, lines below a picture, inches a line
+_ROOM = _CELL - 2 * 0.09  # of a line, inside the frame
+_LINES, _LINE = 4, 0.108  # lines below a picture, inches a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,10 +95,10 @@ def _draw(figure, cell: SheetCell, label: str, corner, size, *, frame: str) -> N
     style = {"va": "top", "linespacing": 1.2, "color": INK, "parse_math": False}
     if cell.image is None:
         words = cell.text or "(no text)"
-        lines = textwrap.wrap(words, _LETTERS - 4, max_lines=12, placeholder=" …")
-        ax.text(0.07, body - 0.07, "\n".join(lines), fontsize=7.6, **style)
+        lines = wrap(figure, words, _ROOM, size=7.6, lines=11)
+        ax.text(0.09, body - 0.07, "\n".join(lines), fontsize=7.6, **style)
     else:
-        lines = textwrap.wrap(cell.text, _LETTERS, max_lines=_LINES, placeholder=" …")
+        lines = wrap(figure, cell.text, _ROOM, size=6.4, lines=_LINES)
         side = min(_CELL - 0.1, body - 0.09 - (0.04 + _LINE * len(lines) if lines else 0.0))
         picture = figure.add_axes(
             ((left + (_CELL - side) / 2) / width, (top - _HEAD - 0.05 - side) / height,
@@ -106,7 +106,7 @@ def _draw(figure, cell: SheetCell, label: str, corner, size, *, frame: str) -> N
         )  # fmt: skip
         picture.imshow(square(cell.image), interpolation="antialiased")
         picture.axis("off")
-        ax.text(0.07, body - side - 0.09, "\n".join(lines), fontsize=6.4, **style)
+        ax.text(0.09, body - side - 0.09, "\n".join(lines), fontsize=6.4, **style)
     from matplotlib.patches import FancyBboxPatch
 
     line = 1.7 if frame != LINE else 0.9

@@ -5,6 +5,7 @@ is loaded by the first plot.
 """
 
 import contextlib
+import functools
 import pathlib
 import textwrap
 
@@ -16,8 +17,9 @@ RED = "#b5483f"
 SERIES = (BLUE, ORANGE, GREEN, "#8a5a9e", "#b8902f", MUTED)
 # From paper white to deep blue: monotonous in lightness, so it survives a grey print.
 SEQUENTIAL = ("#fbfcfd", "#d5e3f0", "#94b9d9", "#4d86b8", "#245a8d", "#10305a")
+FONT = "DejaVu Sans"
 STYLE = {
-    "font.family": "DejaVu Sans",
+    "font.family": FONT,
     "font.size": 9.0,
     "text.color": INK,
     "axes.edgecolor": MUTED,
@@ -64,6 +66,31 @@ def figure_of(width: float, height: float, path, layout: str = "constrained"):
         figure.savefig(path, format="png")
 
 
+def cut(text: str, letters: int) -> str:
+    """Shortens a name that has no blanks to be cut at."""
+    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+
+
+def legend_above(figure, handles, **style) -> None:
+    """Draws a legend above all axes, of as many columns as the figure is wide for.
+
+    The figure grows by its further rows.
+    """
+    style = {"loc": "outside upper left", "borderaxespad": 0.4, **style}
+    room = figure.bbox.width - 2 * 0.4 * 8 / 72 * figure.dpi  # its pad, in units of its font
+    for columns in range(min(4, len(handles)), 0, -1):
+        legend = figure.legend(handles=handles, ncols=columns, **style)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        box = legend.get_window_extent(figure.canvas.get_renderer())
+        if columns == 1 or box.width <= room:
+            break
+        legend.remove()
+    rows = -(-len(handles) // columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + box.height / figure.dpi * (rows - 1) / rows)
+
+
 def square(image: np.ndarray) -> np.ndarray:
     """The image in the middle of a white square; grey images become RGB, alpha goes on white."""
     if image.ndim == 2:
@@ -88,4 +115,59 @@ def shade(color: str, step: int, steps: int, palest: float = 0.62):
 
 
 def shorten(text: str, width: int) -> str:
-    return textwrap.shorten(str(text), width, placeholder=" …")
+    return textwrap.shorten(drawable(str(text)), width, placeholder=" …")
+
+
+def wrap(figure, text: str, inches: float, *, size: float, lines: int) -> list[str]:
+    """Breaks a text into as long lines as fit, at most so many.
+
+    Args:
+      figure: that it is drawn on.
+      text: any letters.
+      inches: room for a line.
+      size: of the font.
+      lines: the most; what is left is cut off.
+    """
+    from matplotlib.font_manager import FontProperties
+
+    font, renderer = FontProperties(family=FONT, size=size), figure.canvas.get_renderer()
+
+    def fits(line: str) -> bool:
+        width, _, _ = renderer.get_text_width_height_descent(line, font, False)
+        return width <= inches * figure.dpi
+
+    most = int(inches * 72 / (0.2 * size))  # letters of a line, if all are narrow ones
+    words = drawable(text[: 2 * most * lines]).split()
+    found, line = [], ""
+    while words and len(found) <= lines:
+        longer = f"{line} {words[0]}".lstrip()
+        if fits(longer):
+            line = longer
+            words.pop(0)
+            continue
+        if not line:  # a word that is longer than a line
+            line = next(part for end in range(most, 0, -1) if fits(part := words[0][:end]))
+            words[0] = words[0].removeprefix(line)
+        found.append(line)
+        line = ""
+    found += [line] if line else []
+    if len(found) > lines:
+        last = found[lines - 1]
+        while last and not fits(f"{last} …"):
+            last = last.rpartition(" ")[0] or last[:-1]
+        found = [*found[: lines - 1], f"{last} …"]
+    return found
+
+
+def drawable(text: str) -> str:
+    """Returns a text with a box for each letter that the font lacks."""
+    return "".join(letter if has(letter) else "\u25a1" for letter in text)
+
+
+@functools.cache
+def has(letter: str) -> bool:
+    """Says whether the font has a letter."""
+    from matplotlib import font_manager
+
+    font = font_manager.get_font(font_manager.findfont(FONT))
+    return letter.isspace() or bool(font.get_char_index(ord(letter)))

@@ -1,17 +1,14 @@
 """Draws what models predict for the same rows, side by side."""
 
-import functools
 import pathlib
-import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from unime_jax.report.style import BLUE, DPI, INK, LINE, MUTED, figure_of, square
+from unime_jax.report.style import BLUE, DPI, INK, LINE, MUTED, cut, figure_of, has, square, wrap
 
 BLANK = "\u2423"  # what stands for a blank in a token: an open box
-_LETTERS = 32  # of a line of a row's text
-_LINES = 5
+_LINES = 5  # of a row's text
 _TOKEN, _NAME = 14, 19  # letters of a token, and of a model's name
 _ITEM, _PANEL = 1.85, 2.3  # inches wide
 _LINE = 0.165  # inches high
@@ -48,8 +45,8 @@ def plot_token_bars(
                 _bars(ax, panels[place], k, top)
                 if place == 0:
                     figure.text(
-                        left / width, 1 - 0.2 / total, _cut(name, _NAME),
-                        fontsize=10, fontweight="bold", va="center", ha="left", parse_math=False,
+                        (left - 0.5) / width, 1 - 0.2 / total, cut(name, _NAME),
+                        fontsize=9, fontweight="bold", va="center", ha="left", parse_math=False,
                     )  # fmt: skip
                 if place == len(rows) - 1:
                     ax.tick_params(axis="x", labelbottom=True)
@@ -60,12 +57,13 @@ def plot_token_bars(
 def _row_cell(figure, row, bottom: float, height: float, size: tuple[float, float]) -> None:
     """Draws a row's picture, and its text below or, without a picture, in the middle."""
     (text, image), (width, total) = row, size
-    lines = _words(text)
+    points = 8.5 if image is None else 8.0
+    lines = wrap(figure, text, _ITEM - 0.3, size=points, lines=_LINES)
+    words = "\n".join(lines)
     if image is None:
-        words = "\n".join(lines)
         figure.text(
             0.1 / width, bottom + height / 2 / total, f"“{words}”",
-            fontsize=8.5, va="center", linespacing=1.25, parse_math=False,
+            fontsize=points, va="center", linespacing=1.25, parse_math=False,
         )  # fmt: skip
         return
     below = 0.15 * len(lines) + 0.04 * bool(lines)
@@ -81,10 +79,9 @@ def _row_cell(figure, row, bottom: float, height: float, size: tuple[float, floa
     ax.spines[:].set_visible(True)
     ax.spines[:].set_color(LINE)
     if lines:
-        words = "\n".join(lines)
         figure.text(
             0.1 / width, y - 0.05 / total, f"“{words}”",
-            fontsize=8, va="top", linespacing=1.2, parse_math=False,
+            fontsize=points, va="top", linespacing=1.2, parse_math=False,
         )  # fmt: skip
 
 
@@ -119,27 +116,9 @@ def visible(token: str) -> str:
 
 def _label(token: str) -> str:
     """Returns a token as an axis shows it: letters that the font lacks by their code."""
-    shown = "".join(x if _has(x) else _code(x) for x in visible(token))
-    return _cut(shown, _TOKEN)
-
-
-def _cut(word: str, letters: int) -> str:
-    return word if len(word) <= letters else f"{word[: letters - 1]}…"
-
-
-def _words(text: str) -> list[str]:
-    """Returns the lines of a row's text, with a box for each letter that the font lacks."""
-    text = "".join(x if _has(x) else "\u25a1" for x in text)
-    return textwrap.wrap(text, _LETTERS, max_lines=_LINES, placeholder=" …")
+    shown = "".join(x if has(x) else _code(x) for x in visible(token))
+    return cut(shown, _TOKEN)
 
 
 def _code(letter: str) -> str:
     return letter.encode("unicode_escape").decode()
-
-
-@functools.cache
-def _has(letter: str) -> bool:
-    from matplotlib import font_manager
-
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
-    return letter.isspace() or bool(font.get_char_index(ord(letter)))
