@@ -166,6 +166,12 @@ def test_a_compiler_that_is_killed_is_named(monkeypatch, capfd):
     assert "cuda drivers" not in capfd.readouterr().err  # what JAX says as it is imported
 
 
+def test_compilers_that_end_by_themselves_are_told_from_those_that_are_killed():
+    assert "exit code 1" in pieces._ended([1]) and "signal 11" in pieces._ended([-11])
+    for codes in ([], [-9], [-9, 1]):  # one that was killed takes the others with it
+        assert "lack of memory" in pieces._ended(codes)
+
+
 @pytest.mark.slow
 def test_pieces_send_what_the_whole_step_sends(monkeypatch, tmp_path):
     """On devices of the CPU, whose memory is no measure; quantised weights over fsdp."""

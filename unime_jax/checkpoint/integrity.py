@@ -18,6 +18,7 @@ MANIFEST = "manifest.json"
 # Chunks are compressed, written and read one by one: each device of a mesh reads little besides its
 # own part.
 CHUNK_BYTES = 64 * 2**20
+_GONE = "gone"  # what a process says of a checkpoint that was removed before it had read it
 
 
 def write_manifest(directory: pathlib.Path, **notes: Any) -> None:
@@ -129,6 +130,7 @@ def newest_whole(
     below: str = "",
     among: Callable[[int], bool] = lambda step: True,
     agree: Callable[[Callable[[], str]], str] = lambda find: find(),
+    exchange: Callable[[str], list[str]] = lambda text: [text],
 ) -> tuple[int, Any, dict[int, str]] | None:
     """Reads the newest checkpoint that is as it was written.
 
@@ -138,6 +140,7 @@ def newest_whole(
       below: part of it that matters.
       among: says of a step whether it will do.
       agree: lets all processes have what process 0 finds, or raise what it raises.
+      exchange: lets all processes have what each of them says.
 
     Returns:
       its step, what was read, and by step what is wrong with newer ones; None without any.
@@ -146,6 +149,11 @@ def newest_whole(
     def listed() -> str:
         return agree(lambda: json.dumps(sorted(filter(among, steps(directory)))))
 
+    def again():
+        return newest_whole(
+            directory, read, below=below, among=among, agree=agree, exchange=exchange
+        )
+
     problems: dict[int, str] = {}
     there = listed()
     for step in sorted(json.loads(there), reverse=True):
@@ -153,17 +161,26 @@ def newest_whole(
         old = bool(agree(lambda path=path: "old" if is_old(path) else ""))
         problem = "" if old else agree(lambda path=path: find_problem(path, below))
         if not problem:
+            content, said, cause = None, "", None
             try:
-                return step, read(path), problems
+                content = read(path)
             except Exception as error:  # of Orbax, of TensorStore: each its own kind
-                problem = " ".join(str(error).split())[:300]
-                if not old:
-                    raise UserError(f"{path} is whole but cannot be read ({problem})") from error
+                said, cause = f"fails: {' '.join(str(error).split())[:300]}", error
+                if not path.exists():  # a run that trains removed it meanwhile
+                    said = _GONE
+            told = [text for text in exchange(said) if text]
+            if not told:
+                return step, content, problems
+            if _GONE in told:
+                return again()
+            problem = told[0].removeprefix("fails: ")
+            if not old:
+                raise UserError(f"{path} is whole but cannot be read ({problem})") from cause
         problems[step] = problem
     if not problems:
         return None
     if there != listed():  # a run that trains removed them, having saved newer ones
-        return newest_whole(directory, read, below=below, among=among, agree=agree)
+        return again()
     told = "; ".join(f"{directory / str(step)}: {text}" for step, text in problems.items())
     others = agree(lambda: ", ".join(str(step) for step in steps(directory) if not among(step)))
     advice = f"others are there ({others})" if others else "train anew in another config.output"

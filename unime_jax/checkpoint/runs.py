@@ -287,6 +287,7 @@ def _restore(directory: pathlib.Path, state, among: Callable[[int], bool] = lamb
             lambda path: reader.restore(path, args=args),
             among=among,
             agree=_agree,
+            exchange=runtime.exchange,
         )
     if found is None:
         return None
@@ -345,6 +346,7 @@ def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
             below="trainable/",
             among=lambda step: wanted is None or step == wanted,
             agree=_agree,  # the run may be saving: all processes are to read the same
+            exchange=runtime.exchange,
         )
     if found is None and wanted is not None:
         there = ", ".join(map(str, sorted(integrity.steps(directory))))

@@ -13,7 +13,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -151,20 +151,32 @@ def compile_all(pieces: list[Piece], job: Job) -> Iterator[Found]:
     pool = futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare)
     with compiled.quiet():  # they start, and JAX reports what is not there as it is imported
         running = [pool.submit(compile_piece, piece, job) for piece in pieces]
+    children = multiprocessing.active_children()
     try:
         for done in futures.as_completed(running):
             yield done.result()
     except futures.BrokenExecutor:
-        raise UserError(
-            "--compile: a compiler was killed, as by a lack of memory; close other programs, or "
-            "plan without --compile"
-        ) from None
+        pool.shutdown()
+        codes = sorted({child.exitcode or 0 for child in children} - {0, -signal.SIGTERM})
+        raise UserError(_ended(codes)) from None
     finally:
         for one in running:
             one.cancel()
         for child in multiprocessing.active_children():
             child.terminate()
         pool.shutdown()
+
+
+def _ended(codes: Sequence[int]) -> str:
+    """Says why there are no more compilers, by the exit codes of those that ended by themselves."""
+    if not codes or -signal.SIGKILL in codes:
+        return (
+            "--compile: a compiler was killed, as by a lack of memory; close other programs, or "
+            "plan without --compile"
+        )
+    code = codes[0]
+    how = f"with exit code {code}" if code > 0 else f"by signal {-code}"
+    return f"--compile: a compiler ended {how}; plan without --compile"
 
 
 def _free_gib() -> float:
