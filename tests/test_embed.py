@@ -1,5 +1,6 @@
 """Files in, vectors out: order, faults, stops and starts, several devices and processes."""
 
+import functools
 import json
 import os
 import shutil
@@ -419,6 +420,22 @@ def test_another_image_root_tries_again_what_was_outside(root, tmp_path, monkeyp
 
 def _die(*args, **kwargs):
     raise Killed
+
+
+def test_what_is_left_in_a_buffer_hides_no_error_before(tmp_path):
+    """A full disk refuses it again when the file is closed."""
+    job_of = functools.partial(
+        embed_job.open_job, tmp_path / "v.npz", {}, width=2, dtype=np.dtype("f4"), process=0
+    )
+    for error in (ValueError, OSError):  # the work's own, and that of the files themselves
+        with pytest.raises(error) as raised, job_of() as job:
+            job._faults = open("/dev/full", "w")  # noqa: SIM115
+            job._faults.write("x")
+            if error is ValueError:
+                raise ValueError
+        with pytest.raises(OSError, match="Bad file"):  # the last of them was closed as well
+            os.close(job._vectors)
+    assert raised.value.filename == str(tmp_path / "v.npz.job")
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

@@ -124,9 +124,11 @@ class Job:
         self._mark(row, 2)
 
     def close(self) -> None:
-        for file in (self._numbers, self._faults, self.log):
-            file.close()
-        os.close(self._vectors)
+        """Closes every file, also where one of them has something left that the disk refuses."""
+        with _naming(self._directory), contextlib.ExitStack() as stack:
+            for file in (self._numbers, self._faults, self.log):
+                stack.callback(file.close)
+            stack.callback(os.close, self._vectors)
 
     def write(self, *, complete: bool) -> dict[str, Any]:
         """Writes output and errors of all processes; returns what the output says of itself."""
@@ -303,8 +305,11 @@ def open_job(
         job = Job(output, settings, width=width, dtype=dtype, process=process)
         try:
             yield job
-        finally:
-            job.close()
+        except BaseException:
+            with contextlib.suppress(OSError):  # what could not be written is tried once more
+                job.close()
+            raise
+        job.close()
 
 
 def check_settings(place, there: dict[str, Any], now: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ def test_lines_of_json(tmp_path):
         (b"3", "line 2 is a number, not"),
         (b'{"txt": "a", "id": 1}', "neither text nor image among txt"),
         (b"{}", "neither text nor image$"),
+        (b'{"text": ""}', "^text is empty$"),
         (b'{"text": ["a"]}', "text is a list, not a string"),
         (b'{"text": "a", "image": 3}', "image is a number, not a path"),
         (b'{"text": "a", "id": {}}', "id is an object; give a string or a number"),
@@ -95,10 +96,37 @@ def test_a_folder_of_pictures(tmp_path):
     found = read(tmp_path)
     assert [entry.id for entry in found] == ["a.JPG", "b.png", "\ufffd.png", "sub/c.webp"]
     assert found[3].image == f"{tmp_path}/sub/c.webp" and len(found[2].digest) == 16
-    assert items.Input(str(tmp_path)).count() == 4
+    folder = items.Input(str(tmp_path))
+    assert folder.count() == 4
+    assert folder.describe_left_out().endswith("by the ends of their names: 1")
     (tmp_path / "nothing").mkdir()
     with pytest.raises(UserError, match="no pictures in this folder"):
         read(tmp_path / "nothing")
+
+
+def test_linked_folders_are_followed_inside_the_image_root_alone(tmp_path):
+    for name in ("data/a.png", "data/real/b.jfif", "elsewhere/c.avif"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    data = tmp_path / "data"
+    (data / "again").symlink_to("real")
+    (data / "other").symlink_to("../elsewhere")
+    (data / "real" / "up").symlink_to("..")  # does not end
+    (data / "gone").symlink_to("../nowhere")
+    narrow, wide = read(data), list(items.Input(str(data), image_root=str(tmp_path)))
+    inner = ["a.png", "again/b.jfif"]
+    assert [entry.id for entry in narrow] == [*inner, "other", "real/b.jfif"]
+    assert [entry.id for entry in wide] == [*inner, "other/c.avif", "real/b.jfif"]
+    assert image_files.OUTSIDE in narrow[2].fault and not any(entry.fault for entry in wide)
+    assert wide[2].image.checked().is_file()
+
+
+def test_names_of_pictures_end_as_pillow_knows():
+    from PIL import Image
+
+    Image.init()
+    kinds = Image.registered_extensions().items()
+    assert {end for end, kind in kinds if kind in pictures.FORMATS} <= set(items.PICTURES)
 
 
 def test_parquet(tmp_path):

@@ -99,7 +99,7 @@ def test_captions_of_several_pictures_are_not_held_out(decoded, words):
 
 
 def test_too_few_captions_are_refused(decoded, words):
-    with pytest.raises(UserError, match="60 tuxpaint pictures .* too few to hold out 200"):
+    with pytest.raises(UserError, match="tuxpaint: 60 pictures .* too few to hold out 200"):
         split_pairs(decoded, words, test=200, validation=100)
     with pytest.raises(UserError, match="too few"):
         split_pairs([], words, test=0, validation=0)

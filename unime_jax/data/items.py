@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import operator
 import os
 import pathlib
 import select
@@ -16,7 +17,13 @@ from typing import Any
 from unime_jax.data import image_files, parquet_rows
 from unime_jax.types import UserError, reason
 
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# What Pillow takes the names of `pictures.FORMATS` to end in.
+PICTURES = (
+    ".apng", ".avif", ".avifs", ".bmp", ".bw", ".dib", ".gif", ".icb", ".ico", ".j2c", ".j2k",
+    ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".mpo", ".pbm", ".pcx",
+    ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".rgb", ".rgba", ".sgi", ".tga", ".tif",
+    ".tiff", ".vda", ".vst", ".webp",
+)  # fmt: skip
 _LINES = (".jsonl", ".ndjson")
 _WAIT = 0.5  # seconds between looks at whether to go on waiting for stdin
 LETTERS = 4096  # of an id or a path: .npz has strings of one length alone, that of the longest
@@ -76,12 +83,16 @@ class Input:
       keys: names of the columns.
       image_root: directory that no image's path leaves; "": `folder`.
 
+    Attributes:
+      left_out: files of a folder whose names are no picture's, once it was counted or read.
+
     Raises:
       UserError: it is not there, or of another kind.
     """
 
     def __init__(self, name: str, keys: Keys = Keys(), *, image_root: str = ""):
         self.name, self._keys = name, keys
+        self.left_out = 0
         # Absolute, as a picture's path then is: a relative one would begin at `folder` again.
         self.path = pathlib.Path(name).expanduser().absolute()
         self._kind = self._find_kind()
@@ -110,6 +121,12 @@ class Input:
         if self._kind == "stdin":
             return pathlib.Path.cwd()
         return self.path if self._kind == "folder" else self.path.parent
+
+    def describe_left_out(self) -> str:
+        """Says how many files were passed over; "" where none was."""
+        if not self.left_out:
+            return ""
+        return f"files left out of {self.name}, by the ends of their names: {self.left_out}"
 
     @property
     def is_repeatable(self) -> bool:
@@ -140,23 +157,46 @@ class Input:
 
     # ---- folders
 
-    def _walk(self) -> Iterator[pathlib.Path]:
-        for root, folders, files in os.walk(self.path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(files):
-                if not name.startswith(".") and name.lower().endswith(PICTURES):
-                    yield pathlib.Path(root) / name
+    def _walk(self) -> Iterator[tuple[str, str]]:
+        """Yields paths of pictures; those of folders that are not entered with the reason.
+
+        Links to folders are followed inside the image root, but not back to where they lie.
+        """
+        self.left_out = 0
+        folders = [(str(self.path), ())]  # each with those above it
+        while folders:
+            folder, above = folders.pop()
+            try:
+                if os.path.islink(folder):
+                    self._images.path(folder)
+                real = os.path.realpath(folder)
+                found = [] if real in above else sorted(os.scandir(folder), key=lambda x: x.name)
+            except (OSError, UserError) as error:
+                is_ours = isinstance(error, UserError)
+                yield folder, str(error) if is_ours else f"cannot be read ({error.strerror})"
+                continue
+            found = [entry for entry in found if not entry.name.startswith(".")]
+            inner = [os.path.isdir(entry.path) for entry in found]
+            for entry in itertools.compress(found, map(operator.not_, inner)):
+                if entry.name.lower().endswith(PICTURES):
+                    yield entry.path, ""
+                else:
+                    self.left_out += 1
+            below = itertools.compress(reversed(found), reversed(inner))
+            folders += [(entry.path, (*above, real)) for entry in below]
 
     def _pictures(self) -> Iterator[Entry]:
         row = -1
-        for row, path in enumerate(self._walk()):
+        for row, (path, fault) in enumerate(self._walk()):
             # A name may hold any bytes.
-            name = os.fsencode(path.relative_to(self.path)).decode(errors="replace")
-            named = image_files.Named(str(path), self._images)
-            yield Entry(row, name, image=named, label=name)
+            name = os.fsencode(os.path.relpath(path, self.path)).decode(errors="replace")
+            if fault:
+                yield Entry(row, name, fault=fault)
+            else:
+                yield Entry(row, name, image=image_files.Named(path, self._images), label=name)
         if row < 0:
-            kinds = ", ".join(kind[1:] for kind in PICTURES)
-            raise UserError(f"{self.name}: no pictures in this folder ({kinds})")
+            others = f"; its {self.left_out} files end otherwise" if self.left_out else ""
+            raise UserError(f"{self.name}: no pictures in this folder (.jpg, .png, ...){others}")
 
     # ---- JSON lines
 
@@ -255,15 +295,21 @@ class Input:
         elif image is not None and image != "":
             fault = fault or f"{self._keys.image} is {_kind(image)}, not a path"
         if not fault and not text and not image:
-            fault = f"neither {self._keys.text} nor {self._keys.image}"
-            if others := [key for key in content if key != self._keys.id]:
-                fault += f" among {', '.join(others[:5])}"
+            fault = self._nothing(content)
         if isinstance(image, str) and image_files.is_remote(image):
             fault = fault or f"{image}: pictures are not downloaded; give a path"
         if fault:
             name, fault = (x.encode(errors="replace").decode() for x in (name, fault))
             return Entry(row, name[:LETTERS], fault=fault)
         return Entry(row, name, text or None, image or None, label)
+
+    def _nothing(self, content: dict[str, Any]) -> str:
+        """Says why a row has neither text nor image."""
+        wanted = (self._keys.text, self._keys.image)
+        if there := [key for key in wanted if key in content]:
+            return f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} empty"
+        others = ", ".join([key for key in content if key != self._keys.id][:5])
+        return f"neither {' nor '.join(wanted)}" + f" among {others}" * bool(others)
 
 
 def _lines_of(fd: int, stopped: Callable[[], bool]) -> Iterator[bytes]:

@@ -98,7 +98,7 @@ class Preprocessor:
           UserError: the model takes none.
         """
         if self._transform is None:
-            raise UserError("this model takes no images: its image_spec is None")
+            raise UserError("this model reads texts alone, no images")
         return self._transform
 
     def layout(self, width: int, height: int) -> Layout:

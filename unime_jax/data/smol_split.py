@@ -193,8 +193,8 @@ def split_pairs(
     ]
     if not test or not validation or len(candidates) < test + validation:
         raise UserError(
-            f"{len(candidates)} {held_source} pictures with a caption of their own are too few "
-            f"to hold out {test} for test and {validation} for validation"
+            f"{held_source}: {len(candidates)} pictures with a caption of their own are too few to "
+            f"hold out {test} for test and {validation} for validation"
         )
     candidates.sort(key=lambda found: _draw(text_keys.compact_key(found.raw.caption), number))
     held = {"test": candidates[:test], "validation": candidates[test : test + validation]}

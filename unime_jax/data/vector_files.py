@@ -150,7 +150,8 @@ def read(path: str | os.PathLike) -> Vectors:
 def _guarded(path: pathlib.Path, function):
     """Calls a reader; whatever it stumbles over becomes one line."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file of vectors")
+        fault = "a directory, no file of vectors" if path.is_dir() else "no such file of vectors"
+        raise UserError(f"{path}: {fault}")
     try:
         return function(path)
     except UserError:
