@@ -11,13 +11,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "unime_jax"
 
 ENTRIES = {"train", "evaluate", "embed", "teach", "convert", "prepare", "plan", "inspect"}
-ENTRIES |= {"ablate", "integrations"}
+ENTRIES |= {"ablate", "integrations", "__main__"}
 STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
 STEP |= {"embed_job", "evaluation", "loop", "model_card", "planning", "search", "text_side"}
 STEP |= {"ablation", "initial", "predictions", "replay", "tiny", "tower_features", "train_data"}
 STEP |= {"runner", "train_checks", "weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "config_values", "runtime", "cluster", "file_hashes"}
+GROUND |= {"arguments", "failures"}
 LEVELS = {
     **dict.fromkeys(ENTRIES, 3),
     **dict.fromkeys(STEP, 2),

@@ -123,7 +123,7 @@ def test_nothing_to_show_is_an_error(root, tmp_path):
     with pytest.raises(UserError, match="none of its 2 rows"):
         inspect.main([*model, *rest])
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="is a file; give a directory"):
+    with pytest.raises(UserError, match="is no directory; give another path"):
         inspect.main([*model, *rest[:2], "--output", rest[1]])
     with pytest.raises(UserError, match="has 512 tokens"):
         inspect.main([*model, "-k", "513", "--input", str(root / "items.jsonl"), *rest[2:]])

@@ -34,7 +34,17 @@ def raising(error):
         (
             PermissionError(errno.EACCES, "denied", "out"),
             2,
-            "error: no permission to write (out): denied",
+            "error: no permission (out): denied",
+        ),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "file/v.npz"),
+            2,
+            "error: file/v.npz: Not a directory; give another path\n",
+        ),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory of 9 bytes\nat x"),
+            2,
+            "error: the devices' memory does not suffice (RESOURCE_EXHAUSTED: Out of memory of 9 b",
         ),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -44,6 +54,15 @@ def test_exit_codes(error, code, message, capsys):
         runtime.run_entry(raising(error), ["x"])
     assert caught.value.code == code
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_place_for_results_is_looked_for_before_any_work(tmp_path):
+    (tmp_path / "file").touch()
+    runtime.check_output(tmp_path / "new" / "below", "--output")
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match="^--output=.*/file is no directory; give another"):
+            runtime.check_output(tmp_path / place, "--output")
+    assert not (tmp_path / "new").exists()
 
 
 def test_output_that_nobody_reads_any_more():

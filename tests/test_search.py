@@ -16,7 +16,7 @@ from PIL import Image
 
 import unime_jax
 from unime_jax import embed, embedder, report, runtime, search, weights
-from unime_jax.data import vector_files
+from unime_jax.data import items, vector_files
 from unime_jax.types import UserError
 
 
@@ -166,6 +166,13 @@ def test_missing_faiss_is_told_before_the_model_is_read(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"search needs FAISS: pip install -e '.\[search\]'"):
         find(tmp_path / "none.npz", "--text", "a")
+
+
+def test_an_input_that_cannot_be_read_any_more_shows_no_pictures(tmp_path, monkeypatch):
+    (tmp_path / "in.jsonl").touch()
+    monkeypatch.setattr(items.Input, "__iter__", lambda self: (_ for _ in ()).throw(OSError(5)))
+    about = {"input": str(tmp_path / "in.jsonl"), "keys": ["id", "text", "image"]}
+    assert search._from_input(about, {0: 0}) == {}
 
 
 def test_what_an_index_names_need_not_be_a_picture(root, tmp_path, monkeypatch):

@@ -126,6 +126,7 @@ def test_what_is_missing_is_said_in_one_line(root):
         ({"teacher.path": ""}, "config.teacher.path is empty"),
         ({"data.path": root / "none.csv"}, "config.data.path=.*no such file"),
         ({"output": ""}, "config.output is empty"),
+        ({"output": root / "nli.csv" / "x"}, "config.output=.*nli.csv is no directory"),
         ({"model.dtype": "float16"}, "config.model.dtype='float16'"),
     ):
         changed = {"teacher.path": root / "teacher", "data.path": root / "nli.csv", **change}

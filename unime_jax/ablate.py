@@ -50,6 +50,7 @@ def validate(config) -> None:
     """
     check("variants" in config, "this config is of no ablation: take configs/smol_ablation.py")
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
+    runtime.check_output(config.output, "config.output")
     lists = {"seeds": config.seeds, "splits": config.splits}
     lists |= {f"rates.{stage}": config.rates[stage] for stage in ablation.STAGES}
     for key, found in lists.items():

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from unime_jax import checkpoint, model_card, models, report, runtime, text_side, weights
+from unime_jax import arguments, checkpoint, model_card, models, report, runtime, text_side, weights
 from unime_jax.models import hf, hf_write, peft
 from unime_jax.types import UserError, flatten, unflatten
 
@@ -57,11 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m unime_jax.convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.Parser(prog="python -m unime_jax.convert", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     rows = (
         ("import", import_model, "Hugging Face -> ours (Orbax)"),

@@ -27,7 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax import __version__, embed_job, embedder, report, runtime, search, sharding, weights
+from unime_jax import (
+    __version__,
+    arguments,
+    embed_job,
+    embedder,
+    report,
+    runtime,
+    search,
+    sharding,
+    weights,
+)
 from unime_jax.data import items, prompts, vector_files
 from unime_jax.data.stream import Item, Stream
 from unime_jax.types import UserError
@@ -36,19 +46,14 @@ _M_ARENA_MAX = -8  # malloc.h
 
 
 def main(argv: list[str]) -> None:
-    arguments = argv[1:]
-    if arguments[:1] == ["search"]:
-        search.run(search.parser().parse_args(arguments[1:]))
+    if argv[1:2] == ["search"]:
+        search.run(search.parser().parse_args(argv[2:]))
     else:
-        embed(_parser().parse_args(arguments))
+        embed(_parser().parse_args(argv[1:]))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m unime_jax.embed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.Parser(prog="python -m unime_jax.embed", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="directory of a model or run, or a hub id")
     add("--input", required=True, help="file, folder, or - for stdin")
@@ -232,6 +237,8 @@ def _run(
 ) -> runtime.StopRequest | None:
     """Embeds what is not done; returns what told it to stop, if something did."""
     total = source.count()
+    if process == 0 and source.left_out:
+        _say(source.describe_left_out())
     is_cut = False  # rows were left unread
     stop = runtime.StopRequest()
     names: dict[int, str] = {}  # ids of the rows on their way

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from unime_jax import embedder, predictions, report, runtime, weights
+from unime_jax import arguments, embedder, predictions, report, runtime, weights
 from unime_jax.data import items, pictures, prompts
 from unime_jax.data.stream import Item
 from unime_jax.predictions import Prediction
@@ -47,11 +47,13 @@ def main(argv: list[str]) -> None:
     if args.k < 1 or args.show < 1:
         raise UserError("-k and --show are counts: give 1 or more")
     output = pathlib.Path(args.output).expanduser()
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {args.output} is a file; give a directory")
+    runtime.check_output(output, "--output")
     names = _names(args.model, args.name)
     found = [weights.find(path) for path in args.model]  # all are looked for before one is loaded
-    entries = list(items.Input(args.input, image_root=args.image_root))
+    source = items.Input(args.input, image_root=args.image_root)
+    entries = list(source)
+    if source.left_out:
+        print(source.describe_left_out(), file=sys.stderr)
     runtime.start()
     faults = [(entry.row, "", entry.fault) for entry in entries if entry.fault]
     inspected = []
@@ -74,11 +76,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m unime_jax.inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.Parser(prog="python -m unime_jax.inspect", description=__doc__)
     add = parser.add_argument
     add("--model", required=True, action="append", help="directory of a model or run, or a hub id")
     add("--name", action="append", default=[], help="of each model's column (its directory's)")

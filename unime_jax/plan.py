@@ -19,20 +19,14 @@ Weights and data need not be there: sizes of the published models are known, and
 the data sets stand for data that is missing. Any key can be overridden with --config.key=value.
 """
 
-import argparse
 import json
 
+from unime_jax import arguments, runtime
 from unime_jax import config as config_lib
-from unime_jax import runtime
 from unime_jax.planning import topology
 from unime_jax.types import UserError
 
 COMPILES = ("kinds", "pieces", "whole")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; `python -m unime_jax.plan --help` lists the flags")
 
 
 def main(argv: list[str]) -> None:
@@ -70,7 +64,7 @@ def _quiet(text: str) -> None:
 
 
 def _options(argv: list[str]):
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = arguments.Parser(prog="python -m unime_jax.plan", add_help=False, allow_abbrev=False)
     parser.add_argument("--topology")
     parser.add_argument("--mfu", type=float, default=0.45)
     parser.add_argument("--compile", nargs="?", const="kinds", choices=COMPILES)

@@ -22,7 +22,7 @@ import pathlib
 import shutil
 import tempfile
 
-from unime_jax import report, runtime
+from unime_jax import arguments, report, runtime
 from unime_jax.types import UserError
 
 _FORMAT = 3  # raise it when what is written changes: prepared directories are then redone
@@ -38,11 +38,7 @@ def main(argv: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m unime_jax.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.Parser(prog="python -m unime_jax.prepare", description=__doc__)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="{smol,mmeb}")
     smol = kinds.add_parser("smol", help="models and data of the newcomer's run")
     smol.add_argument(

@@ -16,7 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from unime_jax import cluster
+from unime_jax import cluster, failures
 from unime_jax.types import UserError
 
 CACHE_VARIABLE = "UNIME_JAX_CACHE"
@@ -27,6 +27,24 @@ STOP_VARIABLE = "UNIME_JAX_STOP_CODE"
 def cache_directory() -> pathlib.Path:
     """Returns where fetched assets and compiled programs are kept between runs."""
     return pathlib.Path(os.environ.get(CACHE_VARIABLE, "~/.cache/unime_jax")).expanduser()
+
+
+def check_output(path: str | os.PathLike, name: str) -> None:
+    """Checks, before any work, that a directory is there or can be made.
+
+    Args:
+      path: of the directory.
+      name: what the user set, for messages.
+
+    Raises:
+      UserError: a file stands in its way, or it cannot be written.
+    """
+    path = pathlib.Path(path).expanduser().absolute()
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"{name}={path}: {there} is no directory; give another path")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{name}={path}: no permission to write in {there}")
 
 
 def smol_name(*, smoke: bool, split: int = 1) -> str:
@@ -70,11 +88,7 @@ def _say(error: BaseException) -> int:
         for fd in (1, 2):  # what is still to be flushed goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
         return 128 + signal.SIGPIPE  # as the shell says of programs that end so
-    message = str(error) if isinstance(error, UserError) else ""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = f"no space left on the disk{_of(error)}; free some and start again"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        message = f"no permission to write{_of(error)}: {error.strerror}"
+    message = failures.describe(error)
     if not message:
         return 1
     print(f"error{where}: {message}", file=sys.stderr)
@@ -102,10 +116,6 @@ def _nobody_reads() -> bool:
     for fd in (1, 2):
         poll.register(fd, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def _of(error: OSError) -> str:
-    return f" ({error.filename})" if error.filename else ""
 
 
 class StopRequest:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from unime_jax import embedder, report, runtime, weights
+from unime_jax import arguments, embedder, report, runtime, weights
 from unime_jax.data import items, pictures, vector_files
 from unime_jax.types import UserError
 
@@ -24,7 +24,7 @@ def positive(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     text = "Finds the rows of a file of vectors that are nearest to a text, a picture, or both."
-    found = argparse.ArgumentParser(prog="python -m unime_jax.embed search", description=text)
+    found = arguments.Parser(prog="python -m unime_jax.embed search", description=text)
     add = found.add_argument
     add("--index", required=True, help="what `python -m unime_jax.embed` wrote")
     add("--text", help="to look for")
@@ -132,7 +132,7 @@ def _from_input(about: dict[str, Any], rows: dict[int, int]) -> dict[int, bytes]
     if not rows or not os.path.isfile(about["input"]):
         return {}
     found = {}
-    with contextlib.suppress(UserError):  # it is something else now
+    with contextlib.suppress(UserError, OSError):  # it is something else now
         for entry in items.Input(about["input"], items.Keys(*about["keys"])):
             if entry.row in rows and isinstance(entry.image, bytes):
                 found[rows[entry.row]] = entry.image

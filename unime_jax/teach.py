@@ -32,6 +32,7 @@ def main(argv: list[str]) -> None:
     check_path(config, "data.path")
     key = "output" if config.stage == "teach" else "teacher.vectors"
     check(bool(_target(config)), f"config.{key} is empty; name a directory with --config.{key}=DIR")
+    runtime.check_output(_target(config), f"config.{key}")
     runtime.start()
     run(config)
 
