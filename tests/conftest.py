@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, exact matmuls and quick compiles for every test."""
 
 import importlib.metadata
+import itertools
 import os
 import pathlib
 
@@ -14,26 +15,37 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     FLAGS["xla_llvm_disable_expensive_passes"] = "true"
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # unknown flags abort
         FLAGS["xla_cpu_use_fusion_emitters"] = "false"
+        FLAGS["xla_cpu_parallel_codegen_split_count"] = "1"  # parts cost more than they save
 given = os.environ.get("XLA_FLAGS", "")
 added = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
+# The same programs are built by many tests, by every process, and by the next run of the suite.
+ROOT = pathlib.Path(__file__).parents[1]
+COMPILED = ROOT / ".pytest_cache" / "compiled"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from unime_jax import runtime  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parents[1]
 jax.config.update("jax_default_matmul_precision", "highest")
-# The same programs are built by many tests, by every worker, and by the next run of the suite.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".pytest_cache" / "compiled"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-jax.config.update("jax_compilation_cache_max_size", 1 << 29)  # bytes; the oldest go
 
 # The long files start first, so that at the end no process works alone.
 LONG = """test_train test_stage1 test_stage2 test_phi35v test_llava16 test_decoder test_lora
 test_embedder_images test_stage2_parity test_convert test_resume test_peft test_training_parity
 test_quant test_efficientnet test_smol_model test_mmeb_batches test_evaluate""".split()
+
+
+def pytest_configure(config):
+    """Forgets old programs. JAX's own limit stops all saving once a writer has been killed."""
+    if not hasattr(config, "workerinput"):
+        programs = sorted(COMPILED.glob("*"), key=lambda path: -path.stat().st_mtime)
+        sizes = itertools.accumulate(path.stat().st_size for path in programs)
+        for path, size in zip(programs, sizes, strict=True):
+            if size > 1 << 29:
+                path.unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items):

@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import processes
 import pytest
 from PIL import Image
 
@@ -314,10 +315,12 @@ def test_the_smoke_run_ends_with_a_report_and_goes_on_from_there(tmp_path):
         pytest.skip("needs the small assets: python -m unime_jax.prepare smol --smoke")
     command = [sys.executable, "-m", "unime_jax.ablate", f"{CONFIG}:smoke"]
     command.append(f"--config.output={tmp_path}")
-    out = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    options = {"check": True, "capture_output": True, "text": True, "cwd": ROOT}
+    options["env"] = processes.environment(1)
+    out = subprocess.run(command, **options).stdout
     assert "[6/6]" in out and (tmp_path / "differences.png").is_file()
     rows = json.loads((tmp_path / "report.json").read_text())["tables"]["Stages"]
     assert {row["variant"] for row in rows} == {"none", "stage 1", "stage 2", "both"}
     started = time.monotonic()
-    again = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    again = subprocess.run(command, **options).stdout
     assert "[1/6]" not in again and time.monotonic() - started < 60

@@ -57,7 +57,7 @@ def three_steps(chunk):
     return metrics["loss"], state.trainable["kernel"]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8, 16])  # groups hold 7 and 9 rows
+@pytest.mark.parametrize("chunk", [3, 16])  # groups hold 7 and 9 rows
 def test_chunking_changes_nothing(chunk):
     (loss, kernel), (expected, expected_kernel) = three_steps(chunk), three_steps(0)
     np.testing.assert_allclose(expected, loss, rtol=1e-5)

@@ -9,6 +9,7 @@ import time
 
 import miniature
 import numpy as np
+import processes
 import pytest
 
 from unime_jax import checkpoint, embedder, report, runtime, teach, train
@@ -207,8 +208,7 @@ def start(root, output, **changes):
     file = miniature.ROOT / "configs" / "smol_stage1.py"
     overrides = miniature.overrides(root, **changes)
     command = [sys.executable, "-m", "unime_jax.train", f"--config={file}:smoke", *overrides]
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
-    env = {**os.environ, "XLA_FLAGS": flags, runtime.CACHE_VARIABLE: str(root / "cache")}
+    env = {**processes.environment(1), runtime.CACHE_VARIABLE: str(root / "cache")}
     return subprocess.Popen(
         command,
         cwd=miniature.ROOT,
@@ -233,6 +233,7 @@ def wait_for_step(process, output, step):
 
 def test_killed_and_restarted_equals_uninterrupted_bit_for_bit(root, tmp_path):
     whole = start(root, tmp_path / "whole")
+    wait_for_step(whole, tmp_path / "whole", 1)  # what it has compiled the others find
     cut = start(root, tmp_path / "cut")
     wait_for_step(cut, tmp_path / "cut", 4)
     os.kill(cut.pid, signal.SIGKILL)

@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -20,8 +21,7 @@ class Server:
     """Starts runs; one at a time."""
 
     def __init__(self, cache):
-        flags = os.environ.get("XLA_FLAGS", "").replace("device_count=8", "device_count=1")
-        env = {**os.environ, "XLA_FLAGS": flags, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        env = {**processes.environment(1), "JAX_COMPILATION_CACHE_DIR": str(cache)}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])
         self._process = subprocess.Popen(
             [sys.executable, __file__],

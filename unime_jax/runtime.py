@@ -204,7 +204,8 @@ def start(*, preemptible: bool = False) -> None:
     # Compiled programs survive restarts: a resumed run starts stepping at once.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     _add_gpu_flags()
     handler = signal.getsignal(signal.SIGTERM)
     cluster.join()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import fake_models
+import processes
 import pytest
 from test_mmeb_run import config_of
 
@@ -64,9 +65,8 @@ def test_each_row_is_embedded_by_one_process_and_known_to_both(tmp_path):
         address = f"127.0.0.1:{free.getsockname()[1]}"
     paths = [str(TESTS.parent), str(TESTS / "evaluation"), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **os.environ,
+        **processes.environment(1),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
         "PYTHONPATH": os.pathsep.join(paths),
     }
     started = [

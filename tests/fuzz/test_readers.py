@@ -9,6 +9,7 @@ import pathlib
 import subprocess
 import sys
 
+import processes
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -20,10 +21,9 @@ def run(count: int, first: int, names=(), timeout: int = 500) -> list[dict]:
     """Reads so many damaged files with each reader; returns what came of them."""
     folders = [ROOT, ROOT / "tests", ROOT / "tests/models", ROOT / "tests/fuzz"]
     environment = {
-        **os.environ,
+        **processes.environment(1),
         "PYTHONPATH": os.pathsep.join(map(str, folders)),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
     }
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests/fuzz/worker.py"), str(count), str(first), *names],
@@ -97,10 +97,11 @@ def test_pictures_of_good_rows_are_read(tmp_path, monkeypatch, name, count):
     """Else what is refused would say nothing."""
     monkeypatch.syspath_prepend(ROOT / "tests/fuzz")
     monkeypatch.syspath_prepend(ROOT / "tests/models")
-    import readers
+    import row_readers
 
     monkeypatch.chdir(tmp_path)
     directory = pathlib.Path("rows")
     directory.mkdir()
-    readers.READERS[name].write(directory)
-    assert readers.pictures_loaded(directory, readers.READERS[name]) == count
+    reader = row_readers.READERS[name]
+    reader.write(directory)
+    assert row_readers.pictures_loaded(directory, reader) == count

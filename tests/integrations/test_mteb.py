@@ -1,5 +1,6 @@
 """mteb's tasks on our models: its scores are those of our own metrics."""
 
+import importlib.util
 import logging
 
 import miniature
@@ -12,15 +13,9 @@ import unime_jax
 from unime_jax import metrics
 from unime_jax.types import UserError
 
-mteb = pytest.importorskip("mteb", reason="needs the extra mteb")
-
-from datasets import Dataset  # noqa: E402
-from mteb.abstasks.retrieval import AbsTaskRetrieval  # noqa: E402
-from mteb.abstasks.sts import AbsTaskSTS  # noqa: E402
-from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
-from mteb.types import PromptType  # noqa: E402
-
-from unime_jax.integrations.mteb import MTEBEncoder  # noqa: E402
+# mteb takes seconds to import: by the tests, for every worker of a run collects them.
+if importlib.util.find_spec("mteb") is None:
+    pytest.skip("needs the extra mteb", allow_module_level=True)
 
 WORDS = "cat dog fox owl bee cow pig rat hen ant bat elk".split()
 CORPUS = [f"a {word} in the {WORDS[-i]}" for i, word in enumerate(WORDS, 1)]
@@ -35,7 +30,15 @@ def model(tmp_path_factory):
     return unime_jax.load(miniature.write_all(root) / "student", dtype="float32")
 
 
+def encoder_of(model, **options):
+    from unime_jax.integrations.mteb import MTEBEncoder
+
+    return MTEBEncoder(model, **options)
+
+
 def metadata(name: str, kind: str, category: str, modalities: list[str], score: str, **rest):
+    from mteb.abstasks.task_metadata import TaskMetadata
+
     return TaskMetadata(
         name=name, type=kind, category=category, modalities=modalities, main_score=score,
         description="made up", reference=None, eval_splits=["test"], eval_langs=["eng-Latn"],
@@ -47,6 +50,8 @@ def metadata(name: str, kind: str, category: str, modalities: list[str], score: 
 
 def retrieval(name: str, category: str, modalities: list[str], queries: dict, corpus: dict):
     """A task whose query i looks for document i."""
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
 
     class Task(AbsTaskRetrieval):
         def load_data(self, **_):
@@ -67,6 +72,8 @@ def retrieval(name: str, category: str, modalities: list[str], queries: dict, co
 
 
 def scores(task, encoder) -> dict[str, float]:
+    import mteb
+
     found = mteb.evaluate(encoder, task, cache=None, show_progress_bar=False)
     return found.task_results[0].scores["test"][0]
 
@@ -80,7 +87,7 @@ def assert_same_recall(found: dict, queries: np.ndarray, corpus: np.ndarray) -> 
 
 def test_text_retrieval_with_the_tasks_instruction(model):
     task = retrieval("Text", "t2t", ["text"], {"text": QUERIES}, {"text": CORPUS})
-    found = scores(task, MTEBEncoder(model, instructions=True))
+    found = scores(task, encoder_of(model, instructions=True))
     queries = model.embed(texts=QUERIES, instruction="Find the animal.")
     assert_same_recall(found, queries, model.embed(texts=CORPUS))
 
@@ -94,12 +101,15 @@ def test_pictures_and_interleaved_documents(model):
     for fusion in ("together", "sum"):
         corpus = model.embed([*CORPUS[:-1], None], IMAGES[::-1], fusion=fusion)
         expected = metrics.recall_at_k(queries @ corpus.T, np.arange(8), (1, 3, 5))
-        found = scores(task, MTEBEncoder(model, fusion=fusion))
+        found = scores(task, encoder_of(model, fusion=fusion))
         for k, value in expected.items():
             assert found[f"recall_at_{k}"] == pytest.approx(value, abs=1e-5)
 
 
 def test_similarity_of_sentences(model):
+    from datasets import Dataset
+    from mteb.abstasks.sts import AbsTaskSTS
+
     gold = np.random.default_rng(0).uniform(0, 5, 12)
 
     class Task(AbsTaskSTS):
@@ -113,20 +123,20 @@ def test_similarity_of_sentences(model):
 
     vectors = model.embed(texts=CORPUS)
     expected = metrics.spearman((vectors * vectors[::-1]).sum(axis=1), gold)
-    assert scores(Task(), MTEBEncoder(model))["cosine_spearman"] == pytest.approx(
-        expected, abs=1e-5
-    )
+    assert scores(Task(), encoder_of(model))["cosine_spearman"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_instructions_by_task_type_and_side(model):
+    from mteb.types import PromptType
+
     task = retrieval("Text", "t2t", ["text"], {"text": QUERIES}, {"text": CORPUS}).metadata
     query, document = PromptType.query, PromptType.document
-    assert MTEBEncoder(model).instruction_of(task, query) is None
-    asked = MTEBEncoder(model, instructions=True)
+    assert encoder_of(model).instruction_of(task, query) is None
+    asked = encoder_of(model, instructions=True)
     assert asked.instruction_of(task, query) == "Find the animal."
     assert asked.instruction_of(task, document) is None
     prompts = {"Retrieval-query": "Search.", "document": "A page.", "STS": ""}
-    given = MTEBEncoder(model, prompts=prompts, instructions=True)
+    given = encoder_of(model, prompts=prompts, instructions=True)
     assert given.instruction_of(task, query) == "Search."
     assert given.instruction_of(task, document) == "A page."
     plain = metadata("Plain", "Retrieval", "t2t", ["text"], "recall_at_5", prompt="Find it.")
@@ -136,7 +146,7 @@ def test_instructions_by_task_type_and_side(model):
     assert given.instruction_of(sts, None) is None
     assert asked.instruction_of(sts, None)
     with pytest.raises(KeyError, match="Retreival"):
-        MTEBEncoder(model, prompts={"Retreival": "a typo"})
+        encoder_of(model, prompts={"Retreival": "a typo"})
 
 
 def encode(encoder, batches):
@@ -145,7 +155,7 @@ def encode(encoder, batches):
 
 
 def test_rows_that_cannot_be_embedded_become_zeros(model, caplog, monkeypatch):
-    encoder = MTEBEncoder(model)
+    encoder = encoder_of(model)
     texts = ["a cat", " ", "a dog", "an owl"]
     with caplog.at_level(logging.WARNING, logger="unime_jax"):
         vectors = encode(encoder, [{"text": texts}])
@@ -169,7 +179,7 @@ def test_rows_that_cannot_be_embedded_become_zeros(model, caplog, monkeypatch):
 
 def test_the_model_tells_mteb_what_it_is(tmp_path):
     directory = miniature.write_all(tmp_path) / "teacher"
-    encoder = MTEBEncoder(directory)
+    encoder = encoder_of(directory)
     meta = encoder.mteb_model_meta
     assert meta.name == "unime_jax/teacher" and len(meta.revision) == 16
     assert meta.modalities == ["text"] and meta.embed_dim == 16

@@ -67,7 +67,11 @@ def results(model, golden, groups):
 
     def loss(params):
         model = nnx.merge(graphdef, params)
-        out = [(model.inputs_embeds(x), model.hidden(x), model.embed(x)) for x, _ in groups]
+        out = []
+        for inputs, _ in groups:
+            embeds = model.inputs_embeds(inputs)
+            hidden = model.language_model(embeds, inputs.lengths)
+            out.append((embeds, hidden, model.embed(inputs)))
         vectors = jnp.concatenate([embedding for _, _, embedding in out])
         return (vectors @ golden["grad.direction"]).mean(), out
 

@@ -8,25 +8,21 @@ resuming needs nothing but the step.
 import collections
 import contextlib
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Container, Iterator, Sequence
 
 import numpy as np
 
-from unime_jax.data import bad_rows, batch_info, mixture, prompts, strata, text_keys
+from unime_jax.data import bad_rows, batch_info, encoding, mixture, strata, text_keys
 from unime_jax.data.ahead import ahead_of_time
 from unime_jax.data.preprocess import Preprocessor
-from unime_jax.data.rows import Drawn, Fault, Picture, Row, Wanted
-from unime_jax.data.sources import Example, ImageRef, Item, Source, sides_of
+from unime_jax.data.rows import Drawn, Fault, Wanted
+from unime_jax.data.sources import Example, Source, sides_of
 from unime_jax.types import Batch, Inputs, UserError
 
 SIDES = 3  # query, target, negatives
 _FILE = -1  # the number of no source
 _TRIES = 100  # rows to try in place of unreadable ones
-
-Text = str | prompts.Slotted | None
-Encoded = tuple[Row, Picture | None]
 
 
 class Batches:
@@ -84,16 +80,14 @@ class Batches:
             raise UserError(f"config.data.length_bins={bins}: 1 to 4")
         self._data = list(data)
         self._preprocessor = preprocessor
+        self._encoder = encoding.ItemEncoder(
+            preprocessor, max_tokens=max_tokens, features=features, augment=augment
+        )
         self._seed = seed
-        self._max_tokens = max_tokens
         self._other_texts = other_texts
-        self._features = features
-        self._augment = augment
         self._vectors = vectors
-        self._raw = prompts.TEMPLATES[preprocessor.prompt].raw
         self.bad = bad_rows.BadRows(sum(map(len, data)) + len(faults), max_bad_share)
         self.bad.add_all({(_FILE, n): (fault, "malformed") for n, fault in enumerate(faults)})
-        self._remember()
         names = [source.name for source in data]
         self._sets = {name: number for number, name in enumerate(dict.fromkeys(names))}
         per_source = mixture.shares(
@@ -126,23 +120,10 @@ class Batches:
             self._data,
             self._strata,
             self._mixture.counts,
-            tiles=self._tiles,
+            tiles=self._encoder.tiles,
             lost=lost,
             unused=[n for n, count in zip(names, per_source, strict=True) if not count],
         )
-
-    def _remember(self) -> None:
-        # Texts recur from epoch to epoch and in both directions.
-        self._row = functools.lru_cache(maxsize=1 << 16)(self._tokenize)
-
-    def __getstate__(self):
-        state = dict(self.__dict__)
-        del state["_row"]
-        return state
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._remember()
 
     def __getitem__(self, step: int) -> Batch:
         """Makes the batch of a step."""
@@ -216,38 +197,19 @@ class Batches:
                     self.bad.add(tuple(row), *problem)
                 yield batch
 
-    # ---- one row
-
-    def _tokenize(self, text: Text, has_image: bool) -> Row:
-        row = self._preprocessor.tokenize(self._worded(text), has_image, most=self._max_tokens)
-        positions = self._positions(has_image)
-        row = row.cut(self._max_tokens + positions, positions)
-        self._preprocessor.check_length(row.length(positions))
-        return row
-
-    def _worded(self, text: Text) -> Text:
-        """Takes the image's place out of a text where the prompt has its own."""
-        if not self._raw and isinstance(text, prompts.Slotted):
-            return f"{text.before}{text.after}".strip() or None
-        return text
-
-    def _positions(self, has_image: bool) -> int:
-        return self._preprocessor.fixed_layout.positions if has_image else 0
-
-    def _tiles(self, has_image: bool) -> int:
-        return self._preprocessor.fixed_layout.tiles if has_image else 0
-
     def shapes(self) -> list[list[list[tuple[int, int]]]]:
         """Returns (T, C) of every item by place, then by side; all batches have the same."""
         found = []
         for stratum, count in zip(self._strata, self._mixture.counts, strict=True):
             sides = sides_of(self._data[stratum.source][int(stratum.members[0])])
             shapes = [
-                [(tokens, self._tiles(item.image is not None)) for item in items if tokens]
+                [(tokens, self._encoder.tiles(item.image is not None)) for item in items if tokens]
                 for tokens, items in zip(stratum.tokens, sides, strict=True)
             ]
             found += [shapes] * count
         return found
+
+    # ---- one row
 
     def draw(
         self,
@@ -301,11 +263,11 @@ class Batches:
             for number, item in enumerate(items if tokens else ()):
                 needs_id = side == 1 and not target_id
                 if wanted is None or wanted[side][number]:
-                    encoded, content = self._side(item.text, item.image, rng)
+                    encoded, content = self._encoder.encode(item.text, item.image, rng)
                 else:
                     behind = (*items[number + 1 :], *sum(given[side + 1 :], ()))
-                    encoded, content = None, self._pass(item, rng, needs_id, behind)
-                made.append(((tokens, self._tiles(item.image is not None)), encoded))
+                    encoded, content = None, self._encoder.skip(item, rng, needs_id, behind)
+                made.append(((tokens, self._encoder.tiles(item.image is not None)), encoded))
                 if needs_id:
                     target_id = text_keys.content_id(item.text, content)
             sides.append(made)
@@ -327,41 +289,14 @@ class Batches:
         fitting = example.other_texts
         if not (on_target and self._vectors):  # a vector has no length
             tokens = found.tokens[1] if on_target else found.tokens[0]
-            fitting = [text for text in fitting if len(self._row(text, False).ids) <= tokens]
+            lengths = [len(self._encoder.row(text, False).ids) for text in fitting]
+            fitting = [text for text, n in zip(fitting, lengths, strict=True) if n <= tokens]
         if not fitting:
             return example
         text = fitting[rng.integers(len(fitting))]
         if not on_target:
             return dataclasses.replace(example, query_text=text)
         return dataclasses.replace(example, target_text=text, target_id=text_keys.compact_key(text))
-
-    def _side(self, text: Text, image: ImageRef | None, rng) -> tuple[Encoded, bytes]:
-        """Returns what `Preprocessor.group` takes, and the encoded image."""
-        row = self._row(text, image is not None)
-        if image is None:
-            return (row, None), b""
-        if self._features is not None:
-            variant = rng.integers(self._features.shape[1])
-            features = np.asarray(self._features[image.number, variant])[None]
-            if not features.any():  # what `tower_features` writes for such an image
-                raise UserError(f"{image.name}: was unreadable when its features were computed")
-            return (row, Picture(features, self._preprocessor.fixed_layout)), b""
-        try:
-            content = image.load()
-            augment = rng if self._augment else None
-            return (row, self._preprocessor.image(content, augment=augment)), content
-        except UserError as error:
-            kind, problem = type(error), str(error).removeprefix("image: ")
-            named = problem if problem.startswith(image.name) else f"{image.name}: {problem}"
-            raise kind(named) from None
-
-    def _pass(self, item: Item, rng, needs_content: bool, behind: Sequence[Item]) -> bytes:
-        """Leaves an item to others, as if it was drawn; returns its encoded image where needed."""
-        if item.image is None:
-            return b""
-        if self._augment and self._features is None and any(other.image for other in behind):
-            return self._side(item.text, item.image, rng)[1]  # its size decides what it draws
-        return item.image.load() if needs_content else b""
 
     def _groups(self, sides: list[tuple]) -> tuple[tuple[Inputs, ...], np.ndarray]:
         """Packs one side of a batch into groups, and says where each row went."""
@@ -375,7 +310,7 @@ class Batches:
             placed += places
         return tuple(groups), np.argsort(np.array(placed)).astype(np.int32)
 
-    def group(self, rows: list[Encoded], shape: tuple[int, int]) -> Inputs:
+    def group(self, rows: list[encoding.Encoded], shape: tuple[int, int]) -> Inputs:
         """Packs rows of one shape (T, C)."""
         return self._preprocessor.group(rows, tokens=shape[0], tiles=shape[1])
 
@@ -396,8 +331,8 @@ class Batches:
             replaced = side > 0 and self._vectors is not None and example.query_image is not None
             longest = 0
             for item in () if replaced else items:
-                row = self._row(item.text, item.image is not None)
+                row = self._encoder.row(item.text, item.image is not None)
                 lost += row.lost > 0
-                longest = max(longest, row.length(self._positions(item.image is not None)))
+                longest = max(longest, row.length(self._encoder.positions(item.image is not None)))
             lengths.append(longest)
         return [*lengths, lost]

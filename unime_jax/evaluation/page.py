@@ -1,5 +1,6 @@
 """What the reports of all benchmarks of published sets share: files, plots of single queries."""
 
+import abc
 import functools
 import json
 import math
@@ -28,7 +29,7 @@ _OF_BENCHMARK = {
 }
 
 
-class Page:
+class Page(abc.ABC):
     """Writes the report of a benchmark as far as it is; its children know the benchmark.
 
     Attributes:
@@ -52,25 +53,25 @@ class Page:
         self._output = pathlib.Path(config.output).expanduser()
         self.sections: list[report.Section] = []
 
+    @abc.abstractmethod
     def tables(self) -> list[report.Section]:
         """Returns the sections of numbers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def results(self) -> dict[str, Any]:
         """Returns the numbers for report.json, which `compare` reads."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def bars(self) -> list[report.Section]:
         """Draws the plots of numbers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lacking(self) -> list[str]:
         """Returns a line for each set that lacks items."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pair_axes(self, name: str) -> tuple[str, str]:
         """Returns what the rows and columns of a set's matrix of cosines are."""
-        raise NotImplementedError
 
     def fill(
         self,

@@ -1,5 +1,7 @@
 """What the backbones that read images share: the projector, the merge, the embedding."""
 
+import abc
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -38,14 +40,15 @@ class Projector(nnx.Module):
 class Multimodal(nnx.Module):
     """Embeds text and images with the last real token's hidden state, scaled to length 1.
 
-    Subclasses set `language_model` (a `Decoder`) and define `visual`.
+    Subclasses set `language_model` (a `Decoder`) and define `visual`, and `featurise` if they use
+    `features_of`.
     """
 
     pooling = "last token"
 
+    @abc.abstractmethod
     def visual(self, inputs: Inputs, *, key: Array | None = None) -> Float[Array, "G V D"]:
         """Returns the visual sequence of every row, laid out as `ImageSpec.kind` says."""
-        raise NotImplementedError
 
     def features_of(
         self, tiles: UInt8[Array, "G C S S 3"] | Float[Array, "G C S S 3"], key: Array | None
