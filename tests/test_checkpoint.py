@@ -364,28 +364,3 @@ def test_a_reader_that_loses_a_race_with_a_removal_looks_again(tmp_path):
 
     found = integrity.newest_whole(tmp_path / "checkpoints", str, agree=agree)
     assert found is not None and found[0] == 5
-
-
-def test_a_step_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(tmp_path):
-    """In all processes, whichever of them was too late."""
-
-    def save(step):
-        path = tmp_path / str(step)
-        path.mkdir()
-        (path / "content").write_text(str(step))
-        integrity.write_manifest(path)
-
-    def read(path):
-        if path.name == "3":
-            shutil.rmtree(path)
-            save(5)
-        return (path / "content").read_text()
-
-    save(2)
-    save(3)
-    assert integrity.newest_whole(tmp_path, read)[:2] == (5, "5")
-    said = iter([["", "gone"], ["", ""]])  # by another process, at first
-    found = integrity.newest_whole(tmp_path, read, exchange=lambda own: next(said))
-    assert found[:2] == (5, "5") and next(said, None) is None
-    with pytest.raises(UserError, match="5 is whole but cannot be read .a disk"):
-        integrity.newest_whole(tmp_path, read, exchange=lambda own: [own, "fails: a disk"])

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from unime_jax import checkpoint, steps
 from unime_jax.checkpoint import integrity
+from unime_jax.types import UserError
 
 
 @pytest.fixture
@@ -87,3 +89,28 @@ def test_directories_that_cannot_be_synced_are_not_missed(number, raises, tmp_pa
             integrity.to_disk(tmp_path)
     else:
         integrity.to_disk(tmp_path)
+
+
+def test_a_step_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(tmp_path):
+    """In all processes, whichever of them was too late."""
+
+    def save(step):
+        path = tmp_path / str(step)
+        path.mkdir()
+        (path / "content").write_text(str(step))
+        integrity.write_manifest(path)
+
+    def read(path):
+        if path.name == "3":
+            shutil.rmtree(path)
+            save(5)
+        return (path / "content").read_text()
+
+    save(2)
+    save(3)
+    assert integrity.newest_whole(tmp_path, read)[:2] == (5, "5")
+    said = iter([["", "gone"], ["", ""]])  # by another process, at first
+    found = integrity.newest_whole(tmp_path, read, exchange=lambda own: next(said))
+    assert found[:2] == (5, "5") and next(said, None) is None
+    with pytest.raises(UserError, match="5 is whole but cannot be read .a disk"):
+        integrity.newest_whole(tmp_path, read, exchange=lambda own: [own, "fails: a disk"])

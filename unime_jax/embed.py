@@ -96,6 +96,7 @@ def embed(args: argparse.Namespace) -> None:
     _bound_arenas()
     output = pathlib.Path(args.output).expanduser()
     vector_files.kind_of(output)
+    runtime.check_output(output.parent, "--output")
     keys = items.Keys(args.id_key, args.text_key, args.image_key)
     source = items.Input(args.input, keys, image_root=args.image_root)
     runtime.start()

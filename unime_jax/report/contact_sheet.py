@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unime_jax.report.style import BLUE, DPI, INK, LINE, MUTED, figure_of, shorten, square
+from unime_jax.report.style import BLUE, DPI, INK, LINE, MUTED, figure_of, square, wrap
 
 _COLUMNS = 5
-_LETTERS = 30  # of a line below a picture
 
 
 def plot_contact_sheet(
@@ -39,8 +38,10 @@ def plot_contact_sheet(
     width, height = 1.75 * columns, 2.1 * rows + top
     with figure_of(width, height, path, layout="none") as figure:
         if title:
+            # Measured as wide as bold letters are.
+            words = "".join(wrap(figure, title, width - 0.12, size=11.5, lines=1))
             figure.text(
-                0.06 / width, 1 - 0.1 / height, shorten(title, 22 * columns),
+                0.06 / width, 1 - 0.1 / height, words,
                 fontsize=10, fontweight="bold", va="top", parse_math=False,
             )  # fmt: skip
         for place, (image, mark, label, color) in enumerate(cells):
@@ -62,6 +63,6 @@ def plot_contact_sheet(
             x, y = left / width, bottom / height
             style = {"fontsize": 8, "va": "top", "parse_math": False}
             figure.text(x, y - 0.05 / height, mark, color=color, fontweight="bold", **style)
-            words = shorten(label, _LETTERS)
-            figure.text(x, y - 0.21 / height, words, color=MUTED, **style)
+            words = wrap(figure, label, 1.63, size=8.0, lines=1)
+            figure.text(x, y - 0.21 / height, "".join(words), color=MUTED, **style)
     return pathlib.Path(path)

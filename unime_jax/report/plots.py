@@ -26,8 +26,8 @@ from unime_jax.report.style import (
     cut,
     figure_of,
     shade,
-    shorten,
     square,
+    wrap,
 )
 
 MAX_POINTS = 1000  # of a curve
@@ -286,20 +286,24 @@ def _captions(ax, captions, scores, order, right: int, top: int, limits) -> None
     ax.set_ylim(top + 1, 0)
     ax.axis("off")
     low, high = limits
+
+    def line(caption: str, inches: float) -> str:
+        return "".join(wrap(ax.figure, caption, inches, size=8.2, lines=1))
+
     for place, index in enumerate(order[:top]):
         hit = index == right
         color = GREEN if hit else INK
         length = 0.12 + 0.88 * (float(scores[index]) - low) / max(high - low, 1e-6)
         fill = shade(GREEN if hit else GREY, 1, 2, 0.8)
         ax.barh(place + 0.5, 0.925 * length, 0.84, left=0.075, color=fill)
-        mark, text = "✓" if hit else str(place + 1), shorten(captions[index], 36)
+        mark, text = "✓" if hit else str(place + 1), line(captions[index], 2.0 if hit else 2.25)
         style = dict(fontsize=8.2, va="center", parse_math=False)
         weight = "bold" if hit else "normal"
         ax.text(0.035, place + 0.5, mark, color=color if hit else MUTED, ha="center", **style)
         ax.text(0.095, place + 0.5, text, color=color, fontweight=weight, **style)
     rank = int(np.flatnonzero(order == right)[0]) + 1
     if rank > top:
-        text = f"rank {rank}:  {shorten(captions[right], 30)}"
+        text = f"rank {rank}:  {line(captions[right], 1.7)}"
         ax.text(0.095, top + 0.5, text, color=MUTED, style="italic", **style)
 
 

@@ -7,7 +7,6 @@ is loaded by the first plot.
 import contextlib
 import functools
 import pathlib
-import textwrap
 
 import numpy as np
 
@@ -112,10 +111,6 @@ def shade(color: str, step: int, steps: int, palest: float = 0.62):
 
     pale = palest * step / max(1, steps - 1)
     return tuple((1 - pale) * c + pale for c in to_rgb(color))
-
-
-def shorten(text: str, width: int) -> str:
-    return textwrap.shorten(drawable(str(text)), width, placeholder=" …")
 
 
 def wrap(figure, text: str, inches: float, *, size: float, lines: int) -> list[str]:
