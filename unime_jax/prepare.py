@@ -17,6 +17,7 @@ cannot be used are left out and listed. The same command goes on where an earlie
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import shutil
@@ -117,7 +118,7 @@ def _mmeb_row(name: str, summary) -> tuple:
 
 def run(args: argparse.Namespace) -> None:
     """Prepares everything, or tells that it is there already."""
-    from unime_jax.data import assets
+    from unime_jax.data import assets, smol
 
     cache_dir = pathlib.Path(args.cache).expanduser().resolve()
     target = cache_dir / runtime.smol_name(smoke=args.smoke, split=args.split)
@@ -131,11 +132,20 @@ def run(args: argparse.Namespace) -> None:
     if known and known.get("wanted") == wanted:
         print(f"{known['table']}\n{target} is up to date")
         return
+    # What can be wrong here is said before anything is fetched.
+    smol.check_extras(own_pairs=bool(args.pairs))
+    own = smol.own_pairs(pathlib.Path(args.pairs), args.image_root) if args.pairs else None
     with assets.Cache(cache_dir / "packages") as cache:
-        files = _fetch(cache, own_pairs=bool(args.pairs))
+        files = _fetch(cache, own_pairs=own is not None)
         target.mkdir(parents=True, exist_ok=True)
-        (target / "prepared.json").unlink(missing_ok=True)
-        rows = _write_models(target, files, args) + _write_data(target, files, args)
+        with contextlib.ExitStack() as all_or_none:
+            student, teacher, data = (
+                all_or_none.enter_context(_Replacing(target / name))
+                for name in ("student", "teacher", "data")
+            )
+            rows = _write_models(student, teacher, files, args)
+            rows += _write_data(data, files, args, own)
+            (target / "prepared.json").unlink(missing_ok=True)
         table = report.Table(("what", "rows", "licence", ""), rows).text()
         assets.write_json(target / "prepared.json", {"wanted": wanted, "table": table})
     print(f"{table}\ndone: {target}")
@@ -188,15 +198,15 @@ class _Replacing:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def _write_models(target: pathlib.Path, files: dict, args: argparse.Namespace) -> list[tuple]:
+def _write_models(
+    student: pathlib.Path, teacher: pathlib.Path, files: dict, args: argparse.Namespace
+) -> list[tuple]:
     from unime_jax.data import smol, smol_student
 
     print("assembling the student ...", flush=True)
-    with _Replacing(target / "student") as scratch:
-        config, tensors, tokenizer = smol.student(files, layers=args.layers, seed=args.seed)
-        smol_student.save(scratch, config, tensors, tokenizer)
-    with _Replacing(target / "teacher") as scratch:
-        smol_student.copy_teacher(files["teacher"], scratch)
+    config, tensors, tokenizer = smol.student(files, layers=args.layers, seed=args.seed)
+    smol_student.save(student, config, tensors, tokenizer)
+    smol_student.copy_teacher(files["teacher"], teacher)
     millions = sum(array.size for array in tensors.values()) / 1e6
     licences = {what: package.licence for what, package in smol.PACKAGES.items()}
     note = f"{args.layers} layers, {millions:.0f} M parameters, projector untrained"
@@ -206,14 +216,16 @@ def _write_models(target: pathlib.Path, files: dict, args: argparse.Namespace) -
     ]
 
 
-def _write_data(target: pathlib.Path, files: dict, args: argparse.Namespace) -> list[tuple]:
+def _write_data(
+    data: pathlib.Path, files: dict, args: argparse.Namespace, own: list | None
+) -> list[tuple]:
+    """Writes pairs and sentences; `own` are the user's pairs in place of the packages'."""
     from unime_jax.data import smol, smol_builders
 
     print("reading captions and sentences ...", flush=True)
     words = smol.read_wordnet(files) if "wordnet" in files else None
-    if args.pairs:
-        raw, font = smol.own_pairs(pathlib.Path(args.pairs), args.image_root), None
-    else:
+    raw, font = own, None
+    if raw is None:
         raw, font = smol.read_pairs(files, words), smol.read_font(files)
     if args.smoke:
         raw = smol.miniature(raw)
@@ -225,8 +237,7 @@ def _write_data(target: pathlib.Path, files: dict, args: argparse.Namespace) -> 
         print(f"  and {len(problems) - _SHOWN} more that cannot be read")
     pairs, sentences, dropped = smol.split(decoded, words, smoke=args.smoke, number=args.split)
     print("writing ...", flush=True)
-    with _Replacing(target / "data") as scratch:
-        smol_builders.write(scratch, pairs, sentences)
+    smol_builders.write(data, pairs, sentences)
     return smol.report(pairs, sentences, skipped, dropped)
 
 

@@ -163,6 +163,13 @@ def wanted_packages(*, own_pairs: bool) -> list[str]:
     return models + (["wordnet"] if assets.apt_available() else [])
 
 
+def check_extras(*, own_pairs: bool) -> None:
+    """Raises UserError if a library is missing that reads the models or the Debian packages."""
+    smol_student.check_gguf()
+    if not own_pairs:
+        pictures.check_svg()
+
+
 def own_pairs(path: pathlib.Path, image_root: str = "") -> list[RawPair]:
     """Reads a user's pairs.jsonl; the images stay where they are until they are decoded.
 

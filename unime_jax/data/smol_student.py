@@ -5,6 +5,7 @@ EfficientNet-Lite0's .pth, `multi_modal_projector.*` freshly drawn.
 """
 
 import contextlib
+import importlib.util
 import pathlib
 
 import numpy as np
@@ -26,14 +27,19 @@ _LAYER_KEYS = {
 }
 
 
+def check_gguf() -> None:
+    """Raises UserError if GGUF files cannot be read here."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError("reading GGUF needs the `smol` extra: pip install gguf")
+
+
 class LanguageModel:
     """A Llama read from a GGUF file: config, weights and tokenizer."""
 
     def __init__(self, path: pathlib.Path):
-        try:
-            import gguf
-        except ModuleNotFoundError:
-            raise UserError("reading GGUF needs the `smol` extra: pip install gguf") from None
+        check_gguf()
+        import gguf
+
         self._path = path
         with self._naming_damage():
             self._reader = _strict(gguf.GGUFReader)(str(path))
