@@ -37,8 +37,12 @@ def test_two_word_flag_and_config_argument():
 @pytest.mark.parametrize(
     "arguments, named",
     [
-        (["--config.train.stepz=7"], "stepz"),
-        (["--config.train.steps=many"], "steps"),
+        (["--config.train.stepz=7"], r"^config\.train\.stepz: no such key; did you mean steps\?$"),
+        (["--config.traim.steps=7"], r"^config\.traim\.steps: no such key; did you mean train\?$"),
+        (["--config.nope=1"], r"^config\.nope: no such key$"),
+        (["--config.train.steps.x=1"], r"train\.steps\.x"),
+        (["--config.train.steps='1e3"], r"--config\.train\.steps='1e3: .*\"'1e3\"$"),
+        (["--config.train.steps=many"], r"--config\.train\.steps=many: .*'many'$"),
         (["--confg.train.steps=7"], "confg"),
         (["--config.nothing.here=1"], "nothing"),
         (["stray"], "stray"),
@@ -48,6 +52,13 @@ def test_a_typo_is_one_line_that_names_it(arguments, named):
     with pytest.raises(UserError, match=named) as caught:
         parse(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_asks_for_a_key_that_is_not_there_is_told(tmp_path):
+    text = "from unime_jax.config import base_config\ndef get_config(arg=''):\n    "
+    (tmp_path / "c.py").write_text(text + "return base_config().train.stepz\n")
+    with pytest.raises(UserError, match=r"^config: stepz: no such key; did you mean steps\?$"):
+        parse(file=tmp_path / "c.py")
 
 
 def test_missing_config_file_is_named():

@@ -223,8 +223,13 @@ def _load(argv: list[str]) -> tuple[list[str], ConfigDict | None]:
 
 def _explain(error: Exception, argv: list[str]) -> str:
     """Turns what absl, importlib or ml_collections raised into one line."""
-    message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    message = message.strip("'\"").replace("\\n", ". ").replace("\\'", "'")
+    message = error.args[0] if error.args else ""
+    message = str(message.args[0] if isinstance(message, KeyError) else message)
+    if found := re.match(r"'(\w+)'(?:\s+Did you mean \"(\w+)\")?", message):
+        missing, near = found.groups()
+        keys = (word.removeprefix("--").partition("=")[0] for word in argv)
+        named = next((key for key in keys if missing in key.split(".")), f"config: {missing}")
+        return f"{named}: no such key" + (f"; did you mean {near}?" if near else "")
     text = " ".join(message.split()) or type(error).__name__
     if "No such file" in text:
         named = next((a for a in argv[1:] if ".py" in a), "--config").removeprefix("--config=")
@@ -293,10 +298,8 @@ def validate_values(config: ConfigDict) -> None:
     """
     check("stage" in config, "this is no configuration of a training run: it has no config.stage")
     check_choice(config, "stage", STAGES)
-    for key in ("sets", "directions"):  # as a flag: one string with commas
-        value = config.data[key]
-        if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-            config.data[key] = tuple(part for item in value for part in item.split(","))
+    for key in ("sets", "directions"):
+        config.data[key] = config_values.split(config.data[key])
     problem = config_values.problem(config.to_dict())
     check(not problem, problem)
     check_choice(config, "model.dtype", ("float32", "bfloat16"))

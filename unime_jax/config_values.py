@@ -21,6 +21,13 @@ def problem(settings: dict[str, Any]) -> str:
     return next(_problems(dict(_leaves(settings))), "")
 
 
+def split(value: Any) -> Any:
+    """Splits strings of a tuple at commas: as a flag it may come as one string."""
+    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+        return value
+    return tuple(part for item in value for part in item.split(","))
+
+
 def _problems(flat: dict[str, Any]) -> Iterator[str]:
     for key in _STRINGS:
         value = flat.get(key, ())
