@@ -44,6 +44,16 @@ def test_progress_in_a_log_prints_a_line_about_every_ten_seconds():
     assert "\r" not in out.getvalue()
 
 
+def test_the_last_line_has_the_rate_of_the_time_beside_it():
+    out, clock = io.StringIO(), Clock()
+    with report.Progress(22, "x", start=2, unit="row", stream=out, clock=clock) as progress:
+        for seconds in [100.0] + 19 * [1.0]:  # the first compiles
+            clock.now += seconds
+            progress.advance()
+        clock.now += 1.0
+    assert out.getvalue().splitlines()[-1] == "x: 22/22, in 2 min 00 s, 6 s/row"
+
+
 def test_progress_on_a_terminal_redraws_one_line(monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     out, clock = Terminal(), Clock()

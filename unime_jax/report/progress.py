@@ -122,7 +122,9 @@ class Progress:
         parts = [f"{self.done}" if self.total is None else f"{self.done}/{self.total}"]
         pace = self._seconds_per_unit()
         if last:
-            parts.append(f"in {format_seconds(now - self._first_time)}")
+            seconds, count = now - self._first_time, self.done - self._start
+            pace = seconds / count if count > 0 else None  # of the time beside it
+            parts.append(f"in {format_seconds(seconds)}")
         if pace is not None:
             parts.append(format_rate(pace, self._unit))
             if not last and self.total is not None and self.done < self.total:
