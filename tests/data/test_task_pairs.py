@@ -6,7 +6,7 @@ import math
 import packages
 import pytest
 
-from unime_jax.data import image_files, items, mmeb_eval, sources, task_pairs
+from unime_jax.data import image_files, items, json_files, mmeb_eval, sources, task_pairs
 from unime_jax.data.eval_items import ImageFolder, Items
 from unime_jax.data.prompts import Slotted
 from unime_jax.types import UserError
@@ -129,6 +129,16 @@ def test_a_bad_row_of_a_list_is_left_out_alone(tmp_path):
     (part,) = task_pairs.read(path, faults=faults)
     assert len(part) == 1 and len(faults) == 2
     assert "row 0: half a surrogate pair" in faults[0] and "row 1: 2 hard negatives" in faults[1]
+
+
+def test_rows_of_a_list_are_looked_at_again_only_where_an_escape_may_harm(tmp_path, monkeypatch):
+    looked, check = [], json_files.check
+    monkeypatch.setattr(json_files, "check", lambda *args: looked.append(args) or check(*args))
+    for text, count in (("é", 0), ("\\u00e9", 3)):
+        path = tmp_path / "pairs.json"
+        path.write_text(f"[{', '.join(3 * [json.dumps(ROWS[2]).replace('two', text)])}]", "utf-8")
+        ((row, *_),) = task_pairs.read(path)
+        assert row.target_text == "é" and len(looked) == count
 
 
 def test_columns_that_are_not_asked_for_may_be_anything(tmp_path):

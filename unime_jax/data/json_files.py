@@ -15,21 +15,25 @@ _UNTOLD = "another malformed row"
 _TOLD = 1000  # faults whose words are kept: a file may have millions
 
 
-def parse(content: str | bytes, where: str, *, checked: bool = True) -> Any:
-    """Parses a JSON value; every string in it can be written as UTF-8, if it is `checked`.
+def parse(content: str | bytes, where: str) -> Any:
+    """Parses a JSON value; every string in it can be written as UTF-8.
 
     Raises:
       UserError: it begins with `where`.
     """
+    value, has_escapes = _loads(content, where)
+    return check(value, where) if has_escapes else value
+
+
+def _loads(content: str | bytes, where: str) -> tuple[Any, bool]:
+    """Returns a value, and whether a string in it may be half of a surrogate pair: by an escape."""
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-        value = json.loads(text)
+        return json.loads(text), "\\u" in text
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error})") from None
-    # An escape may be half of a surrogate pair.
-    return check(value, where) if checked and "\\u" in text else value
 
 
 def check(value: Any, where: str) -> Any:
@@ -47,14 +51,39 @@ def check(value: Any, where: str) -> Any:
     return value
 
 
-def read(path: str | os.PathLike, *, checked: bool = True) -> Any:
+def read(path: str | os.PathLike) -> Any:
     """Reads a JSON file; see `parse`.
 
     Raises:
       UserError: it cannot be read or parsed.
     """
+    return parse(_content(path), str(path))
+
+
+def rows(path: str | os.PathLike, faults: list[str] | None = None) -> Iterator[tuple[str, Any]]:
+    """Yields the items of a file that is a list, each with the words that name it.
+
+    Args:
+      path: of the file.
+      faults: see `keep`.
+
+    Raises:
+      UserError: it cannot be read or parsed, or is no list.
+    """
+    found, has_escapes = _loads(_content(path), str(path))
+    if not isinstance(found, list):
+        raise UserError(f"{path}: a .json file holds a list of rows")
+    for number, row in enumerate(found):
+        where = f"{path} row {number}"
+        try:
+            yield where, check(row, where) if has_escapes else row
+        except UserError as error:
+            keep(faults, error)
+
+
+def _content(path: str | os.PathLike) -> bytes:
     try:
-        return parse(pathlib.Path(path).read_bytes(), str(path), checked=checked)
+        return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -150,14 +150,7 @@ def _objects(path: pathlib.Path, faults: list[str] | None) -> Iterator[tuple[str
     if path.suffix == ".parquet":
         yield from _table(path, faults)
     elif path.suffix == ".json":
-        rows = json_files.read(path, checked=False)
-        if not isinstance(rows, list):
-            raise UserError(f"{path}: a .json file holds a list of rows")
-        for i, row in enumerate(rows):
-            try:
-                yield f"{path} row {i}", json_files.check(row, f"{path} row {i}")
-            except UserError as error:
-                json_files.keep(faults, error)
+        yield from json_files.rows(path, faults)
     else:
         for where, line in json_files.lines(path):
             try:
