@@ -13,7 +13,8 @@ lie, nothing is installed, and nothing is fetched twice. Without apt-get give pa
 
 mmeb reads a copy of TIGER-Lab/MMEB-train and its unpacked images, and writes the 20 sets as
 tensorflow-datasets (array_record), images encoded as they are and each stored once a set. Rows that
-cannot be used are left out and listed. The same command goes on where an earlier one stopped.
+cannot be used are left out and listed. The same command goes on where an earlier one stopped, and
+prepares sets anew of which an image has come that was missing.
 """
 
 import argparse

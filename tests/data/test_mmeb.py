@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unime_jax import prepare, runtime
-from unime_jax.data import mmeb, mmeb_prepare, mmeb_sets, mmeb_synthetic
+from unime_jax.data import image_files, mmeb, mmeb_prepare, mmeb_sets, mmeb_synthetic
 from unime_jax.data.prompts import Slotted
 from unime_jax.types import UserError
 
@@ -111,7 +111,7 @@ def test_a_path_out_of_the_root_is_never_read(root, tmp_path):
         mmeb_synthetic.picture(np.random.default_rng(0), (8, 8))
     )
     for path in ("../../images/x.jpg", str(tmp_path / "a" / "images" / "x.jpg"), "..\\..\\x.jpg"):
-        reader = mmeb_prepare._Reader(iter(()), images, LENIENT, None)
+        reader = mmeb_prepare._Reader(iter(()), image_files.Folder(images), LENIENT, None)
         assert "leaves the image root" in str(reader._load(path))
 
 
@@ -158,6 +158,25 @@ def test_preparing_goes_on_where_it_stopped(root, tmp_path):
     assert sorted(path.name for path in output.iterdir()) == ["CIRR", "NIGHTS"]
     one(root, output, "NIGHTS", mmeb_prepare.Settings(rows_per_set=3, max_bad_share=0.5))
     assert len(mmeb.open_sets(output, ["NIGHTS"])[0]) == 3
+
+
+def test_a_set_is_prepared_anew_when_a_missing_image_has_come(root, tmp_path):
+    images = shutil.copytree(root / "images", tmp_path / "images")
+
+    def pairs():
+        return mmeb_prepare.prepare(
+            "NIGHTS", root / "MMEB-train", images, tmp_path / "out", LENIENT
+        ).pairs
+
+    assert pairs() == ROWS - 4
+    summary = tmp_path / "out" / "NIGHTS" / mmeb_prepare.SUMMARY
+    kept = summary.stat().st_ino
+    assert pairs() == ROWS - 4 and summary.stat().st_ino == kept
+    first, fifth = (published(root, "NIGHTS")[row] for row in (0, 5))
+    shutil.copy(images / first["qry_image_path"], images / fifth["qry_image_path"])
+    assert pairs() == ROWS - 4 and summary.stat().st_ino != kept  # its target's is still missing
+    shutil.copy(images / first["pos_image_path"], images / fifth["pos_image_path"])
+    assert pairs() == ROWS - 3
 
 
 def test_rows_with_other_sides_are_a_part_of_their_own(root, tmp_path):

@@ -5,6 +5,7 @@ root) is left out, counted, and listed in the set's `skipped.jsonl`.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -69,11 +70,11 @@ class Summary:
 
 
 class _Bad(Exception):
-    """A row that cannot be used: which counter of `Summary`, and why."""
+    """A row that cannot be used: which counter of `Summary`, why, and which file is missing."""
 
-    def __init__(self, reason: str, problem: str):
+    def __init__(self, reason: str, problem: str, missing: str = ""):
         super().__init__(problem)
-        self.reason = reason
+        self.reason, self.missing = reason, missing
 
 
 def parquet_files(source: pathlib.Path, name: str, split: str) -> list[pathlib.Path]:
@@ -108,7 +109,7 @@ def prepare(
     settings: Settings,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Summary:
-    """Writes one set to `output`/`name`, unless it is there already.
+    """Writes one set to `output`/`name`, unless it is there already and no image came since.
 
     Args:
       name: of the set.
@@ -130,13 +131,14 @@ def prepare(
     if root := wanted.pop("image_root"):  # sets of before the key was there lack it
         wanted["image_root"] = os.path.realpath(pathlib.Path(root).expanduser())
     done = _read_summary(output / name, wanted)
-    if done is not None:
+    folder = image_files.Folder(images, settings.image_root or None, option="--image-root")
+    if done is not None and not _have_come(output / name, folder):
         progress(done.rows)
         return done
     scratch = output / f".{name}.part"  # of an interrupted run, if it is there
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    reader = _Reader(_rows(files, settings.rows_per_set), images, settings, progress)
+    reader = _Reader(_rows(files, settings.rows_per_set), folder, settings, progress)
     try:
         mmeb_builder.write(scratch, reader.images(), reader.pairs)
     except AssertionError:  # tfds writes no empty set; why it is empty is told below
@@ -171,6 +173,16 @@ def _read_summary(directory: pathlib.Path, wanted: dict) -> Summary | None:
         return Summary(**found["summary"]) if found["wanted"] == wanted else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _have_come(directory: pathlib.Path, images: image_files.Folder) -> bool:
+    """Says whether an image that a prepared set misses is there by now."""
+    with contextlib.suppress(OSError, ValueError), open(directory / SKIPPED, "rb") as file:
+        for path in (json.loads(line).get("missing") for line in file):
+            with contextlib.suppress(UserError):
+                if path and images.path(path).is_file():
+                    return True
+    return False
 
 
 def _parquet(path: pathlib.Path):
@@ -215,8 +227,8 @@ class _Reader:
       skipped: a dict for each row left out.
     """
 
-    def __init__(self, rows, root: pathlib.Path, settings: Settings, progress):
-        self._images = image_files.Folder(root, settings.image_root or None, option="--image-root")
+    def __init__(self, rows, images: image_files.Folder, settings: Settings, progress):
+        self._images = images
         self._rows_left = rows
         self._decode, self._progress = settings.decode, progress
         self._by_content: dict[str, int] = {}  # hash of an image -> its number
@@ -252,7 +264,7 @@ class _Reader:
                     raise found[path]
         except _Bad as bad:
             self._reasons[bad.reason] += 1
-            line = {"row": self._read, "problem": str(bad)}
+            line = {"row": self._read, "problem": str(bad), "missing": bad.missing}
             self.skipped.append({**line, **{key: row[key][:200] for key in row}})
             return
         numbers = []
@@ -282,7 +294,7 @@ class _Reader:
         except image_files.Outside as error:
             return _Bad("refused_paths", str(error))
         except image_files.Missing as error:
-            return _Bad("missing_images", str(error))
+            return _Bad("missing_images", str(error), path)
         except UserError as error:
             return _Bad("unreadable_images", str(error))
         try:
