@@ -142,14 +142,14 @@ def results(case, model):
     """Per group (hidden states, embeddings), and gradients where wanted: one program."""
     graphdef, params = parity.split(model)
 
-    def loss(params):
+    def loss(params, groups):  # given: XLA would fold pictures that it knows
         model = nnx.merge(graphdef, params)
-        out = [(model.hidden(inputs), model.embed(inputs)) for inputs in case.groups]
+        out = [(model.hidden(inputs), model.embed(inputs)) for inputs in groups]
         return (jnp.concatenate([x for _, x in out]) @ case.direction).mean(), out
 
     if case.kind != "mistral":  # decoders have gradient tests of their own
-        return jax.jit(loss)(params)[1], None
-    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return jax.jit(loss)(params, case.groups)[1], None
+    (_, out), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, case.groups)
     return out, gradients
 
 
