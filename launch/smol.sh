@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Both stages of UniME on small real models and real data, on a laptop's CPU.
-#   bash launch/smol.sh          the full run, some 38 minutes of CPU time
+#   bash launch/smol.sh          the full run, 20 minutes on two cores
 #   bash launch/smol.sh smoke    a few steps of everything
 # Interrupt it with Ctrl-C and start it again: finished parts are skipped, begun ones resumed.
 set -euo pipefail

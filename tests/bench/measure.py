@@ -160,17 +160,18 @@ def plot(path: pathlib.Path, results: Sequence[Result], where: dict[str, Any]) -
     found = [(result, ratio) for result, ratio in found if ratio is not None][::-1]
     if not found:
         return
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.5 * len(found)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.45 * len(found)), layout="constrained")
     for place, (result, (middle, low, high)) in enumerate(found):
         color = "#2a6f97" if middle >= 1 else "#b5651d"
         axes.barh(place, middle, color=color, height=0.6)
         axes.plot([low, high], [place, place], color="black", linewidth=1.2)
         ours, torch = (short(median(result.samples[side])) for side in SIDES)
-        text = f" x {middle:.2f}   {ours} against {torch} {result.unit}"
-        axes.text(max(middle, high), place, text, va="center", fontsize=9)
+        text = f"x {middle:.2f}   {ours} against {torch} {result.unit}"
+        beside = axes.get_yaxis_transform()
+        axes.text(1.02, place, text, va="center", fontsize=9, color=color, transform=beside)
     axes.axvline(1, color="grey", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(found)), [result.title for result, _ in found])
-    axes.set_xlim(0, 1.45 * max(ratio[2] for _, ratio in found))
+    axes.set_xlim(0, 1.05 * max(ratio[2] for _, ratio in found))
     axes.set_xlabel("times better than PyTorch (line: the extremes of all rounds)")
     axes.set_title(f"{where['gpu'] or where['processor']}, {where['cores']} cores", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

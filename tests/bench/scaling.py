@@ -27,7 +27,8 @@ WAYS = {
 }
 CANVASES = {2: (1, 1), 3: (1, 2), 5: (2, 2), 10: (3, 3)}  # the whole image is a tile besides
 DEVICES = (1, 2, 4, 8)
-PODS = ("v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:16x16")
+# Chips of a pod: copies of the model, each over at most 64 chips (scales of 4-bit weights: 64 rows).
+PODS = {"v5e:4x4": 1, "v5e:4x8": 1, "v5e:8x8": 1, "v5e:8x16": 2, "v5e:16x16": 4}
 
 
 def batch(rows: int = 8, tokens: int = 32, tiles: int = 3) -> cases.Case:
@@ -108,8 +109,9 @@ def devices(count: int) -> dict[str, float]:
 def pods(config: str) -> list[dict[str, float]]:
     """What `plan` estimates for slices of more and more chips."""
     found = []
-    for name in PODS:
+    for name, copies in PODS.items():
         command = [sys.executable, "-m", "unime_jax.plan", "--config", config, "--topology", name]
+        command.append(f"--config.mesh.data={copies}")
         done = subprocess.run(
             [*command, "--json"], capture_output=True, text=True, env=workers.environment(),
             cwd=workers.ROOT,
@@ -145,6 +147,8 @@ def draw(output: pathlib.Path, found: dict) -> None:
         ax.set(xscale="log", yscale="log", title=title, xlabel=xlabel, ylabel=ylabel)
         ax.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
         ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        for set_formatter in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
+            set_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:.3g}"))
         ax.spines[["top", "right"]].set_visible(False)
         return figure, ax
 
@@ -176,7 +180,7 @@ def draw(output: pathlib.Path, found: dict) -> None:
         y = [one["sent"].get(kind, np.nan) / 2**20 for one in points.values()]
         ax.plot(x, y, "o-", label=kind)
     most = max(points.values(), key=lambda one: sum(one["sent"].values()))
-    share = 1 - 1 / np.array(x)
+    share = np.where(np.array(x) > 1, 1 - 1 / np.array(x), np.nan)
     expected = 2 * most["weights"] * share / 2**20
     label = "expected of all-gather: layers' weights,\nthere and back, (n - 1) / n"
     ax.plot(x, expected, "--", color="grey", label=label)
@@ -229,7 +233,8 @@ def _in_process(way: str, values) -> dict:
     done = subprocess.run(command, capture_output=True, text=True, env=workers.environment(env))
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
-    found = dict(zip(values, map(json.loads, done.stdout.split("\n")), strict=False))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    found = dict(zip(values, map(json.loads, lines), strict=True))
     for value, one in found.items():
         print(f"{way} {value}: {one}", flush=True)
     return found

@@ -10,7 +10,7 @@ from unime_jax import sharding
 from unime_jax.planning import collectives
 
 # As XLA writes for GPUs: asynchronous pairs, a noted trip count, a collective in a called
-# computation, one that nobody calls.
+# computation, a TPU kernel whose settings take lines of their own, one that nobody calls.
 PROGRAM = """HloModule jit_step
 
 %wrapped (a: bf16[64]) -> bf16[512] {
@@ -25,6 +25,9 @@ PROGRAM = """HloModule jit_step
 %body (p: (s32[], u4[32,8])) -> (s32[], u4[32,8]) {
   %g = (u4[4,8]{1,0:E(4)}, u4[32,8]{1,0:E(4)}) all-gather-start(%w), replica_groups=[1,8]<=[8]
   %d = u4[32,8]{1,0:E(4)} all-gather-done(%g)
+  %k = bf16[2,8]{1,0} custom-call(%d), frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 384}"
+}}, metadata={op_name="splash"}
   %s = f32[4,8]{1,0} reduce-scatter(%y), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
   %c = bf16[512]{0} async-start(%a), calls=%wrapped
 }

@@ -66,6 +66,17 @@ def test_the_compiler_for_gpus_comes_with_either_cuda(cuda, monkeypatch):
         topology.compile_devices(topology.parse("v5e:4x4"))
 
 
+def test_cudnn_is_asked_for_where_its_attention_is_compiled(monkeypatch):
+    monkeypatch.setattr(topology, "_installed", lambda module: "xla_cuda12" in module)
+    monkeypatch.setattr(topology.ctypes.util, "find_library", lambda name: None)
+    hardware = topology.parse("h100:1")
+    topology.check_compiler(hardware)
+    with pytest.raises(UserError, match="cuDNN.*plan-gpu.*attention=xla"):
+        topology.check_compiler(hardware, kernel=True)
+    monkeypatch.setattr(topology.ctypes.util, "find_library", lambda name: "libcudnn.so.9")
+    topology.check_compiler(hardware, kernel=True)
+
+
 def test_attention_of_other_hardware_is_refused():
     check, tpu, gpu = topology.check_attention, topology.parse("v5e:4x4"), topology.parse("h100:8")
     for hardware, attention, dtype in (

@@ -14,6 +14,7 @@ import numpy as np
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s64": 64, "u64": 64, "f64": 64, "c64": 64}
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w*|c64)\[([\d,]*)\]")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")  # of a computation; kernels' own end as "}}, "
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(r"^(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\((.*)$")
 _CALLED = re.compile(
@@ -108,7 +109,7 @@ def _split(text: str) -> tuple[dict[str, list[str]], str]:
         if head:
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line.startswith("}"):
+        elif _END.match(line):
             current = None
         elif current is not None:
             current.append(line.strip())

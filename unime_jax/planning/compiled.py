@@ -24,7 +24,7 @@ _OPTIONS = {
 }
 
 
-_FORMAT = 1  # of what is kept between plans; to be raised when `Compiled` changes
+_FORMAT = 2  # of what is kept between plans; to be raised when `Compiled` changes
 
 
 @dataclasses.dataclass(frozen=True)

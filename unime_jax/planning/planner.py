@@ -239,6 +239,7 @@ class _Planner:
         }
 
     def _compile_whole(self, setting: tuple[int, str]) -> tuple[str, compiled.Compiled]:
+        topologies.check_compiler(self.topology, kernel=self._flash())
         devices = topologies.compile_devices(self.topology)
         mesh = sharding.make_mesh(*self.mesh.shape.values(), devices=devices)
         attention = runtime.resolve_attention(
@@ -252,7 +253,7 @@ class _Planner:
 
     def _compile_pieces(self, setting: tuple[int, str], tell, how: str) -> list[pieces.Found]:
         """Compiles pieces until all are done or it is clear that the step does not fit."""
-        topologies.check_compiler(self.topology)
+        topologies.check_compiler(self.topology, kernel=self._flash())
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         kinds = [[piece] for piece in pieces.divide(self.composition, setting[0])]
         if how == "kinds" and self.mesh.shape["tensor"] == 1:  # else rows are exchanged too

@@ -1,5 +1,6 @@
 """Accelerators by name: their numbers, and devices to compile for that are not there."""
 
+import ctypes.util
 import dataclasses
 import importlib.util
 import math
@@ -249,8 +250,8 @@ def use_no_accelerator() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def check_compiler(topology: Topology) -> None:
-    """Checks that there is a compiler for the hardware.
+def check_compiler(topology: Topology, *, kernel: bool = False) -> None:
+    """Checks that there is a compiler for the hardware and, if asked, for its attention kernel.
 
     Raises:
       UserError: there is none; the message names the extra that has it.
@@ -265,6 +266,11 @@ def check_compiler(topology: Topology) -> None:
         raise UserError(
             f"--compile for {chip.title} needs its compiler: pip install -e '.[{extra}]' (no "
             "such hardware is needed), or plan without --compile"
+        )
+    if kernel and chip.platform == "gpu" and not _finds_cudnn():
+        raise UserError(
+            "--compile with cuDNN's attention needs cuDNN: pip install -e '.[plan-gpu]', or "
+            "--config.model.attention=xla"
         )
 
 
@@ -306,6 +312,10 @@ def _installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of its parent
         return False
+
+
+def _finds_cudnn() -> bool:
+    return _installed("nvidia.cudnn") or ctypes.util.find_library("cudnn") is not None
 
 
 def _target(chip: Chip) -> str:
