@@ -27,7 +27,7 @@ WAYS = {
 }
 CANVASES = {2: (1, 1), 3: (1, 2), 5: (2, 2), 10: (3, 3)}  # the whole image is a tile besides
 DEVICES = (1, 2, 4, 8)
-# Chips of a pod: copies of the model, each over at most 64 chips (scales of 4-bit weights: 64 rows).
+# Chips of a pod: copies of the model, each over at most 64 (scales of 4-bit weights: 64 rows).
 PODS = {"v5e:4x4": 1, "v5e:4x8": 1, "v5e:8x8": 1, "v5e:8x16": 2, "v5e:16x16": 4}
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from unime_jax.models import products, quant, splash
 from unime_jax.types import Array, UserError, flatten, unflatten
@@ -327,7 +327,7 @@ def placed_weights(layer: nnx.Module) -> nnx.Module:
     return layer
 
 
-def layer_of(leaf: Float[Array, "L *shape"], number: int | Array) -> Float[Array, "*shape"]:
+def layer_of(leaf: Shaped[Array, "L *shape"], number: int | Array) -> Float[Array, "*shape"]:
     """Returns a parameter of one layer; quicker to trace than an index in brackets."""
     if isinstance(number, int):
         return jax.lax.index_in_dim(leaf, number, keepdims=False)
