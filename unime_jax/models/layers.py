@@ -327,7 +327,7 @@ def placed_weights(layer: nnx.Module) -> nnx.Module:
     return layer
 
 
-def layer_of(leaf: Shaped[Array, "L *shape"], number: int | Array) -> Float[Array, "*shape"]:
+def layer_of(leaf: Shaped[Array, "L *shape"], number: int | Array) -> Shaped[Array, "*shape"]:
     """Returns a parameter of one layer; quicker to trace than an index in brackets."""
     if isinstance(number, int):
         return jax.lax.index_in_dim(leaf, number, keepdims=False)
