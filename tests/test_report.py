@@ -298,6 +298,12 @@ def test_loss_plot(tmp_path, drawn):
     assert "Nothing" not in words and "hard negatives" not in words
     raw = drawn[0].axes[1].lines[0]  # first row, second column
     np.testing.assert_allclose(raw.get_ydata(), [2.0 / s for s in range(1, 11)])
+    of_stage_2 = [
+        color
+        for name, (_, color) in plots.COSINES.items()
+        if "negative" in name or "positive" in name
+    ]
+    assert len(set(of_stage_2)) == len(of_stage_2) == 3  # that stand in one panel
     legends = [ax.get_legend() for ax in drawn[0].axes if ax.get_legend()]
     assert len(legends) == 3
     for legend in legends:  # above its axes: it covers no curve

@@ -207,6 +207,8 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path):
         compare.compare([run_a, other], tmp_path / "out")
     with pytest.raises(UserError, match="no report.json there"):
         compare.compare([str(tmp_path)], tmp_path / "out")
+    with pytest.raises(UserError, match="^--output=.*report.json is no directory"):
+        compare.compare([run_a], tmp_path / "a" / "report.json")
     with pytest.raises(UserError, match="two runs are called x"):
         compare.compare([f"x={run_a}", f"x={other}"], tmp_path / "out")
     with pytest.raises(UserError, match="RUN; `python -m unime_jax.evaluate compare --help`"):
