@@ -24,6 +24,7 @@ from unime_jax.planning import (
     memory,
     page,
     planner,
+    search,
     topology,
 )
 from unime_jax.types import UserError
@@ -114,7 +115,7 @@ def run_plan(capsys, *arguments: str) -> str:
 @pytest.mark.slow
 def test_a_plan_adds_up(capsys, monkeypatch):
     monkeypatch.setattr(estimate, "REMATS", ("none", "full"))  # every probe takes seconds
-    monkeypatch.setattr(planner._Planner, "_whole_batch_may_fit", lambda self, remat: False)
+    monkeypatch.setattr(search, "_whole_may_fit", lambda *_: False)
     flags = (f"--config={CONFIGS}/phi35v_stage1.py:smoke", "--topology=a100-80g:2x2", "--search")
     text = run_plan(capsys, *flags, "--json")
     found = json.loads(text)
@@ -175,19 +176,14 @@ def test_a_model_that_nobody_knows_is_named(tmp_path):
 
 def test_the_fastest_settings_are_compiled_until_one_fits():
     """Those that are far too large are left out, and what was measured corrects the estimates."""
-    made = object.__new__(planner._Planner)
-    made._arguments = memory.Arguments(1.0, 0.0, 0.0, 0.0)
-    made.estimator = types.SimpleNamespace(limit=10.0)
     asked = []
 
-    def compile(setting, tell, how):
-        assert how == "kinds"
+    def compile(setting):
         asked.append(setting)
         peak = {(32, "none"): 14.0, (16, "dots"): 9.0}[setting]
-        return {"compiled": {"peak": peak, "fits": peak < 10, "seconds": 1.0,
-                             "chunk": setting[0], "remat": setting[1]}}  # fmt: skip
+        return {"peak": peak, "fits": peak < 10, "seconds": 1.0,
+                "chunk": setting[0], "remat": setting[1]}  # fmt: skip
 
-    made.compile = compile
     found = [
         {"chunk": 64, "remat": "none", "peak": 25.0},  # no error of an estimate helps
         {"chunk": 32, "remat": "none", "peak": 12.0},
@@ -196,19 +192,19 @@ def test_the_fastest_settings_are_compiled_until_one_fits():
         {"chunk": 16, "remat": "full", "peak": 2.0},
     ]
     said = []
-    tried = made._compile_in_turn(found, said.append, "kinds")
+    tried = search.compile_in_turn(found, compile, base=1.0, limit=10.0, tell=said.append)
     assert asked == [(32, "none"), (16, "dots")]
     assert [one["fits"] for one in tried] == [False, True]
     assert "does not fit" in said[0] and "chunk 16, remat dots" in said[1]
 
 
-def searched(peaks: dict, found: list[dict], base: float = 1.0):
+def searched(monkeypatch, peaks: dict, found: list[dict], base: float = 1.0):
     """Returns what a search compiles of settings with these compiled peaks, and what it prints."""
     made = object.__new__(planner._Planner)
     made._arguments = memory.Arguments(base, 0.0, 0.0, 0.0)
     made.estimator = types.SimpleNamespace(limit=10.0)
-    made._candidates = lambda: found
-    made._limit = dict
+    made.setting, made._limit = (0, "none"), dict
+    monkeypatch.setattr(search, "candidates", lambda *_: found)
     asked, said = [], []
 
     def compile(setting, tell, how):
@@ -231,18 +227,18 @@ def candidates(*settings: tuple[int, str, float]) -> list[dict]:
     ]  # fmt: skip
 
 
-def test_the_smallest_is_compiled_before_nothing_fits():
+def test_the_smallest_is_compiled_before_nothing_fits(monkeypatch):
     """Estimates may be too low for all that is tried first."""
     found = candidates(*((2**n, "full", 9.0) for n in range(9, 3, -1)), (8, "dots", 2.0))
     found = [{**one, "remat": f"{one['remat']}{n}"} for n, one in enumerate(found)]
     peaks = {(one["chunk"], one["remat"]): 11.0 for one in found}
-    asked, said, text = searched(peaks, found)
+    asked, said, text = searched(monkeypatch, peaks, found)
     assert len(asked) == 5 and asked[-1] == (8, "dots6")
     assert "Nothing fits (none of the 5 compiled, the smallest among them)" in text
     assert "Settings by" in said[0] and "Settings by" not in text  # the table is printed once
-    asked, _, text = searched({(8, "full"): 12.0}, candidates((8, "full", 30.0)))
+    asked, _, text = searched(monkeypatch, {(8, "full"): 12.0}, candidates((8, "full", 30.0)))
     assert asked == [(8, "full")] and "none of the 1 compiled" in text
-    asked, _, text = searched({}, candidates((8, "full", 30.0)), base=11.0)
+    asked, _, text = searched(monkeypatch, {}, candidates((8, "full", 30.0)), base=11.0)
     assert not asked and "the arguments alone are too large: none was compiled" in text
     assert "--compile" not in text
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from unime_jax import runtime, sharding
 from unime_jax.models import layers
@@ -23,12 +22,10 @@ from unime_jax.planning import (
     memory,
     page,
     pieces,
+    search,
 )
 from unime_jax.planning import topology as topologies
 from unime_jax.planning.topology import Topology
-
-_MOST_COMPILES = 4  # of a search: each takes a minute or more
-_OPTIMISM = 0.6  # an estimate this much too high would still be tried
 
 
 def make(
@@ -166,11 +163,17 @@ class _Planner:
 
     def search(self, compiles: str | None, tell: Callable[[str], None]) -> dict[str, Any]:
         """Compares settings; compiles the fastest ones until one fits, if wanted (see `make`)."""
-        found = self._candidates()
+        found = search.candidates(self.estimator, self._arguments.total, self.setting)
         tried = []
         if compiles:
             tell(page.searching(found, self._limit()))
-            tried = self._compile_in_turn(found, tell, compiles)
+            tried = search.compile_in_turn(
+                found,
+                lambda setting: self.compile(setting, tell, compiles)["compiled"],
+                base=self._arguments.total,
+                limit=self.estimator.limit,
+                tell=tell,
+            )
             best = next((one for one in tried if one["fits"]), None)
         else:
             best = next((one for one in found if one["fits"]), None)
@@ -342,55 +345,6 @@ class _Planner:
             "margin_words": estimate.margin_words(chip),
             "next_batch": self._arguments.batch,
         }
-
-    def _candidates(self) -> list[dict[str, Any]]:
-        """Estimates all settings that are worth it, the fastest first."""
-        settings = []
-        for remat in estimate.REMATS:
-            for chunk in self.estimator.chunks():
-                if chunk:
-                    settings.append(self.estimator.setting(chunk, remat))
-                elif (0, remat) == self.setting or self._whole_batch_may_fit(remat):
-                    settings.append(self.estimator.setting(0, remat))
-        # Of equal ones the larger chunk: fewer gathers. 0 is the largest of all.
-        settings.sort(key=lambda one: (one.seconds, -(one.chunk or np.inf)))
-        return [dataclasses.asdict(one) for one in settings]
-
-    def _whole_batch_may_fit(self, remat: str) -> bool:
-        """Says whether a probe without chunks is worth its time."""
-        chunked = self.estimator.probe(remat, True)
-        rows = self.estimator.rows_alive(0)
-        return self._arguments.total + _OPTIMISM * rows * chunked.row < self.estimator.limit
-
-    def _compile_in_turn(self, found: list[dict[str, Any]], tell, how: str) -> list[dict[str, Any]]:
-        """Compiles the fastest until one fits, and the smallest if none of them did."""
-        tried: list[dict[str, Any]] = []
-        ratio: dict[str, float] = {}  # of compiled and estimated temporaries, by remat
-        base, limit = self._arguments.total, self.estimator.limit
-        if base > limit:
-            return tried
-
-        def fits(one: dict[str, Any]) -> bool:
-            result = self.compile(_setting(one), tell, how)["compiled"]
-            tried.append({**one, "fits": result["fits"], "compiled": result})
-            tell(page.tried(result))
-            if np.isfinite(result["peak"]):
-                ratio[one["remat"]] = (result["peak"] - base) / max(one["peak"] - base, 1.0)
-            return result["fits"]
-
-        for one in found:
-            expected = base + (one["peak"] - base) * ratio.get(one["remat"], _OPTIMISM)
-            if expected <= limit and (len(tried) == _MOST_COMPILES or fits(one)):
-                break
-        smallest = min(found, key=lambda one: one["peak"])
-        settings = list(map(_setting, tried))
-        if not any(one["fits"] for one in tried) and _setting(smallest) not in settings:
-            fits(smallest)
-        return tried
-
-
-def _setting(found: dict[str, Any]) -> tuple[int, str]:
-    return found["chunk"], found["remat"]
 
 
 def _operations(counted: flops.Flops) -> dict[str, Any]:
