@@ -10,7 +10,8 @@ from PIL import Image
 import unime_jax
 from unime_jax import embedder as embedder_lib
 from unime_jax import sharding
-from unime_jax.types import UserError
+from unime_jax.runner import Runner
+from unime_jax.types import UserError, flatten
 
 HALF = 2e-3  # cosine distance of a row's vectors in bfloat16
 TEXTS = ["a red cat", "dog", "a much longer sentence about a green fox and a blue owl", "cat " * 40]
@@ -59,6 +60,16 @@ def test_parameters_that_are_set_are_those_that_embed(embedder):
     finally:
         embedder.params = inputs
     assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(before, after, strict=True))
+
+
+def test_programs_are_dearer_for_smaller_models(root, embedder):
+    """A job of a small model takes few shapes; padding a large one costs more than a program."""
+    small, large = (Runner(embedder.graphdef, size=size).limits for size in (10**5, 10**9))
+    assert small.program == pytest.approx(10**4 * large.program, rel=0.01) and large.program >= 1
+    size = sum(leaf.size for leaf in flatten(embedder.params).values())
+    assert embedder.preprocessor.limits == Runner(embedder.graphdef, size=size).limits
+    groups = embedder.preprocess(texts=["a" * count for count in range(1, 200, 3)])
+    assert len({(group.rows, group.tokens.shape[1]) for group in groups}) <= 4
 
 
 def test_token_rows(embedder):

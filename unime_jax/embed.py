@@ -12,7 +12,7 @@ left out and listed with their reasons in OUTPUT.errors.jsonl.
 Memory does not grow with the input. Killed or interrupted, the same command goes on where it
 stopped; after Ctrl-C the output holds what is done so far. All devices of this machine share the
 rows; several processes, told of each other by --coordinator=HOST:PORT --processes=N --process=I or
-by the cluster, do so as well.
+by the cluster, do so as well: each reads all lines or Parquet rows, and opens its own pictures.
 """
 
 import argparse
