@@ -25,6 +25,7 @@ from unime_jax.data import (
     sources,
     task_pairs,
     teacher_vectors,
+    text_sources,
 )
 from unime_jax.data.texts import Places
 from unime_jax.embedder import Embedder
@@ -299,10 +300,10 @@ def _open_texts(
     if not nli.is_nli(path):
         if pathlib.Path(path).suffix == ".jsonl":
             texts = sources.sentences(path, faults)
-            return [sources.Texts(texts)], texts, ""
+            return [text_sources.Texts(texts)], texts, ""
         return *couples.read(path), ""
     found = nli.read(path, faults)
-    return [sources.Triples(found)], found.sentences, found.describe()
+    return [text_sources.Triples(found)], found.sentences, found.describe()
 
 
 def _texts_of_row(source: sources.Source) -> int:

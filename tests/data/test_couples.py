@@ -1,6 +1,9 @@
 """Texts of stage 1, two a row: relatives meet, nothing is lost, nothing is invented."""
 
-from unime_jax.data import couples, sources
+import numpy as np
+
+from unime_jax.data import couples, nli, sources, text_sources
+from unime_jax.data.texts import Sentences
 
 TRAIN = [  # (text, kind, synset), in drawn order
     ("a small cat", "gloss", "n1"),
@@ -39,6 +42,24 @@ def test_relatives_are_one_row_and_the_rest_is_coupled_in_order(monkeypatch, tmp
         "definitions",
         "captions",
     ]
+
+
+def test_equal_rows_have_equal_fingerprints():
+    """Lengths are measured once for each fingerprint."""
+    rows = [("a", "b"), ("c", "d")]
+    triples = [nli.Nli(Sentences(), np.array(x, np.int32)) for x in ([[0, 1, 2]], [[0, 2, 1]])]
+    for made in triples:
+        for text in "abcd":
+            made.sentences.add(text)
+    marks = [
+        couples.Couples(rows, "x").fingerprint,
+        couples.Couples(rows[::-1], "x").fingerprint,
+        couples.Couples([("a", "bc"), ("", "d")], "x").fingerprint,
+        text_sources.Texts(["a", "b", "c", "d"]).fingerprint,
+        *(text_sources.Triples(found).fingerprint for found in triples),
+    ]
+    assert len(set(marks)) == 6
+    assert couples.Couples(list(rows), "y").fingerprint == marks[0]
 
 
 def test_real_data_every_text_of_stage_1_is_in_a_row(assets):

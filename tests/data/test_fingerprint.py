@@ -5,14 +5,14 @@ import json
 import pytest
 
 from unime_jax import checkpoint
-from unime_jax.data import fingerprint, sources
+from unime_jax.data import fingerprint, text_sources
 from unime_jax.types import UserError
 
 TEXTS = [f"row {number}" for number in range(5000)]
 
 
 def digest(texts, name="sentences"):
-    return fingerprint.fingerprint([sources.Texts(texts, name)])
+    return fingerprint.fingerprint([text_sources.Texts(texts, name)])
 
 
 def test_other_rows_other_order_and_other_numbers_are_noticed():
@@ -26,7 +26,9 @@ def test_other_rows_other_order_and_other_numbers_are_noticed():
 
 
 def test_sets_of_one_name_count_as_one():
-    both = fingerprint.fingerprint([sources.Texts(TEXTS[:3], "a"), sources.Texts(TEXTS[:4], "a")])
+    both = fingerprint.fingerprint(
+        [text_sources.Texts(TEXTS[:3], "a"), text_sources.Texts(TEXTS[:4], "a")]
+    )
     assert both["a"]["rows"] == 7
 
 

@@ -12,9 +12,9 @@ from unime_jax.data import (
     pipeline,
     preprocess,
     prompts,
-    sources,
     stream,
     task_pairs,
+    text_sources,
     tokenizer,
 )
 from unime_jax.types import ImageSpec, UserError
@@ -37,7 +37,7 @@ def smol(byte_level):
 @pytest.mark.parametrize("text", ["y" * 1_000_000, "word " * 200_000])
 def test_a_text_of_a_megabyte_is_cut_and_counted(text, smol):
     started = time.process_time()
-    rows = sources.Texts(["short", "shorter", text])
+    rows = text_sources.Texts(["short", "shorter", text])
     batches = pipeline.Batches(
         [rows], smol, batch_size=3, max_tokens=60, vectors=lambda t: np.zeros((3, 1))
     )
@@ -153,6 +153,6 @@ def test_an_instruction_is_a_prompt_of_the_users_own(byte_level):
 def test_rows_longer_than_the_window_are_not_trained_on(byte_level):
     model = preprocess.Preprocessor(byte_level, None, prompt="smol", max_tokens=200, window=50)
     options = {"batch_size": 2, "max_tokens": 90, "vectors": lambda t: np.zeros((2, 1))}
-    pipeline.Batches([sources.Texts(["a", "b"])], model, **options)
+    pipeline.Batches([text_sources.Texts(["a", "b"])], model, **options)
     with pytest.raises(UserError, match="90 positions exceed the model's sliding_window of 50"):
-        pipeline.Batches([sources.Texts(["a", "b" * 300])], model, **options)
+        pipeline.Batches([text_sources.Texts(["a", "b" * 300])], model, **options)

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 
-from unime_jax.data import nli, sources, texts
+from unime_jax.data import nli, sources, text_sources, texts
 from unime_jax.types import UserError
 
 
@@ -45,7 +45,7 @@ def test_empty_and_repeated_rows_are_left_out_and_counted(tmp_path):
 
 
 def test_triples_are_rows_of_a_query_a_target_and_a_negative(tmp_path):
-    found = sources.Triples(
+    found = text_sources.Triples(
         nli.read(write(tmp_path / "nli.csv", [("a", "B", "c"), ("d", "b", "e")]))
     )
     assert len(found) == 2

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unime_jax.data import mixture, nli, pipeline, preprocess, sources
+from unime_jax.data import mixture, nli, pipeline, preprocess, sources, text_sources
 from unime_jax.types import ImageSpec, UserError
 
 SPEC = ImageSpec("grid", 8, 3)
@@ -141,7 +141,9 @@ def test_vectors_stand_for_the_other_side(smol):
     def vectors(texts):
         return np.stack([table[text] for text in texts])
 
-    batches = pipeline.Batches([sources.Texts(list(table))], smol, batch_size=4, vectors=vectors)
+    batches = pipeline.Batches(
+        [text_sources.Texts(list(table))], smol, batch_size=4, vectors=vectors
+    )
     ids = {smol.tokenize(text, False).ids: text for text in table}
     batch = batches[3]
     assert batch.target == () and batch.target_order is None
@@ -218,7 +220,7 @@ def test_too_many_bad_images_stop_the_run(smol):
 def test_long_texts_are_cut_and_counted(smol):
     texts = ["a" * n for n in (1, 2, 90)]
     batches = pipeline.Batches(
-        [sources.Texts(texts)],
+        [text_sources.Texts(texts)],
         smol,
         batch_size=3,
         max_tokens=60,
@@ -304,7 +306,7 @@ def triples(tmp_path_factory):
     path = tmp_path_factory.mktemp("nli") / "nli.csv"
     rows = [f"q{'x' * (i % 7)}{i},t{i // 2},n{'y' * (i % 5)}{i}" for i in range(40)]
     path.write_text("\n".join(["sent0,sent1,hard_neg", *rows]))
-    return sources.Triples(nli.read(path))
+    return text_sources.Triples(nli.read(path))
 
 
 def number_of(row, smol):

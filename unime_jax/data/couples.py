@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from unime_jax.data import sources
 from unime_jax.data.sources import Example
+from unime_jax.data.teacher_vectors import sentences_hash
 
 
 class Couples:
@@ -16,6 +17,11 @@ class Couples:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """See `text_sources.Texts.fingerprint`."""
+        return f"couples {sentences_hash([text for row in self._rows for text in row])}"
 
     def __getitem__(self, index: int) -> Example:
         query, target = self._rows[index]

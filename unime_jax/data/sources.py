@@ -89,43 +89,6 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
 
-class Texts:
-    """Sentences alone (stage 1): the row has a query and no target."""
-
-    def __init__(self, sentences: Sequence[str], name: str = "sentences"):
-        self.name = name
-        self._sentences = sentences
-
-    def __len__(self) -> int:
-        return len(self._sentences)
-
-    def __getitem__(self, index: int) -> Example:
-        text = self._sentences[index]
-        return Example(query_text=text, target_id=text_keys.compact_key(text), set=self.name)
-
-
-class Triples:
-    """Rows of NLI: a query, its target and a hard negative; texts alone."""
-
-    def __init__(self, found: nli.Nli, name: str = "nli"):
-        self.name = name
-        self._nli = found
-
-    def __len__(self) -> int:
-        return len(self._nli.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        query, target, negative = (self._nli.sentences[int(i)] for i in self._nli.rows[index])
-        return Example(
-            query_text=query,
-            target_text=target,
-            negative_text=negative,
-            target_id=target.casefold(),
-            negative_id=negative.casefold(),
-            set=self.name,
-        )
-
-
 @dataclasses.dataclass(frozen=True)
 class PairRow:
     """One picture and what is said of it; fields as `prepare` wrote them."""

@@ -297,9 +297,7 @@ class Decoder(nnx.Module):
         """Returns the hidden state of every row's last real position; same as `__call__` there."""
         if not self.config.narrow_last_layer:
             return last_token(self(embeds, lengths, key=key), lengths)
-        graphdef, state = nnx.split(self.model.layers)
-        last = jax.tree.map(lambda leaf: layer_of(leaf, -1), state)
-        final = placed_weights(nnx.merge(graphdef, last))
+        final = placed_weights(layer_of(self.model.layers, -1))
         x = self._layers(embeds, lengths, fold(key, 0), self.config.num_hidden_layers - 1)
         x = final(x, self._tables(embeds, lengths), lengths, fold(key, 1), last=True)
         return self.model.norm(placed_rows(x))[:, 0]

@@ -327,7 +327,13 @@ def placed_weights(layer: nnx.Module) -> nnx.Module:
     return layer
 
 
-def layer_of(leaf: Shaped[Array, "L *shape"], number: int | Array) -> Shaped[Array, "*shape"]:
+def layer_of(layers: nnx.Module, number: int) -> nnx.Module:
+    """Returns one of stacked layers."""
+    graphdef, state = nnx.split(layers)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: _of_layer(leaf, number), state))
+
+
+def _of_layer(leaf: Shaped[Array, "L *shape"], number: int | Array) -> Shaped[Array, "*shape"]:
     """Returns a parameter of one layer; quicker to trace than an index in brackets."""
     if isinstance(number, int):
         return jax.lax.index_in_dim(leaf, number, keepdims=False)
@@ -377,7 +383,7 @@ def scan_layers(
 
     def body(x, layer):
         state, key = layer
-        state = jax.tree.map(lambda leaf: layer_of(leaf, state), stacked) if by_number else state
+        state = jax.tree.map(lambda leaf: _of_layer(leaf, state), stacked) if by_number else state
         layer = placed_weights(nnx.merge(graphdef, state))
         return placed_rows(apply(layer, placed_rows(x), key)), None
 
