@@ -1,9 +1,11 @@
 """Saves: what a step waits for, and what they keep in memory."""
 
 import threading
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tensorstore
 
@@ -28,6 +30,19 @@ def test_saves_wait_for_a_copy_alone(tmp_path):
     go_on.set()
     saves.close()
     assert checkpoint.read_trainable(tmp_path)["a"].tolist() == [0, 1, 2]
+
+
+def test_saves_copy_a_state_once(tmp_path):
+    """And that copy is XLA's; the host's memory holds it a second time nowhere."""
+    value = jnp.arange(4_000_000.0)
+    saves = checkpoint.Checkpoints(tmp_path, config={})
+    tracemalloc.start()
+    saves.save(steps.TrainState(jnp.int32(1), {"a": value}, {"mu": value}), force=True)
+    saves.close()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < value.nbytes / 2
+    np.testing.assert_array_equal(checkpoint.read_trainable(tmp_path)["a"], value)
 
 
 def test_saves_do_not_wait_for_checksums(tmp_path, monkeypatch):

@@ -26,11 +26,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unime_jax import runtime
-from unime_jax.checkpoint import integrity, run_directory
+from unime_jax.checkpoint import integrity, orbax_arrays, run_directory
 from unime_jax.types import UserError
 
 # What a kill leaves of a save or of a removal; other names are the user's.
@@ -85,7 +84,9 @@ class Checkpoints:
             runtime.by_main(lambda: str(max(integrity.steps(self._directory), default=-1)))
         )
         options = integrity.orbax().options.AsyncOptions(post_finalization_callback=self._seal)
-        self._writer = integrity.orbax().AsyncCheckpointer(_handler(), async_options=options)
+        self._writer = integrity.orbax().AsyncCheckpointer(
+            orbax_arrays.handler(), async_options=options
+        )
 
     def restore(self, state):
         """Returns the newest whole state on the shardings of `state`, or None if there is none.
@@ -160,7 +161,8 @@ class Checkpoints:
         if score is not None and not math.isfinite(score):
             print(f"step {step}: the score is {score}; its checkpoint is not one of the best")
             score = None
-        self._copied = _copy(state)  # the step donates the state while the writer still reads it
+        # The step donates the state while the writer still reads it.
+        self._copied = orbax_arrays.copy(state)
         self._notes = {"step": step, "score": score}
         alone = jax.process_count() == 1
         if not alone:  # Orbax's barriers: in the order in which all processes come to theirs
@@ -174,8 +176,8 @@ class Checkpoints:
         """Hands the copied state over to Orbax's threads."""
         ocp = integrity.orbax()
         state, self._copied = self._copied, None
-        state = jax.tree.map(_off_devices, state)  # which have their memory back now
-        trainable, rest = map(_save_args, _split(state))
+        state = jax.tree.map(orbax_arrays.off_devices, state)  # which have their memory back now
+        trainable, rest = map(orbax_arrays.save_args, _split(state))
         config = ocp.args.JsonSave(self._config)
         args = ocp.args.Composite(trainable=trainable, rest=rest, config=config)
         with _BEGINS:
@@ -281,7 +283,7 @@ def _restore(directory: pathlib.Path, state, among: Callable[[int], bool] = lamb
     )
     trainable, rest = map(ocp.args.StandardRestore, _split(abstract))
     args = ocp.args.Composite(trainable=trainable, rest=rest)
-    with ocp.Checkpointer(_handler()) as reader:
+    with ocp.Checkpointer(orbax_arrays.handler()) as reader:
         found = integrity.newest_whole(
             directory,
             lambda path: reader.restore(path, args=args),
@@ -329,7 +331,7 @@ def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
     run, wanted = run_directory.locate(path)
     directory = run.absolute() / run_directory.CHECKPOINTS
     ocp = integrity.orbax()
-    with ocp.Checkpointer(_handler()) as reader:
+    with ocp.Checkpointer(orbax_arrays.handler()) as reader:
 
         def read(checkpoint: pathlib.Path):
             if not (checkpoint / "trainable").is_dir():
@@ -356,40 +358,6 @@ def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
     step, content, problems = found
     _say_damaged(directory, step, problems)
     return content
-
-
-def _handler():
-    ocp = integrity.orbax()
-    # A file a chunk, not OCDBT: see `_off_devices`. Either is read.
-    return ocp.CompositeCheckpointHandler(
-        trainable=ocp.StandardCheckpointHandler(use_ocdbt=False),
-        rest=ocp.StandardCheckpointHandler(use_ocdbt=False),
-        config=ocp.JsonCheckpointHandler(),
-    )
-
-
-@jax.jit
-def _copy(state):
-    """Copies a state, in one call: one a leaf takes milliseconds."""
-    return jax.tree.map(jnp.copy, state)
-
-
-def _off_devices(array: jax.Array) -> jax.Array | np.ndarray:
-    """Returns an array on the host, if this process can see all of it.
-
-    Of arrays on devices Orbax writes each part where it is, but reads TensorStore's metrics as
-    well, for which it has no switch. What TensorStore says in JSON is never freed (0.1.86): these
-    metrics are 50 KB a save, the descriptions that Orbax needs for its OCDBT format .3 KB an array.
-    """
-    seen = array.is_fully_addressable or array.is_fully_replicated
-    return np.asarray(array) if seen else array
-
-
-def _save_args(tree: dict[str, Any]):
-    """Chunks are what a device of another mesh reads, besides its own part."""
-    ocp = integrity.orbax()
-    how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=integrity.CHUNK_BYTES), tree)
-    return ocp.args.StandardSave(tree, save_args=how)
 
 
 def _split(state) -> tuple[dict, dict]:
