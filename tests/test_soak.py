@@ -36,7 +36,8 @@ def watch(process: int, metrics: pathlib.Path) -> tuple[list, set]:
                 if "spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_text()
             ]
             threads = len(os.listdir(place / "task"))
-            files = len(os.listdir(place / "fd"))
+            opened = [os.readlink(file) for file in (place / "fd").iterdir()]
+            files = sum("/dev/shm/" not in path for path in opened)  # batches on their way
             memory = int((place / "statm").read_text().split()[1]) * page / 2**20
         except (FileNotFoundError, ProcessLookupError):
             continue
