@@ -17,7 +17,7 @@ def setup(folder: pathlib.Path):
     import jax
     from flax import nnx
 
-    from unime_jax import embedder, optim, runtime, sharding, steps, train_data
+    from unime_jax import embedder, loop, optim, runtime, sharding, steps, train_data
     from unime_jax.types import flatten
 
     runtime.start()
@@ -47,15 +47,19 @@ def setup(folder: pathlib.Path):
         act = forward(graphdef, {**frozen, **trainable}, batch, settings["train"]["chunk"], mesh)
         return _said(act, load_seconds), act
 
+    program = None
+
     def act():
-        nonlocal state
-        state, metrics = step(state, frozen, steps.place_batch(batch, mesh))
+        nonlocal state, program
+        placed = steps.place_batch(batch, mesh)
+        if program is None:  # as the loop does
+            program = loop.compile_ahead(step, state, frozen, placed)
+        state, metrics = program(state, frozen, placed)
         jax.block_until_ready(state)
         return {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
 
     said = _said(act, load_seconds)
     if jax.devices()[0].platform != "cpu":  # what `plan --compile` would say, beside the real peak
-        program = step.lower(state, frozen, steps.place_batch(batch, mesh)).compile()
         said["planned_gib"] = program.memory_analysis().peak_memory_in_bytes / 2**30
     return said, act
 
