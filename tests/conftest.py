@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, exact matmuls and quick compiles for every test."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import os
@@ -33,19 +34,22 @@ from unime_jax import runtime  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # The long files start first, so that at the end no process works alone.
-LONG = """test_train test_stage1 test_stage2 test_phi35v test_llava16 test_decoder test_lora
-test_embedder_images test_stage2_parity test_convert test_resume test_peft test_training_parity
-test_quant test_efficientnet test_smol_model test_mmeb_batches test_evaluate""".split()
+LONG = """test_train test_stage1 test_stage2 test_decoder test_convert test_phi35v test_faults
+test_lora test_stage2_parity test_smol_model test_llava16 test_inspect test_mmeb_batches
+test_embedder_images test_processes test_readers test_resume test_embedder test_checkpoint
+test_smol_report test_embed test_efficientnet""".split()
 
 
 def pytest_configure(config):
     """Forgets old programs. JAX's own limit stops all saving once a writer has been killed."""
-    if not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    with contextlib.suppress(FileNotFoundError):  # another run forgets them too
         programs = sorted(COMPILED.glob("*"), key=lambda path: -path.stat().st_mtime)
         sizes = itertools.accumulate(path.stat().st_size for path in programs)
-        for path, size in zip(programs, sizes, strict=True):
+        for path, size in zip(programs, list(sizes), strict=True):
             if size > 1 << 29:
-                path.unlink(missing_ok=True)
+                path.unlink()
 
 
 def pytest_collection_modifyitems(items):
