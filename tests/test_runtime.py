@@ -262,6 +262,17 @@ def test_an_entry_keeps_warnings_of_large_pictures_from_the_screen(capsys):
     assert [str(warning.message) for warning in shown] == ["others are shown"]
 
 
+def test_what_a_failed_save_tells_a_closed_loop_is_not_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+    late = types.SimpleNamespace(object=None, exc_value=RuntimeError("Event loop is closed"))
+    ours = types.SimpleNamespace(object=print, exc_value=RuntimeError("Event loop is closed"))
+    other = types.SimpleNamespace(object=None, exc_value=RuntimeError("other"))
+    for found in (late, ours, other):
+        runtime._without_late_news(found)
+    assert shown == [ours, other]
+
+
 def test_adapters_are_added_to_their_weights_on_one_cpu_device_alone():
     def resolved(*platforms):
         devices = [types.SimpleNamespace(platform=platform) for platform in platforms]

@@ -173,8 +173,7 @@ class StopRequest:
 
 
 # Number of this process, and how many there are; whether they all stop after the same step.
-_PLACE = (0, 1)
-_STOP_TOGETHER = False
+_PLACE, _STOP_TOGETHER = (0, 1), False
 
 
 def is_main() -> bool:
@@ -201,6 +200,7 @@ def start(*, preemptible: bool = False) -> None:
     logging.getLogger("absl").setLevel(logging.ERROR)
     # What Orbax fails at, it raises as well; its threads log a screen of traceback for a full disk.
     logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+    sys.unraisablehook = _without_late_news
     # Compiled programs survive restarts: a resumed run starts stepping at once.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
@@ -228,6 +228,12 @@ def start(*, preemptible: bool = False) -> None:
     elif _together():
         kind = devices[0].device_kind
         print(f"{_PLACE[1]} processes, {len(devices)} {kind} devices", flush=True)
+
+
+def _without_late_news(found) -> None:
+    """Leaves out what TensorStore's threads still tell the event loop of a save that has failed."""
+    if found.object is not None or str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 # Collectives run beside products, also those of the next layer of a loop.
@@ -258,9 +264,8 @@ def _add_gpu_flags() -> None:
 
 
 _WAIT_MS = 600_000
-_CALLS = itertools.count()
+_CALLS, _GENERATION = itertools.count(), 0  # of messages; how many barriers there were
 _SAID, _KEPT = "unime_jax_said", 100  # where messages go; how many calls until process 0 clears up
-_GENERATION = 0  # of messages: how many barriers there were
 
 
 def _messages():
