@@ -47,19 +47,21 @@ def setup(folder: pathlib.Path):
         act = forward(graphdef, {**frozen, **trainable}, batch, settings["train"]["chunk"], mesh)
         return _said(act, load_seconds), act
 
-    program = None
+    ahead = False
 
     def act():
-        nonlocal state, program
+        nonlocal state, ahead
         placed = steps.place_batch(batch, mesh)
-        if program is None:  # as the loop does
-            program = loop.compile_ahead(step, state, frozen, placed)
-        state, metrics = program(state, frozen, placed)
+        if not ahead:  # as the loop does
+            loop.compile_ahead(step, state, frozen, placed)
+            ahead = True
+        state, metrics = step(state, frozen, placed)
         jax.block_until_ready(state)
         return {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
 
     said = _said(act, load_seconds)
     if jax.devices()[0].platform != "cpu":  # what `plan --compile` would say, beside the real peak
+        program = step.lower(state, frozen, steps.place_batch(batch, mesh)).compile()
         said["planned_gib"] = program.memory_analysis().peak_memory_in_bytes / 2**30
     return said, act
 
