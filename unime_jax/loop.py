@@ -121,6 +121,7 @@ class Loop:
             if step == first:
                 self._flops = self._count(state, placed)
                 compile_ahead(self._train_step, state, self._frozen, placed)
+                runtime.barrier()  # Gloo gives up where others still compile after 30 s
             state, values = self._train_step(state, self._frozen, placed)
             # Metrics of the step before are read while this one runs.
             if pending is not None:
