@@ -22,6 +22,7 @@ from unime_jax.types import Batch, UserError
 
 GIB = 2**30
 _LAST_WAIT_MS = 20_000  # for the other processes, at an error
+_COMPILE_WAIT_MS = 3_600_000
 _DEATHS = 3  # of processes that read, without a batch in between
 Validate = Callable[[dict[str, Any]], dict[str, float]]
 
@@ -121,7 +122,8 @@ class Loop:
             if step == first:
                 self._flops = self._count(state, placed)
                 compile_ahead(self._train_step, state, self._frozen, placed)
-                runtime.barrier()  # Gloo gives up where others still compile after 30 s
+                # Gloo gives up on a process that still compiles after 30 s.
+                runtime.barrier(wait=_COMPILE_WAIT_MS)
             state, values = self._train_step(state, self._frozen, placed)
             # Metrics of the step before are read while this one runs.
             if pending is not None:
