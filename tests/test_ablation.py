@@ -61,8 +61,13 @@ class Machine:
         return [dict(f[9:].split("=", 1) for f in c[4:]) for c in self.commands if "train" in c[2]]
 
 
+plot_differences = report.plot_differences
+
+
 @pytest.fixture
 def machine(monkeypatch):
+    # After every run a plot is drawn, which takes a second.
+    monkeypatch.setattr(report, "plot_differences", lambda *_, **__: None)
     return Machine(monkeypatch)
 
 
@@ -76,8 +81,11 @@ def assets(tmp_path):
     return [f"--config.assets={tmp_path / 'cache'}", f"--config.output={tmp_path / 'out'}"]
 
 
-def test_every_variant_chooses_its_rate_once_by_validation_alone(machine, assets, tmp_path, capsys):
-    machine.best = 3.0
+def test_every_variant_chooses_its_rate_once_by_validation_alone(
+    machine, assets, tmp_path, capsys, monkeypatch
+):
+    machine.best, drawn = 3.0, []
+    monkeypatch.setattr(report, "plot_differences", lambda *args, **how: drawn.append((args, how)))
     flags = ["--config.seeds=(0, 1)", "--config.splits=(1, 2)"]
     ablate.run(config_of(CONFIG, *assets, *flags))
     variants = len(config_of(CONFIG).variants)
@@ -103,9 +111,11 @@ def test_every_variant_chooses_its_rate_once_by_validation_alone(machine, assets
     assert both["mean R@10 - both"] is None and both["rate"] == "x 3"
     values = [40 + split + seed for split in (1, 2) for seed in (0, 1)]
     assert both["i2t R@1"] == f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+    assert "[1/" in capsys.readouterr().out
+    args, how = drawn[-1]
+    plot_differences(*args, **how)
     with Image.open(tmp_path / "out" / "differences.png") as image:
         assert image.width > 900
-    assert "[1/" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -131,10 +141,7 @@ def test_finished_runs_are_skipped_and_a_stop_costs_nothing(machine, one):
         ablate.run(config_of(*one, "--config.changes.align=(('train.steps', 7),)"))
 
 
-def test_a_run_that_diverges_is_listed_and_the_rest_goes_on(
-    machine, assets, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(report, "plot_differences", lambda *args, **kwargs: None)
+def test_a_run_that_diverges_is_listed_and_the_rest_goes_on(machine, assets, tmp_path, capsys):
     machine.best = 8.0
     config = config_of(CONFIG + ":quick", *assets)
 
