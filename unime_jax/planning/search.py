@@ -43,7 +43,7 @@ def _whole_may_fit(estimator: estimate.Estimator, arguments: float, remat: str) 
 
 def compile_in_turn(
     found: list[dict[str, Any]],
-    compile: Callable[[Setting], dict[str, Any]],
+    attempt: Callable[[Setting], dict[str, Any]],
     *,
     base: float,
     limit: float,
@@ -53,13 +53,13 @@ def compile_in_turn(
 
     Args:
       found: candidates.
-      compile: setting -> its `peak` in bytes, whether it `fits`, and more.
+      attempt: compiles a setting; returns its `peak` in bytes, whether it `fits`, and more.
       base: bytes of the step's arguments.
       limit: bytes that a peak may have.
       tell: gets a line for each that was compiled.
 
     Returns:
-      Those that were compiled, each with what `compile` returned.
+      Those that were compiled, each with what `attempt` returned.
     """
     tried: list[dict[str, Any]] = []
     ratio: dict[str, float] = {}  # of compiled and estimated temporaries, by remat
@@ -67,7 +67,7 @@ def compile_in_turn(
         return tried
 
     def fits(one: dict[str, Any]) -> bool:
-        result = compile(_setting(one))
+        result = attempt(_setting(one))
         tried.append({**one, "fits": result["fits"], "compiled": result})
         tell(page.tried(result))
         if np.isfinite(result["peak"]):
