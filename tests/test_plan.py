@@ -246,6 +246,7 @@ def test_the_smallest_is_compiled_before_nothing_fits(monkeypatch):
 def test_compiling_a_setting(monkeypatch):
     """A small program, on devices of the CPU: its bytes, and what crosses hosts is slower."""
     monkeypatch.setattr(topology, "compile_devices", lambda hardware: jax.devices()[:4])
+    monkeypatch.setattr(topology, "check_compiler", lambda hardware, kernel: None)
     made = object.__new__(planner._Planner)
     made.settings = {"model": {"attention": "auto", "dtype": "bfloat16"}}
     made.topology = topology.parse("a100-80g:2x2")

@@ -60,6 +60,7 @@ def run_here(root, output, monkeypatch, **changes):
             with jax.transfer_guard("disallow"):
                 return step(*args)
 
+        run.lower = step.lower
         return optimizer, run
 
     monkeypatch.setattr(steps, "from_settings", guarded)
