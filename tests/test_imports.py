@@ -18,7 +18,7 @@ STEP |= {"ablation", "initial", "predictions", "replay", "tiny", "tower_features
 STEP |= {"runner", "train_checks", "weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "config_values", "runtime", "cluster", "file_hashes"}
-GROUND |= {"arguments", "failures"}
+GROUND |= {"allocator", "arguments", "failures"}
 LEVELS = {
     **dict.fromkeys(ENTRIES, 3),
     **dict.fromkeys(STEP, 2),

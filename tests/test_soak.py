@@ -14,7 +14,7 @@ from unime_jax import report
 
 root = test_processes.root
 STEPS, WARM = 2000, 500  # what is held after the warm-up is held for good
-SLOPE = 5.0  # MB per 1000 steps; measured: 0.8 to 3.5, on a busy machine the most
+SLOPE = 3.0  # MB per 1000 steps; measured: 0.2 to 0.4
 
 
 def watch(process: int, metrics: pathlib.Path) -> tuple[list, set]:

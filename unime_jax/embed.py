@@ -17,7 +17,6 @@ by the cluster, do so as well: each reads all lines or Parquet rows, and opens i
 
 import argparse
 import contextlib
-import ctypes
 import os
 import pathlib
 import sys
@@ -29,6 +28,7 @@ import numpy as np
 
 from unime_jax import (
     __version__,
+    allocator,
     arguments,
     embed_job,
     embedder,
@@ -41,8 +41,6 @@ from unime_jax import (
 from unime_jax.data import items, prompts, vector_files
 from unime_jax.data.stream import Item, Stream
 from unime_jax.types import UserError
-
-_M_ARENA_MAX = -8  # malloc.h
 
 
 def main(argv: list[str]) -> None:
@@ -93,7 +91,7 @@ def embed(args: argparse.Namespace) -> None:
     """Writes the vectors of an input."""
     import jax
 
-    _bound_arenas()
+    allocator.bound_arenas()
     output = pathlib.Path(args.output).expanduser()
     vector_files.kind_of(output)
     runtime.check_output(output.parent, "--output")
@@ -133,16 +131,6 @@ def embed(args: argparse.Namespace) -> None:
         stopped.leave()
     if process == 0:
         _check_any(output, about)
-
-
-def _bound_arenas() -> None:
-    """Has glibc's malloc share two arenas among all threads; before they are started.
-
-    It gives each of XLA's threads one of its own, which keep what was freed in them: 0.85 GB at
-    most where two arenas take 0.75 (the newcomer's model).
-    """
-    with contextlib.suppress(AttributeError, OSError):  # other C libraries
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
 
 
 def _settings(

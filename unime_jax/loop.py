@@ -1,7 +1,6 @@
 """The loop over a run's steps: metrics, checkpoints, stops, traces."""
 
 import contextlib
-import ctypes
 import pathlib
 import resource
 import shlex
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from unime_jax import checkpoint, optim, report, runtime, steps
+from unime_jax import allocator, checkpoint, optim, report, runtime, steps
 from unime_jax.checkpoint.integrity import write_json
 from unime_jax.models import layers
 from unime_jax.planning import flops, topology
@@ -316,5 +315,4 @@ def compile_ahead(step, *arguments) -> None:
     """
     # The call finds this program. It is not called itself: it refuses 4-bit arrays (their layouts).
     step.lower(*arguments).compile()
-    with contextlib.suppress(AttributeError, OSError):  # other C libraries than glibc
-        ctypes.CDLL(None).malloc_trim(0)
+    allocator.give_back()

@@ -19,6 +19,7 @@ import jax
 from flax import nnx
 
 from unime_jax import (
+    allocator,
     checkpoint,
     embedder,
     file_hashes,
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
     config = parse(argv, __doc__)
     validate_train(config)
     check_run(config.to_dict())
+    allocator.bound_arenas()
     runtime.start(preemptible=True)
     run(config)
 
