@@ -45,6 +45,22 @@ def start(
     return started
 
 
+def start_program(name: str, *arguments) -> list[subprocess.Popen]:
+    """Starts `python tests/NAME COORDINATOR NUMBER ARGUMENTS` twice, with a device each."""
+    place = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / name), place, str(number), *map(str, arguments)],
+            cwd=ROOT,
+            env={**environment(1), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in range(2)
+    ]
+
+
 def finish(started, codes=None, *, seconds: float = 900) -> list[str]:
     """Waits for the processes; returns what each said, once they ended with the given codes."""
     said, late = [], False

@@ -338,7 +338,7 @@ def test_process_0_alone_makes_checksums(tmp_path, monkeypatch):
     """The others take its word, and read the checkpoint that it chose."""
     count_up(tmp_path, 2)
     monkeypatch.setattr(integrity, "_digest", pytest.fail)
-    path, problems = tmp_path / "checkpoints", iter(["[1, 2]", "", "has rust", "", ""])
+    path, problems = tmp_path / "checkpoints", iter(["[1, 2]", "has rust", ""])
     found = integrity.newest_whole(path, str, agree=lambda find: next(problems))
     assert found == (1, str(path / "1"), {2: "has rust"})
 

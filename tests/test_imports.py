@@ -18,7 +18,7 @@ STEP |= {"ablation", "initial", "predictions", "replay", "tiny", "tower_features
 STEP |= {"runner", "train_checks", "weights"}
 PARTS = {"models", "data", "benchmarks"}
 GROUND = {"types", "sharding", "config", "config_values", "runtime", "cluster", "file_hashes"}
-GROUND |= {"allocator", "arguments", "failures"}
+GROUND |= {"allocator", "arguments", "failures", "gpu_flags"}
 LEVELS = {
     **dict.fromkeys(ENTRIES, 3),
     **dict.fromkeys(STEP, 2),

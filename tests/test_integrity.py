@@ -7,6 +7,7 @@ import shutil
 
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 
 from unime_jax import checkpoint, steps
@@ -114,3 +115,50 @@ def test_a_step_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(tmp_pa
     assert found[:2] == (5, "5") and next(said, None) is None
     with pytest.raises(UserError, match="5 is whole but cannot be read .a disk"):
         integrity.newest_whole(tmp_path, read, exchange=lambda own: [own, "fails: a disk"])
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_step_that_is_removed_while_it_is_checked_is_not_damaged(late, tmp_path, monkeypatch):
+    """Nor is an older one taken for the newest."""
+
+    def save(step):
+        path = tmp_path / str(step)
+        path.mkdir()
+        (path / "content").write_text(str(step))
+        integrity.write_manifest(path)
+
+    find_problem = integrity.find_problem
+
+    def slow(path, below):
+        if path.name == "9":
+            shutil.rmtree(path)
+            save(11)
+            if late:  # as the file system says over the network
+                raise UserError("content: cannot be read now (Stale file handle)")
+        return find_problem(path, below)
+
+    monkeypatch.setattr(integrity, "find_problem", slow)
+    save(8), save(9)
+    assert integrity.newest_whole(tmp_path, str) == (11, str(tmp_path / "11"), {})
+
+
+def test_steps_that_go_again_and_again_are_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(integrity.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(integrity, "_examine", lambda path, below: "gone")
+    (tmp_path / "1").mkdir()
+    with pytest.raises(UserError, match="each checkpoint was removed before it was read; raise"):
+        integrity.newest_whole(tmp_path, str)
+
+
+@pytest.mark.slow
+def test_several_processes_look_again_or_fail_together(tmp_path):
+    """Whichever of them comes too late: Orbax would have the others wait for it for ever."""
+    saves = checkpoint.Checkpoints(tmp_path, config={}, keep=9)
+    for step in (1, 2, 3, 4):
+        value = jnp.full(4, float(step))
+        saves.save(steps.TrainState(jnp.int32(step), {"a": value}, {}), force=True)
+    saves.close()
+    said = processes.finish(processes.start_program("readers.py", tmp_path), seconds=120)
+    for text in said:
+        assert "[3.0, 3.0, 3.0, 3.0] [2. 2.] " in text, text
+        assert "2 is whole but cannot be read (a disk) ['0', '1']" in text, text

@@ -15,7 +15,7 @@ import numpy as np
 import processes
 import pytest
 
-from unime_jax import runtime
+from unime_jax import gpu_flags, runtime
 from unime_jax.types import UserError
 
 
@@ -225,15 +225,28 @@ def test_what_process_0_meets_all_raise(monkeypatch):
             runtime.by_main(work if place == 0 else pytest.fail)
 
 
+def test_what_process_0_does_alone_talks_to_nobody():
+    """The others would take what it says there for what it says next; one process is told too."""
+    for talk in (
+        lambda: runtime.from_main(""),
+        lambda: runtime.exchange("")[0],
+        lambda: runtime.by_main(str),
+        runtime.barrier,
+    ):
+        with pytest.raises(RuntimeError, match="what process 0 does alone talks to the others"):
+            runtime.by_main(talk)
+    assert runtime.by_main(lambda: "all is as before") == runtime.from_main("all is as before")
+
+
 def test_gpu_programs_overlap_what_xla_knows_to_overlap(monkeypatch):
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl")
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
-    monkeypatch.setattr(runtime, "_GPU_FLAGS", (*runtime._GPU_FLAGS, "xla_gpu_no_such_flag"))
-    runtime._add_gpu_flags()
+    monkeypatch.setattr(gpu_flags, "_FLAGS", (*gpu_flags._FLAGS, "xla_gpu_no_such_flag"))
+    gpu_flags.add()
     mine, *added = os.environ["XLA_FLAGS"].split()
     assert mine == "--xla_gpu_enable_latency_hiding_scheduler=false"
-    assert added == [f"--{flag}=true" for flag in runtime._GPU_FLAGS[1:-1]]
+    assert added == [f"--{flag}=true" for flag in gpu_flags._FLAGS[1:-1]]
 
 
 def test_cpu_programs_do_not_hold_all_layers_in_f32():

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import fabricated
 import miniature
 import numpy as np
 import pytest
@@ -78,6 +79,17 @@ def test_a_teacher_replaced_in_place_is_another(root, taught, tmp_path):
     file.write_bytes(content)
     with pytest.raises(UserError, match="vectors of another teacher_hash; choose another"):
         teach.run(config(root, **{"teacher.path": teacher}))
+
+
+def test_a_run_teaches_as_the_model_that_it_is(root, taught, tmp_path):
+    """All processes find it, as they read its checkpoint together; process 0 alone hashes."""
+    text = json.loads((root / "teacher" / "config.json").read_text())
+    run = fabricated.write_run(tmp_path / "run", root / "teacher", text, targets=".*q_proj$")
+    told = teach.run(config(root, **{"teacher.path": run, "output": tmp_path / "vectors"}))
+    stored, _ = teacher_vectors.read(told)
+    alone = unime_jax.load(run, dtype="float32").embed(texts=["a a runs"])
+    sentences = list(nli.read(root / "nli.csv").sentences)
+    tolerances.assert_near(stored[[sentences.index("a a runs")]], alone, tolerances.EMBEDDING)
 
 
 def test_other_vectors_of_a_run_make_room_once(root, taught, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ import errno
 import itertools
 import json
 import logging
-import mmap
 import os
 import pathlib
 import re
@@ -16,7 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from unime_jax import cluster, failures
+from unime_jax import cluster, failures, gpu_flags
 from unime_jax.types import UserError
 
 CACHE_VARIABLE = "UNIME_JAX_CACHE"
@@ -206,7 +205,7 @@ def start(*, preemptible: bool = False) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "compiled"))
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    _add_gpu_flags()
+    gpu_flags.add()
     handler = signal.getsignal(signal.SIGTERM)
     cluster.join()
     try:
@@ -236,35 +235,9 @@ def _without_late_news(found) -> None:
         sys.__unraisablehook__(found)
 
 
-# Collectives run beside products, also those of the next layer of a loop.
-_GPU_FLAGS = (
-    "xla_gpu_enable_latency_hiding_scheduler",
-    "xla_gpu_enable_highest_priority_async_stream",
-    "xla_gpu_enable_pipelined_all_gather",
-    "xla_gpu_enable_pipelined_all_reduce",
-    "xla_gpu_enable_pipelined_reduce_scatter",
-)
-
-
-def _add_gpu_flags() -> None:
-    """Adds to XLA_FLAGS, where there are GPUs, what the user has not set there."""
-    if not os.path.exists("/dev/nvidiactl") or os.environ.get("JAX_PLATFORMS", "cuda") == "cpu":
-        return
-    import jaxlib
-
-    given = os.environ.get("XLA_FLAGS", "")
-    library = max(
-        pathlib.Path(jaxlib.__file__).parent.glob("**/*.so"), key=lambda file: file.stat().st_size
-    )
-    # A flag that a version of XLA does not know ends the process.
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as code:
-        known = [flag for flag in _GPU_FLAGS if code.find(flag.encode()) >= 0]
-    more = [f"--{flag}=true" for flag in known if flag not in given]
-    os.environ["XLA_FLAGS"] = " ".join([given, *more]).strip()
-
-
 _WAIT_MS = 600_000
 _CALLS, _GENERATION = itertools.count(), 0  # of messages; how many barriers there were
+_ALONE = False  # whether process 0 is in `by_main`, where the others only wait
 _SAID, _KEPT = "unime_jax_said", 100  # where messages go; how many calls until process 0 clears up
 
 
@@ -282,6 +255,7 @@ def from_main(text: str, *, wait: int = _WAIT_MS) -> str:
       text: process 0's counts.
       wait: milliseconds that the others wait for it.
     """
+    _check_all_are_here()
     if not _together():
         return text
     key = _next_key(wait)
@@ -292,23 +266,33 @@ def from_main(text: str, *, wait: int = _WAIT_MS) -> str:
 
 
 def by_main(work: Callable[[], str], *, wait: int = _WAIT_MS) -> str:
-    """Returns what process 0 finds; to be called like `from_main`.
+    """Returns what process 0 finds; to be called like `from_main`, which `work` must not.
 
     Raises:
       UserError: it met one; all processes raise it.
     """
+    global _ALONE
+    _check_all_are_here()
     found = {"result": "", "problem": ""}
     if is_main():
+        _ALONE = True
         try:
             found["result"] = work()
         except UserError as error:
             if not _together():
                 raise
             found["problem"] = str(error)
+        finally:
+            _ALONE = False
     found = json.loads(from_main(json.dumps(found), wait=wait))
     if found["problem"]:
         raise UserError(found["problem"])
     return found["result"]
+
+
+def _check_all_are_here() -> None:
+    if _ALONE:  # of one process as well, where tests find it
+        raise RuntimeError("what process 0 does alone talks to the others, which do not listen")
 
 
 def _next_key(wait: int = _WAIT_MS) -> str:
@@ -320,6 +304,7 @@ def _next_key(wait: int = _WAIT_MS) -> str:
 
 def exchange(text: str) -> list[str]:
     """Returns what every process gives, in their order; to be called like `from_main`."""
+    _check_all_are_here()
     if not _together():
         return [text]
     key = _next_key()
@@ -334,6 +319,7 @@ def exchange(text: str) -> list[str]:
 def barrier(*, wait: int = _WAIT_MS) -> None:
     """Waits until every process is there, for so many milliseconds."""
     global _GENERATION
+    _check_all_are_here()
     if not _together():
         return
     _messages().wait_at_barrier(f"unime_jax/{next(_CALLS)}", wait)

@@ -23,6 +23,7 @@ from unime_jax.data import bad_rows, prompts, sources, teacher_vectors
 from unime_jax.types import UserError
 
 SHARD_ROWS = 8192
+_HOUR_MS = 3_600_000  # process 0 hashes the teacher's files
 
 
 def main(argv: list[str]) -> None:
@@ -56,9 +57,10 @@ def run(config) -> pathlib.Path:
     """Writes the vectors as `vectors-NNNNN.npy` (f32[rows, E], unit rows) and a manifest."""
     directory = pathlib.Path(_target(config)).expanduser()
     sentences = _sentences(config)
+    found = weights.find(config.teacher.path)
     manifest = {
         "teacher": pathlib.Path(config.teacher.path).expanduser().resolve().name,
-        "teacher_hash": runtime.by_main(lambda: weights.find(config.teacher.path).fingerprint),
+        "teacher_hash": runtime.by_main(lambda: found.fingerprint, wait=_HOUR_MS),
         "dtype": config.model.dtype,
         "instruction": config.teacher.instruction,
         "count": len(sentences),
@@ -73,8 +75,9 @@ def run(config) -> pathlib.Path:
         return directory
 
     mesh = sharding.make_mesh(**config.mesh.to_dict())
-    model, path = embedder.load_model(config.teacher.path, dtype=config.model.dtype, mesh=mesh)
-    teacher = embedder.Embedder(model, directory=path, mesh=mesh)
+    model = embedder.build(found, dtype=config.model.dtype, mesh=mesh)
+    teacher = embedder.Embedder(model, directory=found.directory, mesh=mesh)
+    del found  # with the files that it holds mapped
     manifest["prompt"] = prompts.TEMPLATES[teacher.preprocessor.prompt].text
     manifest["pooling"] = model.pooling
     manifest["width"] = model.embedding_width

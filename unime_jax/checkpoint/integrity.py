@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,9 @@ MANIFEST = "manifest.json"
 # Chunks are compressed, written and read one by one: each device of a mesh reads little besides its
 # own part.
 CHUNK_BYTES = 64 * 2**20
-_GONE = "gone"  # what a process says of a checkpoint that was removed before it had read it
+# What is said of a checkpoint: removed before it was read; of before there were manifests.
+_GONE, _OLD = "gone", "old"
+_ATTEMPTS = 60
 
 
 def write_manifest(directory: pathlib.Path, **notes: Any) -> None:
@@ -136,7 +139,7 @@ def newest_whole(
 
     Args:
       directory: of the checkpoints.
-      read: what is to be done with one.
+      read: what is to be done with one; waits for no other process, which may have failed.
       below: part of it that matters.
       among: says of a step whether it will do.
       agree: lets all processes have what process 0 finds, or raise what it raises.
@@ -145,42 +148,53 @@ def newest_whole(
     Returns:
       its step, what was read, and by step what is wrong with newer ones; None without any.
     """
+    for attempt in range(_ATTEMPTS):
+        time.sleep(min(1, attempt / 10))  # what one process sees as gone, another may still see
+        try:
+            return _newest_whole(directory, read, below, among, agree, exchange)
+        except _Gone:  # removed by a run that trains, which has saved newer ones
+            continue
+    raise UserError(
+        f"{directory}: each checkpoint was removed before it was read; raise "
+        "config.checkpoint.keep of the run that trains there, or start again once it is done"
+    )
 
+
+class _Gone(Exception):
+    """A checkpoint was removed before it had been read; all processes raise it."""
+
+
+def _newest_whole(directory, read, below, among, agree, exchange):
     def listed() -> str:
         return agree(lambda: json.dumps(sorted(filter(among, steps(directory)))))
-
-    def again():
-        return newest_whole(
-            directory, read, below=below, among=among, agree=agree, exchange=exchange
-        )
 
     problems: dict[int, str] = {}
     there = listed()
     for step in sorted(json.loads(there), reverse=True):
         path = directory / str(step)
-        old = bool(agree(lambda path=path: "old" if is_old(path) else ""))
-        problem = "" if old else agree(lambda path=path: find_problem(path, below))
-        if not problem:
+        problem = agree(lambda path=path: _examine(path, below))
+        old = problem == _OLD
+        if old or not problem:
             content, said, cause = None, "", None
             try:
                 content = read(path)
             except Exception as error:  # of Orbax, of TensorStore: each its own kind
                 said, cause = f"fails: {' '.join(str(error).split())[:300]}", error
-                if not path.exists():  # a run that trains removed it meanwhile
+                if not path.exists():
                     said = _GONE
             told = [text for text in exchange(said) if text]
             if not told:
                 return step, content, problems
-            if _GONE in told:
-                return again()
-            problem = told[0].removeprefix("fails: ")
-            if not old:
+            problem = _GONE if _GONE in told else told[0].removeprefix("fails: ")
+            if not old and problem != _GONE:
                 raise UserError(f"{path} is whole but cannot be read ({problem})") from cause
+        if problem == _GONE:
+            raise _Gone
         problems[step] = problem
     if not problems:
         return None
-    if there != listed():  # a run that trains removed them, having saved newer ones
-        return again()
+    if there != listed():  # a run that trains has saved newer ones
+        raise _Gone
     told = "; ".join(f"{directory / str(step)}: {text}" for step, text in problems.items())
     others = agree(lambda: ", ".join(str(step) for step in steps(directory) if not among(step)))
     advice = f"others are there ({others})" if others else "train anew in another config.output"
@@ -188,6 +202,19 @@ def newest_whole(
         f"no checkpoint is whole{' of those that will do' if others else ''} ({told}); nothing was "
         f"changed: restore the files from a copy; or {advice}"
     )
+
+
+def _examine(path: pathlib.Path, below: str) -> str:
+    """Returns what is wrong with a checkpoint, "" if nothing is; _OLD or _GONE."""
+    if is_old(path):
+        return _OLD
+    try:
+        problem = find_problem(path, below)
+    except UserError:  # as a file system over the network says of what was removed
+        if path.exists():
+            raise
+        return _GONE
+    return _GONE if problem and not path.exists() else problem
 
 
 def steps(directory: pathlib.Path) -> list[int]:

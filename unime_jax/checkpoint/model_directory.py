@@ -8,6 +8,7 @@ A model directory (written by `convert import`) is
     config.json, tokenizer.json ... as in the directory that it comes from
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -156,7 +157,7 @@ def _restore(path: pathlib.Path, item, how):
     ocp = orbax()
     args = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:  # `orbax_arrays.handler`
             return reader.restore(path.absolute(), args=args)
     except Exception as error:  # of Orbax, of TensorStore: each its own kind
         reason = " ".join(str(error).split())[:200]

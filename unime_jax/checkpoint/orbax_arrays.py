@@ -41,7 +41,11 @@ def save_args(tree: dict[str, Any]):
 
 
 def handler():
-    """Returns what reads and writes a checkpoint of a run."""
+    """Returns what reads and writes a checkpoint of a run.
+
+    Read with it alone: Orbax's checkpointers, once they have read, wait for the other processes,
+    and for ever where one of them could not.
+    """
     ocp = integrity.orbax()
     # A file a chunk, not OCDBT: see `off_devices`. Either is read.
     return ocp.CompositeCheckpointHandler(

@@ -283,7 +283,7 @@ def _restore(directory: pathlib.Path, state, among: Callable[[int], bool] = lamb
     )
     trainable, rest = map(ocp.args.StandardRestore, _split(abstract))
     args = ocp.args.Composite(trainable=trainable, rest=rest)
-    with ocp.Checkpointer(orbax_arrays.handler()) as reader:
+    with contextlib.closing(orbax_arrays.handler()) as reader:
         found = integrity.newest_whole(
             directory,
             lambda path: reader.restore(path, args=args),
@@ -331,7 +331,7 @@ def read_trainable(path: str | os.PathLike) -> dict[str, np.ndarray]:
     run, wanted = run_directory.locate(path)
     directory = run.absolute() / run_directory.CHECKPOINTS
     ocp = integrity.orbax()
-    with ocp.Checkpointer(orbax_arrays.handler()) as reader:
+    with contextlib.closing(orbax_arrays.handler()) as reader:
 
         def read(checkpoint: pathlib.Path):
             if not (checkpoint / "trainable").is_dir():
