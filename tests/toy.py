@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from unime_jax import sharding
-from unime_jax.models.layers import dropout
+from unime_jax.models.dropout import dropout
 from unime_jax.types import Batch, Inputs
 
 # As for any new backbone: a rule for a parameter that no other matches.

@@ -14,13 +14,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Shaped
 
 from unime_jax.models import products, quant, splash
+from unime_jax.models.dropout import dropout
 from unime_jax.types import Array, UserError, flatten, unflatten
 
 ATTENTIONS = ("xla", "cudnn", "splash", "splash_interpret")
 _CUDNN_HEAD = 128  # widest head, on Ampere
+_OUTPUT = "linear_output"  # what the remat policy "dots" keeps of a Linear
 
 
 class Linear(nnx.Module):
@@ -70,18 +73,18 @@ class Linear(nnx.Module):
         drops = key is not None and self.lora_dropout > 0
         y = self._merged(x) if self.lora_A is not None and not drops else None
         if y is not None:
-            return self._shifted(y)
+            return _named(self._shifted(y))
         if self.kernel is None:
             y = quant.matmul(x, self.kernel_codes[...], self.kernel_scales[...])
         else:
             y = self._product(x, self.kernel)
         y = self._shifted(y)
-        if self.lora_A is None:
-            return y
-        if drops:
-            x = dropout(x, key, self.lora_dropout)
-        low = self._product(x, self.lora_A)
-        return y + self._product(low, self.lora_B) * self.lora_scale
+        if self.lora_A is not None:
+            if drops:
+                x = dropout(x, key, self.lora_dropout)
+            low = _named(self._product(x, self.lora_A))
+            y = y + self._product(low, self.lora_B) * self.lora_scale
+        return _named(y)
 
     def _product(self, x: Array, weight: nnx.Param) -> Array:
         # How gradients are written costs as much to trace as the product itself.
@@ -96,6 +99,14 @@ class Linear(nnx.Module):
 
     def _shifted(self, y: Array) -> Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def _named(x: Array) -> Array:
+    """Names what a Linear gives, for a sum, not its terms, is what the way back needs.
+
+    Policies of `jax.checkpoint` do not see into the products' own derivatives either.
+    """
+    return x if _read_only() else checkpoint_name(x, _OUTPUT)
 
 
 class Embedding(nnx.Module):
@@ -245,22 +256,6 @@ def fold(key: Array | None, number: int | Int[Array, ""]) -> Array | None:
     return jax.vmap(jax.random.fold_in, (0, None))(key, number)
 
 
-def dropout(x: Float[Array, "..."], key: Array, rate: float) -> Float[Array, "..."]:
-    """Sets a share of the values to 0 and scales up the rest.
-
-    Args:
-      x: rows first.
-      key: one, or one a row: what a row loses then depends on its own key, not on its batch-mates.
-      rate: the share.
-    """
-    keep = 1.0 - rate
-    if key.ndim:
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, keep, x.shape[1:]))(key)
-    else:
-        kept = jax.random.bernoulli(key, keep, x.shape)
-    return jnp.where(kept, x / keep, 0).astype(x.dtype)
-
-
 def stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
     """Builds `count` equal layers as one module whose arrays have a leading L axis."""
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
@@ -347,10 +342,7 @@ def _all_but_placed(primitive, *_, **params) -> bool:
 
 _REMAT_POLICIES = {
     "full": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(quant.PRODUCT, products.MERGED),
-    ),
+    "dots": jax.checkpoint_policies.save_only_these_names(_OUTPUT),
 }
 REMATS = ("none", *_REMAT_POLICIES)
 
@@ -371,8 +363,8 @@ def scan_layers(
       x: what the first layer takes.
       apply: (layer, x, key) -> x.
       key: one, one a row, or None; every layer gets its own.
-      remat: what the backward pass computes again: "none", "dots" (all but the products with
-        weights), "full" (everything inside a layer).
+      remat: what the backward pass computes again: "none", "dots" (all but what a Linear gives),
+        "full" (everything inside a layer).
       count: of the first layers, which alone are run; None: all.
     """
     graphdef, stacked = nnx.split(layers)

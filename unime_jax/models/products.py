@@ -16,14 +16,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from unime_jax.types import Array
 
 MATMULS = ("transposed", "merged", "plain")
 _NARROW = 4
-MERGED = "merged_product"  # what `merged` returns, to the policies of `jax.checkpoint`
 
 
 def _dot(a, b, axis, other, dtype=None):
@@ -105,8 +103,8 @@ def _merge(w, a, b, scale):
 
 def _merged_forward(x, w, a, b, scale):
     # A call, for JAX takes what depends on weights alone, here the sum, out of a loop over chunks,
-    # where all layers' would be held at once. Policies do not see into it, hence the name.
-    y = checkpoint_name(merged(x.value, w.value, a.value, b.value, scale), MERGED)
+    # where all layers' would be held at once.
+    y = merged(x.value, w.value, a.value, b.value, scale)
     # As above: what is not trained is not kept, or has no gradient in the program.
     kept_x = x.value if w.perturbed or a.perturbed or b.perturbed else None
     kept_w = w.value if x.perturbed else None

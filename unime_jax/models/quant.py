@@ -9,14 +9,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Num
 
 from unime_jax.types import Array, UserError
 
 BLOCK = 64
 KINDS = ("nf4", "int8")
-PRODUCT = "quantised_product"  # what `matmul` returns, to the policies of `jax.checkpoint`
 # Quantiles of a normal distribution scaled to [-1, 1], 0 among them; from bitsandbytes.
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -101,8 +99,8 @@ def matmul(
 
 def _forward(x, codes, scales):
     # A call, so that no one takes the floats out of a loop over chunks of rows: all layers' would
-    # be held at once. Policies of `jax.checkpoint` do not see into it, hence the name.
-    return checkpoint_name(matmul(x, codes, scales), PRODUCT), (codes, scales)
+    # be held at once.
+    return matmul(x, codes, scales), (codes, scales)
 
 
 def _backward(kept, g):

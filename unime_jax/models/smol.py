@@ -34,9 +34,10 @@ from jaxtyping import Float, UInt8
 
 from unime_jax.models import decoder, efficientnet
 from unime_jax.models.decoder import Decoder, DecoderConfig
+from unime_jax.models.dropout import dropout
 from unime_jax.models.efficientnet import EfficientNet, EfficientNetConfig
 from unime_jax.models.hf import KeyMap, Rule
-from unime_jax.models.layers import LayerNorm, Linear, dropout
+from unime_jax.models.layers import LayerNorm, Linear
 from unime_jax.models.multimodal import FEATURES, Multimodal
 from unime_jax.types import Array, ImageSpec, Inputs, UserError
 
