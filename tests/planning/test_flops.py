@@ -102,12 +102,18 @@ def test_remat_dots_keeps_products_with_weights(kind):
         apply = lambda layer, x, key: jnp.tanh(layer(x))  # noqa: E731
         return jnp.sum(layers.scan_layers(stack, x, apply, remat=remat))
 
+    arguments = adapters, flat, shape(ROWS, WIDTH)
+
     def count(remat):
-        grad = jax.grad(functools.partial(loss, remat=remat))
-        return flops.count(grad, adapters, flat, shape(ROWS, WIDTH))
+        return flops.count(jax.grad(functools.partial(loss, remat=remat)), *arguments)
 
     assert sum(count("dots").again.values()) == 0 < sum(count("full").again.values())
     assert count("dots").model == count("full").model == count("none").total
+    # A layer's input, and the sum of its product and its adapter's: not either by itself.
+    jaxpr, _ = flops.trace(jax.grad(functools.partial(loss, remat="dots")), *arguments)
+    there = next(equation for equation in jaxpr.eqns if equation.primitive.name == "scan")
+    kept = [var.aval.shape for var in there.outvars if var.aval.ndim == 3]
+    assert sorted(kept) == [(DEPTH, ROWS, 4), (DEPTH, ROWS, WIDTH), (DEPTH, ROWS, WIDTH)]
 
 
 def test_floats_of_quantised_weights_stay_in_their_layer():
