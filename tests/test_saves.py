@@ -10,11 +10,18 @@ import pytest
 import tensorstore
 
 from unime_jax import checkpoint, sharding, steps
-from unime_jax.checkpoint import integrity
+from unime_jax.checkpoint import integrity, orbax_arrays
 
 
-def test_saves_wait_for_a_copy_alone(tmp_path):
-    """The step that donates the state goes on before Orbax has seen it."""
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_saves_wait_for_a_copy_alone(on_cpu, tmp_path, monkeypatch):
+    """The step that donates the state goes on before Orbax has seen it.
+
+    Devices that have no room for a second state beside a step are never given one.
+    """
+    if not on_cpu:
+        monkeypatch.setattr(orbax_arrays, "_is_on_cpu", lambda state: False)
+        monkeypatch.setattr(orbax_arrays, "_copy", pytest.fail)
     saves, go_on = checkpoint.Checkpoints(tmp_path, config={}), threading.Event()
     write = saves._write
 
@@ -25,6 +32,7 @@ def test_saves_wait_for_a_copy_alone(tmp_path):
     saves._write = slow
     state = steps.TrainState(jnp.int32(1), {"a": jnp.arange(3)}, {"mu": jnp.ones(2)})
     assert saves.save(state, force=True)
+    assert all(isinstance(x, jax.Array) == on_cpu for x in jax.tree.leaves(saves._copied))
     jax.tree.map(lambda x: x.delete(), state)
     assert not (tmp_path / "checkpoints" / "1").exists()
     go_on.set()

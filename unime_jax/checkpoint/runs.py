@@ -161,8 +161,7 @@ class Checkpoints:
         if score is not None and not math.isfinite(score):
             print(f"step {step}: the score is {score}; its checkpoint is not one of the best")
             score = None
-        # The step donates the state while the writer still reads it.
-        self._copied = orbax_arrays.copy(state)
+        self._copied = orbax_arrays.apart(state)
         self._notes = {"step": step, "score": score}
         alone = jax.process_count() == 1
         if not alone:  # Orbax's barriers: in the order in which all processes come to theirs
@@ -176,7 +175,7 @@ class Checkpoints:
         """Hands the copied state over to Orbax's threads."""
         ocp = integrity.orbax()
         state, self._copied = self._copied, None
-        state = jax.tree.map(orbax_arrays.off_devices, state)  # which have their memory back now
+        state = orbax_arrays.off_devices(state)
         trainable, rest = map(orbax_arrays.save_args, _split(state))
         config = ocp.args.JsonSave(self._config)
         args = ocp.args.Composite(trainable=trainable, rest=rest, config=config)
