@@ -8,7 +8,7 @@ import miniature
 import numpy as np
 import pytest
 
-from unime_jax import checkpoint, convert, initial, steps, weights
+from unime_jax import checkpoint, convert, initial, steps, train, weights
 from unime_jax.types import UserError
 
 
@@ -101,7 +101,7 @@ def test_a_base_that_still_trains_is_its_checkpoint_of_now(root, tmp_path, capsy
         saves.save(steps.TrainState(jnp.int32(step), trained, {}), force=True)
         saves._settle()
     saves.close()
-    assert initial.base(tmp_path / "new", str(first), keep=False).endswith("checkpoints/3")
+    assert initial.base(tmp_path / "new", str(first)).endswith("checkpoints/3")
     capsys.readouterr()
     assert initial.base(output, str(first)) == initial.base(output, pinned) == pinned
     assert capsys.readouterr().out == "" and weights.find(output).fingerprint == before
@@ -151,3 +151,44 @@ def test_a_run_stands_for_its_newest_checkpoint_until_this_one_has_begun(root, t
         said = f"goes on from its own checkpoint, not from {asked}" in capsys.readouterr().out
         assert said == bool(asked)
     checkpoint.check_continues(output, {"init_from": first, "seed": 1})
+
+
+def test_a_step_taken_again_before_the_first_checkpoint_is_of_the_run_that_was(
+    root, tmp_path, monkeypatch
+):
+    """Where the others have trained on since."""
+    opened = []
+
+    def open_run(config, settings):
+        opened.append((settings["model"]["path"], settings["init_from"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_open", open_run)
+    first = shutil.copytree(root / "first", tmp_path / "first")
+    for replay, base in ((0, first), (1, first), (0, root / "student"), (1, root / "student")):
+        places = {"output": tmp_path / base.name / "run", "model.path": base, "init_from": first}
+        c = miniature.config("smol_stage2", root, **places, **{"train.replay": replay})
+        with pytest.raises(KeyboardInterrupt):
+            train.run(c)
+        shutil.copytree(first / "checkpoints" / "1", first / "checkpoints" / f"{len(opened) + 1}")
+    assert opened[0] == opened[1] == (f"{first}/checkpoints/1", f"{first}/checkpoints/1")
+    assert opened[2] == opened[3] == (str(root / "student"), f"{first}/checkpoints/3")
+
+
+def test_a_base_that_goes_before_it_is_marked_gives_way_to_a_newer_one(
+    root, tmp_path, monkeypatch, capsys
+):
+    first = shutil.copytree(root / "first", tmp_path / "first")
+    keep = checkpoint.keep
+
+    def late(found, output):
+        if found.name == "1":
+            found.rename(found.with_name("2"))
+        return keep(found, output)
+
+    monkeypatch.setattr(checkpoint, "keep", late)
+    assert initial.base(tmp_path / "run", str(first)) == f"{first}/checkpoints/2"
+    assert "cannot be marked" not in capsys.readouterr().out
+    monkeypatch.setattr(checkpoint, "keep", lambda found, output: False)
+    assert initial.base(tmp_path / "run", str(first)) == f"{first}/checkpoints/2"
+    assert "2 cannot be marked as needed by" in capsys.readouterr().out

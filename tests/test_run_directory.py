@@ -61,4 +61,21 @@ def test_what_another_run_needs_is_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
     listed = (tmp_path / "kept" / "1").read_text().splitlines()
     assert listed == [str(tmp_path / "one"), str(tmp_path / "two")]
-    assert not checkpoint.keep(tmp_path / "checkpoints" / "2", tmp_path / "one"), "it is gone"
+    kept = tmp_path / "kept"
+    # What a run needs last is all that it needs; what is gone is not marked.
+    assert checkpoint.keep(tmp_path / "checkpoints" / "4", tmp_path / "one")
+    assert (kept / "1").read_text() == f"{tmp_path}/two\n"
+    assert (kept / "4").read_text() == f"{tmp_path}/one\n"
+    assert checkpoint.keep(tmp_path / "checkpoints" / "4", tmp_path / "two")
+    assert sorted(path.name for path in kept.iterdir()) == ["4", "lock"]
+    assert not checkpoint.keep(tmp_path / "checkpoints" / "2", tmp_path / "three"), "it is gone"
+    assert sorted(path.name for path in kept.iterdir()) == ["4", "lock"]
+
+
+def test_files_of_a_run_that_has_saved_nothing_are_those_that_it_recorded(tmp_path):
+    """For a step of it that is taken again; another start may change all."""
+    checkpoint.check_files(tmp_path, lambda: FILES)
+    with pytest.raises(UserError, match="config.model.path: b.safetensors"):
+        checkpoint.check_files(
+            tmp_path, lambda: {"config.model.path": {"a.safetensors": "1"}}, keep=False
+        )

@@ -15,34 +15,39 @@ from unime_jax.models import hf, peft
 from unime_jax.types import UserError
 
 
-def base(output: str | os.PathLike, name: str, *, keep: bool = True) -> str:
+def base(output: str | os.PathLike, name: str, *, replays: bool = False) -> str:
     """Returns what `config.model.path` means to a run.
 
     Args:
       output: the run. Where it has begun, what it began from.
-      name: the setting. A run stands for the newest checkpoint that it has now.
-      keep: that checkpoint is to stay, however long the other run trains.
+      name: the setting. A run stands for the newest checkpoint that it has now, which is to stay,
+        however long that run trains.
+      replays: what this run started from last is meant, whether it has saved anything or not.
 
     Raises:
       UserError: there is no such checkpoint; all processes raise it.
     """
-    return runtime.by_main(lambda: _base(output, name, keep))
+    return runtime.by_main(lambda: _base(output, name, replays))
 
 
-def _base(output: str | os.PathLike, name: str, keep: bool) -> str:
+def _base(output: str | os.PathLike, name: str, replays: bool) -> str:
     run, step = checkpoint.locate(name)
     if not checkpoint.is_run(name):
         return name
     if run.resolve() == checkpoint.locate(output)[0].resolve():
         raise UserError(f"config.model.path={name} is config.output as well; choose another output")
-    if _has_begun(output):
+    if replays or _has_begun(output):
         model = checkpoint.read_run(output).get("model")
         recorded = model.get("path") if isinstance(model, dict) else None
         same = isinstance(recorded, str) and checkpoint.locate(recorded)[0] == run
         return recorded if same and step is None else name
     found = checkpoint.newest(name) if step is None else pathlib.Path(name)
-    if keep and not checkpoint.keep(found, output):
-        print(f"{found} cannot be marked as needed by {output}; see that it is not removed")
+    while not checkpoint.keep(found, output):
+        if found.is_dir():
+            print(f"{found} cannot be marked as needed by {output}; see that it is not removed")
+        if found.is_dir() or step is not None:
+            break
+        found = checkpoint.newest(name)  # that one was removed meanwhile
     if step is None:
         print(f"config.model.path={name}: its newest checkpoint now, {found.name}, is the base")
     return str(found)
@@ -69,22 +74,23 @@ def check(output: str | os.PathLike, name: str) -> None:
         raise UserError(f"config.init_from={name}: no checkpoint there yet; let the run save one")
 
 
-def resolve(output: str | os.PathLike, name: str) -> str:
+def resolve(output: str | os.PathLike, name: str, *, replays: bool = False) -> str:
     """Returns what `config.init_from` means to a run.
 
     Args:
       output: the run. Where it has begun, what it began from.
       name: the setting. A run stands for the newest checkpoint that it has now.
+      replays: see `base`.
 
     Raises:
       UserError: there is no such thing; all processes raise it.
     """
-    return runtime.by_main(lambda: _resolve(output, name))
+    return runtime.by_main(lambda: _resolve(output, name, replays))
 
 
-def _resolve(output: str | os.PathLike, name: str) -> str:
-    if _has_begun(output):
-        if name:
+def _resolve(output: str | os.PathLike, name: str, replays: bool) -> str:
+    if replays or _has_begun(output):
+        if name and not replays:
             print(f"{output} goes on from its own checkpoint, not from {name}")
         recorded = checkpoint.read_run(output).get("init_from")
         return recorded if isinstance(recorded, str) else ""

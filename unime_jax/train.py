@@ -63,8 +63,8 @@ def run(config) -> dict[str, float]:
     if config.train.replay:
         return _replay(config, settings)
     with checkpoint.lock(config.output):
-        settings["model"]["path"] = initial.base(config.output, settings["model"]["path"])
         settings["init_from"] = initial.resolve(config.output, settings["init_from"])
+        settings["model"]["path"] = initial.base(config.output, settings["model"]["path"])
         checkpoint.open_run(config.output, settings)
         return _train(config, settings)
 
@@ -97,9 +97,10 @@ def _replay(config, settings: dict[str, Any]) -> dict[str, float]:
     """Takes one step of a run again and tells what its loss and gradient come from."""
     if not checkpoint.is_run(config.output):
         raise UserError(f"config.train.replay: {config.output} holds no run; set config.output")
-    settings["model"]["path"] = initial.base(config.output, settings["model"]["path"], keep=False)
+    model = settings["model"]
+    model["path"] = initial.base(config.output, model["path"], replays=True)
     checkpoint.check_continues(config.output, settings)
-    settings["init_from"] = initial.resolve(config.output, settings["init_from"])
+    settings["init_from"] = initial.resolve(config.output, settings["init_from"], replays=True)
     run = _open(config, settings)
     trainable = run.trainable
     if settings["init_from"]:

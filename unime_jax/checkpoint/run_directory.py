@@ -61,18 +61,33 @@ def keep(checkpoint: str | os.PathLike, output: str | os.PathLike) -> bool:
 
     Args:
       checkpoint: RUN/checkpoints/STEP.
-      output: the other run.
+      output: the other run, which needs no other checkpoint of that run any more.
     """
     run, step = locate(checkpoint)
-    line = f"{pathlib.Path(output).absolute()}\n"
+    place, line = run / KEPT, str(pathlib.Path(output).absolute())
     with contextlib.suppress(OSError):
-        (run / KEPT).mkdir(exist_ok=True)
-        with open(run / KEPT / str(step), "a+", encoding="utf-8") as file:
-            file.seek(0)
-            if line not in file.readlines():
-                file.write(line)
-        return pathlib.Path(checkpoint).is_dir()  # not removed meanwhile
+        place.mkdir(exist_ok=True)
+        with open(place / "lock", "a") as lock:  # others may mark theirs
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.lockf(lock, fcntl.LOCK_EX)
+            _mark(place / str(step), line, True)
+            there = pathlib.Path(checkpoint).is_dir()  # not removed before it was marked
+            for number in integrity.steps(place):
+                if number != step or not there:
+                    _mark(place / str(number), line, False)
+        return there
     return False
+
+
+def _mark(path: pathlib.Path, line: str, wanted: bool) -> None:
+    """Puts a line into a file or takes it out; without any the file goes."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    kept = [other for other in lines if wanted or other != line]
+    kept += [line] * (wanted and line not in lines)
+    if not kept:
+        path.unlink(missing_ok=True)
+    elif kept != lines:
+        path.write_text("".join(f"{other}\n" for other in kept))
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -203,7 +218,7 @@ def check_files(path: str | os.PathLike, find: Callable[[], Hashes], *, keep: bo
 
 def _check_files(path: pathlib.Path, find: Callable[[], Hashes], keep: bool) -> str:
     file = path / FILES_FILE
-    there = _read(file) if file.is_file() and has_begun(path) else None
+    there = _read(file) if file.is_file() and (has_begun(path) or not keep) else None
     if there is None and keep:
         with _writable(path):
             integrity.write_json(file, find())
