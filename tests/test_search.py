@@ -136,7 +136,17 @@ def test_fingerprints_read_every_byte(tmp_path):
         last = file.read(1)[0]
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
-    assert weights.find(moved).fingerprint != before
+    after = weights.find(moved).fingerprint
+    assert after != before
+    # Settings of images, which transformers 5 writes into another file.
+    (moved / "preprocessor_config.json").rename(tmp_path / "preprocessor_config.json")
+    processor = moved / "processor_config.json"
+    for crops in (4, 16):
+        processor.write_text(json.dumps({"image_processor": {"num_crops": crops}}))
+        before, after = after, weights.find(moved).fingerprint
+        assert after != before and "processor_config.json" in weights.find(moved).digests
+    (tmp_path / "preprocessor_config.json").rename(moved / "preprocessor_config.json")  # is read
+    assert "processor_config.json" not in weights.find(moved).digests
 
 
 def test_what_cannot_be_searched(root, tmp_path):

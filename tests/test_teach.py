@@ -1,6 +1,7 @@
 """Teaching: any teacher, any sentences, shards that survive a kill, a manifest that tells them."""
 
 import json
+import os
 import shutil
 
 import fabricated
@@ -79,6 +80,65 @@ def test_a_teacher_replaced_in_place_is_another(root, taught, tmp_path):
     file.write_bytes(content)
     with pytest.raises(UserError, match="vectors of another teacher_hash; choose another"):
         teach.run(config(root, **{"teacher.path": teacher}))
+
+
+def test_vectors_of_versions_that_knew_teachers_by_another_hash_are_kept(root, taught, tmp_path):
+    directory = shutil.copytree(taught, tmp_path / "vectors")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    del manifest["teacher_hash"]
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "teacher_sha256": "0"}))
+    before = (directory / "vectors-00000.npy").stat().st_mtime_ns
+    teach.run(config(root, output=directory))
+    teach.run(config(root, **{"teacher.vectors": directory, "stage": "distill"}))
+    assert (directory / "vectors-00000.npy").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="vectors of another instruction; choose another"):
+        teach.run(config(root, output=directory, **{"teacher.instruction": "Find it."}))
+    for content in ("[]", "{", "{}"):
+        (directory / "manifest.json").write_text(content)
+        with pytest.raises(UserError, match="holds vectors and no whole manifest.json; choose"):
+            teach.run(config(root, output=directory))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def fill_up(path):
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def shorten(path):
+    np.save(path, np.load(path)[:-1])
+
+
+@pytest.mark.parametrize("damage", [cut, fill_up, shorten])
+def test_taught_again_damaged_shards_are_made_anew(damage, root, taught, tmp_path):
+    """As the reader who finds them advises."""
+    directory = shutil.copytree(taught, tmp_path / "vectors")
+    damage(directory / "vectors-00000.npy")
+    with pytest.raises(UserError, match="vectors-00000.npy.*teach` again"):
+        teacher_vectors.read(directory)
+    teach.run(config(root, output=directory))
+    (one, _), (other, _) = map(teacher_vectors.read, (directory, taught))
+    np.testing.assert_array_equal(one[np.arange(27)], other[np.arange(27)])
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(root, tmp_path, monkeypatch):
+    synced, sync, replace = [], os.fsync, os.replace
+
+    def fsync(file):
+        sync(file)
+        synced.append(os.stat(file).st_ino)
+
+    def rename(source, target):
+        if str(target).endswith(".npy"):
+            assert os.stat(source).st_ino in synced
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", rename)
+    teach.run(config(root, output=tmp_path))
+    assert synced
 
 
 def test_a_run_teaches_as_the_model_that_it_is(root, taught, tmp_path):

@@ -69,7 +69,7 @@ def run(config) -> pathlib.Path:
     }
     begun = _begun(directory, manifest, keep=config.stage == "teach")
     shards = range(0, len(sentences), SHARD_ROWS)
-    missing = [start for start in shards if not (begun and _shard(directory, start).is_file())]
+    missing = [start for start in shards if not (begun and _is_there(directory, manifest, start))]
     if begun and not missing:
         print(f"{directory}: all {len(sentences)} vectors are there")
         return directory
@@ -101,6 +101,8 @@ def run(config) -> pathlib.Path:
             part = _shard(directory, start).with_suffix(".part")
             with open(part, "wb") as file:
                 np.save(file, vectors)
+                file.flush()
+                os.fsync(file.fileno())  # before it has its name
             os.replace(part, _shard(directory, start))
     runtime.barrier()
     print(f"done: {directory}, {len(sentences)} vectors of width {manifest['width']}")
@@ -117,17 +119,32 @@ def _begun(directory: pathlib.Path, manifest: dict[str, Any], *, keep: bool) -> 
     """
     try:
         found = json.loads((directory / teacher_vectors.MANIFEST).read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         found = {}
-    differing = sorted(key for key in manifest if found.get(key) != manifest[key])
+    found = found if isinstance(found, dict) else {}
+    # Of before teachers were told apart by all of their bytes: the name has to do.
+    old = "teacher_sha256" in found and "teacher_hash" not in found
+    wanted = manifest.keys() - ({"teacher_hash"} if old else set())
+    differing = sorted(key for key in wanted if found.get(key) != manifest[key])
     if not differing:
         return True
     if keep and any(directory.glob("vectors-*.npy")):
+        named = f"of another {', '.join(differing)}" if found else "and no whole manifest.json"
         raise UserError(
-            f"{directory} holds vectors of another {', '.join(differing)}; choose another "
-            "config.output or remove that directory"
+            f"{directory} holds vectors {named}; choose another config.output or remove that "
+            "directory"
         )
     return False
+
+
+def _is_there(directory: pathlib.Path, manifest: dict[str, Any], start: int) -> bool:
+    """Says whether a shard is whole, as far as its header and its size tell."""
+    rows = min(SHARD_ROWS, manifest["count"] - start)
+    try:
+        teacher_vectors.open_shard(_shard(directory, start), rows)
+    except UserError:
+        return False
+    return True
 
 
 def _write_manifest(directory: pathlib.Path, manifest: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from unime_jax.types import Params, UserError
 PREPARATION = ("prompt", "image_size", "image_crops", "fusion")
 PREPARATION_FILE = "preparation.json"
 _READ_WHOLE = ("tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+_READ_INSTEAD = "processor_config.json"  # of the last of these, where it is not there
 _LAYERS = 10_000  # no model has more; a damaged file may say so
 _TREES = ("params", "unused")  # of a model directory of ours
 
@@ -104,7 +105,10 @@ class Weights:
     def _counts(self, path: pathlib.Path) -> bool:
         """Says whether a file is part of the model."""
         parts = path.relative_to(self.directory).parts
-        here = len(parts) == 1 and (path.suffix == ".safetensors" or path.name in _READ_WHOLE)
+        read = {*_READ_WHOLE}
+        if not (self.directory / _READ_WHOLE[-1]).is_file():
+            read.add(_READ_INSTEAD)
+        here = len(parts) == 1 and (path.suffix == ".safetensors" or path.name in read)
         return (here or parts[0] in _TREES) and path.is_file()
 
     def fill(self, abstract: Params, key_map: hf.KeyMap | None = None, finish=None) -> Params:

@@ -37,7 +37,10 @@ def test_vectors_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="other sentences.*teach"):
         teacher_vectors.read(tmp_path, list("abcdf"))
     np.save(tmp_path / "vectors-00001.npy", np.zeros((1, 3), np.float32))
-    with pytest.raises(UserError, match="vectors-00001.npy: 1 rows, 2 expected"):
+    with pytest.raises(UserError, match="vectors-00001.npy: 1 rows, 2 expected: run .* again"):
+        teacher_vectors.read(tmp_path)
+    np.save(tmp_path / "vectors-00001.npy", np.zeros((2, 4), np.float32))
+    with pytest.raises(UserError, match="vectors of 2 widths: remove it and run"):
         teacher_vectors.read(tmp_path)
     (tmp_path / "vectors-00001.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(UserError, match="vectors-00001.npy: cannot be read"):

@@ -21,6 +21,7 @@ def sentences_hash(texts: Sequence[str]) -> str:
 
 
 MANIFEST = "manifest.json"
+AGAIN = "run `python -m unime_jax.teach` again"
 
 
 class Vectors:
@@ -59,28 +60,42 @@ def read(directory: str | os.PathLike, texts: Sequence[str] | None = None) -> tu
       UserError: missing, incomplete or damaged shards, or vectors of other sentences.
     """
     directory = pathlib.Path(directory).expanduser()
-    again = "run `python -m unime_jax.teach` again"
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         count, shard_rows = manifest["count"], manifest["shard_rows"]
         if not all(isinstance(x, int) and x > 0 for x in (count, shard_rows)):
             raise ValueError(f"count {count!r}, shard_rows {shard_rows!r}")
     except FileNotFoundError:
-        raise UserError(f"{directory} holds no teacher vectors: {again}") from None
+        raise UserError(f"{directory} holds no teacher vectors: {AGAIN}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{directory / MANIFEST} is damaged ({error}): {again}") from None
+        raise UserError(f"{directory / MANIFEST} is damaged ({error}): {AGAIN}") from None
     if texts is not None and manifest.get("sentences_sha256") != sentences_hash(texts):
-        raise UserError(f"{directory}: vectors of other sentences than the data now has: {again}")
+        raise UserError(f"{directory}: vectors of other sentences than the data now has: {AGAIN}")
     shards = []
     for start in range(0, count, shard_rows):
         path = directory / f"vectors-{start // shard_rows:05d}.npy"
-        try:
-            shard = np.load(path, mmap_mode="r", allow_pickle=False)
-            if shard.ndim != 2 or shard.dtype != np.float32:
-                raise ValueError(f"{shard.dtype} of shape {shard.shape}")
-        except Exception as error:  # numpy parses headers with Python's own tokenizer
-            raise UserError(f"{path}: cannot be read ({error}): {again}") from None
-        if len(shard) != min(shard_rows, count - start):
-            raise UserError(f"{path}: {len(shard)} rows, {min(shard_rows, count - start)} expected")
-        shards.append(shard)
+        shards.append(open_shard(path, min(shard_rows, count - start)))
+    widths = {shard.shape[1] for shard in shards}
+    if len(widths) > 1:
+        raise UserError(f"{directory}: vectors of {len(widths)} widths: remove it and {AGAIN}")
     return Vectors(shards), manifest
+
+
+def open_shard(path: pathlib.Path, rows: int) -> Float32[np.ndarray, "rows E"]:
+    """Opens the vectors of a file, memory-mapped.
+
+    Raises:
+      UserError: it is not there, of another number of rows, or damaged as far as its header and its
+        size tell.
+    """
+    try:
+        shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        if shard.ndim != 2 or shard.dtype != np.float32:
+            raise ValueError(f"{shard.dtype} of shape {shard.shape}")
+        if shard.offset + shard.nbytes != path.stat().st_size:
+            raise ValueError(f"{path.stat().st_size} bytes")
+    except Exception as error:  # numpy parses headers with Python's own tokenizer
+        raise UserError(f"{path}: cannot be read ({error}): {AGAIN}") from None
+    if len(shard) != rows:
+        raise UserError(f"{path}: {len(shard)} rows, {rows} expected: {AGAIN}")
+    return shard
