@@ -1,7 +1,6 @@
 """Hashes of files: what is remembered from one process to the next, and what is read again."""
 
 import os
-import pathlib
 import time
 
 import pytest
@@ -47,10 +46,32 @@ def test_nothing_is_kept_where_nothing_can_be_written(tmp_path, path, monkeypatc
 
 
 def test_a_memory_that_cannot_be_read_is_none(tmp_path, path, monkeypatch):
-    (tmp_path / "file_hashes.txt").write_text("x")
-
-    def fail(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(pathlib.Path, "read_text", fail)
+    monkeypatch.setattr(file_hashes, "_TICK_NS", -(10**18))
+    (tmp_path / "file_hashes.txt").mkdir()
     assert FileHashes(tmp_path)(path) == of_bytes(b"one")
+
+
+def test_a_memory_that_is_mostly_of_files_that_changed_is_written_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_hashes, "_TICK_NS", -(10**18))
+    memory = tmp_path / "file_hashes.txt"
+    paths = [tmp_path / name for name in ("it's one.jpg", 'a "b" c.jpg', "\udcff.jpg")]
+    for number, lines in enumerate((3, 6, 9, 6), 1):
+        for path in paths:
+            path.write_bytes(b"%d" % number)
+            assert FileHashes(tmp_path)(path) == of_bytes(b"%d" % number)
+        found = memory.read_bytes().splitlines()
+        assert len(found) <= lines
+    before = memory.read_bytes()
+    monkeypatch.setattr(file_hashes, "_READ", "not at all")  # nothing is read any more
+    assert [FileHashes(tmp_path)(path) for path in paths] == [of_bytes(b"4")] * 3
+    assert memory.read_bytes() == before and not list(tmp_path.glob("*.part"))
+
+
+def test_models_and_images_are_remembered_apart(tmp_path, path, monkeypatch):
+    """A program that asks for a model does not read what is known of a million images."""
+    monkeypatch.setattr(file_hashes, "_TICK_NS", -(10**18))
+    FileHashes(tmp_path)(path)
+    assert file_hashes.of_files([path, path], tmp_path) == [of_bytes(b"one")] * 2
+    assert (tmp_path / "model_hashes.txt").read_bytes().startswith(of_bytes(b"one").hex().encode())
+    monkeypatch.setattr(file_hashes, "_READ", "not at all")
+    assert file_hashes.of_files([path], tmp_path) == [FileHashes(tmp_path)(path)]

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 BYTES = 16
-_MEMORY = "file_hashes.txt"
+# Memories: of models, which every program asks for, and of images, which may be a million.
+MODELS, IMAGES = "model_hashes.txt", "file_hashes.txt"
 _READ = 1 << 22
+_MARKS = 4  # of a file, see `FileHashes`
 # Clocks of file systems tick in up to 2 s: what was written twice within one looks the same.
 _TICK_NS = 2_000_000_000
 
@@ -24,21 +26,30 @@ class FileHashes:
 
     Args:
       directory: keeps what is known from one process to the next, where it can be written.
+      memory: MODELS or IMAGES.
     """
 
-    def __init__(self, directory: pathlib.Path):
-        self._path = directory / _MEMORY
-        self._known: dict[str, bytes] = {}
+    def __init__(self, directory: pathlib.Path, memory: str = IMAGES):
+        self._path = directory / memory
+        self._known: dict[bytes, bytes] = {}  # path -> digest and marks
         self._file = None
         self._lock = threading.Lock()
-        text = ""
         with contextlib.suppress(OSError):  # none there, or not to be read: files are hashed anew
-            text = self._path.read_text(errors="replace")
-        for line in text.splitlines():
-            digest, _, key = line.partition(" ")
-            if len(digest) == 2 * BYTES and key:  # a line cut short by a kill is not
-                with contextlib.suppress(ValueError):
-                    self._known[key] = bytes.fromhex(digest)
+            self._read()
+
+    def _read(self) -> None:
+        """Reads the memory, and writes it anew where most of it is of files that have changed."""
+        lines = 0
+        with open(self._path, "rb") as file:
+            for lines, line in enumerate(file, 1):  # noqa: B007
+                *known, path = line.split(b" ", 1 + _MARKS)
+                whole = len(known) == 1 + _MARKS and len(known[0]) == 2 * BYTES
+                if whole and path.endswith(b"\n"):  # else it was cut short by a kill
+                    self._known[path] = b" ".join(known)
+        if lines > 2 * len(self._known):
+            part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
+            part.write_bytes(b"".join(b"%b %b" % entry[::-1] for entry in self._known.items()))
+            os.replace(part, self._path)
 
     def __call__(self, path: pathlib.Path) -> bytes:
         """Returns 16 bytes.
@@ -48,27 +59,29 @@ class FileHashes:
         """
         stat = os.stat(path)
         times = stat.st_mtime_ns, stat.st_ctime_ns
-        marks = " ".join(map(str, (stat.st_size, stat.st_ino, *times)))
-        key = f"{marks} {str(path.absolute())!r}"
-        if key in self._known:
-            return self._known[key]
+        marks = (stat.st_size, stat.st_ino, *times)
+        key = f"{str(path.absolute())!r}\n".encode()
+        digest, *before = self._known.get(key, b"").decode(errors="replace").split(" ")
+        if before == list(map(str, marks)):
+            with contextlib.suppress(ValueError):
+                return bytes.fromhex(digest)
         with open(path, "rb") as file:
             digest = hashlib.blake2b(digest_size=BYTES)
             while block := file.read(_READ):
                 digest.update(block)
         if time.time_ns() - max(times) > _TICK_NS:
-            self._known[key] = digest.digest()
+            self._known[key] = " ".join(map(str, (digest.hexdigest(), *marks))).encode()
             self._remember(key)
         return digest.digest()
 
-    def _remember(self, key: str) -> None:
+    def _remember(self, key: bytes) -> None:
         with self._lock:
             try:
                 if self._file is None:
                     self._path.parent.mkdir(parents=True, exist_ok=True)
                     self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (see close)
                 # One short line in one write: those of several processes do not mix.
-                self._file.write(f"{self._known[key].hex()} {key}\n".encode())
+                self._file.write(self._known[key] + b" " + key)
             except OSError:  # no place to keep it: the next process reads the file again
                 return
 
@@ -79,8 +92,8 @@ class FileHashes:
 
 
 def of_files(paths: Sequence[pathlib.Path], directory: pathlib.Path) -> list[bytes]:
-    """Hashes files, several at a time; see `FileHashes`."""
-    with contextlib.closing(FileHashes(directory)) as hashes, ThreadPoolExecutor(4) as pool:
+    """Hashes files of models, several at a time; see `FileHashes`."""
+    with contextlib.closing(FileHashes(directory, MODELS)) as hashes, ThreadPoolExecutor(4) as pool:
         return list(pool.map(hashes, paths))
 
 

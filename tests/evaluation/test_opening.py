@@ -80,18 +80,20 @@ def test_the_config_goes_first(found, tmp_path):
         opening.settings_of(found, config, benchmark="mmeb")
 
 
-def test_models_and_images_have_one_memory_of_hashes(found, tmp_path, monkeypatch):
-    """Else weights of many gigabytes are hashed twice."""
+def test_models_have_one_memory_of_hashes_and_images_another(found, tmp_path, monkeypatch):
+    """Else weights of many gigabytes are hashed twice, or a million images read for each model."""
     places = []
 
     class Hashes(file_hashes.FileHashes):
-        def __init__(self, directory):
-            places.append(directory)
-            super().__init__(directory)
+        def __init__(self, directory, memory=file_hashes.IMAGES):
+            places.append((directory, memory))
+            super().__init__(directory, memory)
 
     monkeypatch.setattr(file_hashes, "FileHashes", Hashes)
     config = config_of("data", "images", tmp_path, cache=str(tmp_path / "cache"))
     settings = opening.settings_of(found, config, benchmark="mmeb")
     opening.open_encoder(config, found, [], settings)
+    images, model = places
+    places.clear()
     assert dataclasses.replace(found).fingerprint
-    assert len(places) == 2 and len(set(places)) == 1
+    assert places == [model] and images[1] != model[1] == file_hashes.MODELS

@@ -1,5 +1,6 @@
 """Opens the model of an evaluation as its benchmark wants it prompted."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -83,12 +84,15 @@ def open_encoder(
 ) -> Encoder:
     """Returns the encoder of a benchmark's items; the model is loaded when a row needs it."""
     root = pathlib.Path(config.cache or runtime.cache_directory() / "vectors").expanduser()
-    hashes = file_hashes.FileHashes(runtime.cache_directory())  # as `weights` does
+    hashes = file_hashes.FileHashes(runtime.cache_directory())
     about = dataclasses.asdict(settings)
     del about["preparation"]["fusion"]  # decides what rows there are, not what their vectors are
     words = prompts.TEMPLATES[settings.preparation["prompt"]]
     wording = (words.text, words.image, words.both, words.raw)  # one name, another day's words
-    key = content.of_model(found, hashes, {**about, "wording": wording})
+    with contextlib.closing(
+        file_hashes.FileHashes(runtime.cache_directory(), file_hashes.MODELS)  # as `weights` does
+    ) as of_models:
+        key = content.of_model(found, of_models, {**about, "wording": wording})
     store = VectorStore(root / key, {"model": found.name, "base": found.base_name, **about})
     return Encoder(
         items, settings.wording, store, hashes, lambda: _open(config, found, items, settings)
