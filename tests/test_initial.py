@@ -1,6 +1,7 @@
 """`config.init_from`: a run starts from what another run or an adapter trained."""
 
 import shutil
+import weakref
 
 import fabricated
 import jax.numpy as jnp
@@ -192,3 +193,29 @@ def test_a_base_that_goes_before_it_is_marked_gives_way_to_a_newer_one(
     monkeypatch.setattr(checkpoint, "keep", lambda found, output: False)
     assert initial.base(tmp_path / "run", str(first)) == f"{first}/checkpoints/2"
     assert "2 cannot be marked as needed by" in capsys.readouterr().out
+
+
+def test_what_a_base_was_trained_to_is_not_held_beside_the_model(root, tmp_path, monkeypatch):
+    """A whole decoder, of a base that is a run."""
+    held = []
+
+    class Found:
+        directory = tmp_path / "there"
+
+    def find(name):
+        found = Found()
+        held.append(weakref.ref(found))
+        return found
+
+    def embed(model, *, directory, **_):
+        assert directory == Found.directory and held[0]() is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.weights, "find", find)
+    monkeypatch.setattr(train.embedder, "build", lambda found, **_: None)
+    monkeypatch.setattr(train.embedder, "Embedder", embed)
+    monkeypatch.setattr(checkpoint, "check_files", lambda path, hashes, keep: None)
+    c = miniature.config("smol_stage2", root, output=tmp_path, **{"model.path": root / "student"})
+    with pytest.raises(KeyboardInterrupt):
+        train._open(c, c.to_dict())
+    assert held

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_steps
 import toy
 
 from unime_jax import checkpoint, loop, optim, report, runtime, sharding, steps
@@ -262,3 +263,31 @@ def test_the_share_of_the_peak_is_that_of_the_device(kind, chip):
         found._settings = {"model": {"dtype": "float32"}}
         slower = 2 if "NVIDIA" in kind else 1  # TF32
         assert found._speed(2.0)["mfu"] == pytest.approx(slower * speed["mfu"])
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_is_compiled_ahead_is_what_is_called(devices, monkeypatch):
+    """Else each run compiles its step twice. On several devices the state is sharded."""
+    split = ("^kernel$", jax.sharding.PartitionSpec("fsdp"))
+    others = [rule for rule in sharding.RULES if rule[0] != split[0]]
+    monkeypatch.setattr(sharding, "RULES", (*others, split))
+    names, compiled = [], "/jax/core/compile/backend_compile_duration"
+
+    def listen(name, seconds, **_):
+        names.append(name)
+
+    mesh = sharding.make_mesh(1, devices, devices=jax.devices()[:devices])
+    _, state, frozen, step = test_steps.parts(mesh=mesh)
+    batch = steps.place_batch(toy.batch(16), mesh)
+    frozen = jax.device_put(frozen, sharding.state_shardings(frozen, mesh))
+    assert state.trainable["kernel"].is_fully_replicated == (devices == 1)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        loop.compile_ahead(step, state, frozen, batch)
+        ahead = names.count(compiled)
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch)
+        jax.block_until_ready(metrics)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert (ahead, names.count(compiled)) == (1, 1)

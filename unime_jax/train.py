@@ -139,8 +139,10 @@ def _open(config, settings: dict[str, Any]) -> _Run:
         part="all" if reads_images(settings) else "language",
         quantize=config.train.quantize,
     )
+    directory = found.directory
+    del found  # with what a base that is a run has trained, which the model holds by now
     preparation = {key: settings["data"][key] for key in embedder.PREPARATION}
-    base = embedder.Embedder(model, directory=found.directory, mesh=mesh, **preparation)
+    base = embedder.Embedder(model, directory=directory, mesh=mesh, **preparation)
     data = open_data(settings, base)
     print(data.describe())
     embedder.attach_adapters(model, settings["train"]["adapters"], seed=config.seed)
@@ -151,7 +153,7 @@ def _open(config, settings: dict[str, Any]) -> _Run:
     optimizer, train_step = steps.from_settings(
         settings, graphdef, steps=data.steps, sets=data.sets, mesh=mesh
     )
-    return _Run(mesh, found.directory, graphdef, trainable, frozen, data, optimizer, train_step)
+    return _Run(mesh, directory, graphdef, trainable, frozen, data, optimizer, train_step)
 
 
 def _hashes(found: weights.Weights, settings: dict[str, Any]) -> checkpoint.Hashes:
