@@ -236,6 +236,7 @@ def _without_late_news(found) -> None:
 
 
 _WAIT_MS = 600_000
+HASHING_MS = 3_600_000  # until process 0 alone has read what is large: `by_main(wait=...)`
 _CALLS, _GENERATION = itertools.count(), 0  # of messages; how many barriers there were
 _ALONE = False  # whether process 0 is in `by_main`, where the others only wait
 _SAID, _KEPT = "unime_jax_said", 100  # where messages go; how many calls until process 0 clears up

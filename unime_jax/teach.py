@@ -23,7 +23,6 @@ from unime_jax.data import bad_rows, prompts, sources, teacher_vectors
 from unime_jax.types import UserError
 
 SHARD_ROWS = 8192
-_HOUR_MS = 3_600_000  # process 0 hashes the teacher's files
 
 
 def main(argv: list[str]) -> None:
@@ -60,7 +59,7 @@ def run(config) -> pathlib.Path:
     found = weights.find(config.teacher.path)
     manifest = {
         "teacher": pathlib.Path(config.teacher.path).expanduser().resolve().name,
-        "teacher_hash": runtime.by_main(lambda: found.fingerprint, wait=_HOUR_MS),
+        "teacher_hash": runtime.by_main(lambda: found.fingerprint, wait=runtime.HASHING_MS),
         "dtype": config.model.dtype,
         "instruction": config.teacher.instruction,
         "count": len(sentences),

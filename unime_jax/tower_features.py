@@ -121,8 +121,8 @@ def _fingerprint(pairs: sources.Pairs, embedder: Embedder) -> str:
     for path, leaf in sorted(flatten(embedder.params).items()):
         if path.startswith("vision_tower/"):
             digest.update(path.encode() + np.asarray(leaf).tobytes()[:4096])
-    # Process 0 reads every image, of a large set within an hour.
-    digest.update(runtime.by_main(lambda: _images(pairs), wait=3_600_000).encode())
+    images = runtime.by_main(lambda: _images(pairs), wait=runtime.HASHING_MS)
+    digest.update(images.encode())
     return digest.hexdigest()[:12]
 
 

@@ -17,7 +17,6 @@ from unime_jax.data.sources import Item
 from unime_jax.evaluation import content
 from unime_jax.evaluation.encode import Wording
 from unime_jax.evaluation.store import VectorStore
-from unime_jax.file_hashes import FileHashes
 from unime_jax.types import UserError
 
 KEYS = [bytes([i]) * 16 for i in range(40)]
@@ -117,10 +116,9 @@ def test_two_processes_see_each_others_rows(tmp_path):
 
 def test_models_of_other_weights_or_settings_have_other_vectors(tmp_path):
     directory = tiny.backbone("llava16", tmp_path / "model")
-    hashes = FileHashes(tmp_path / "cache")
 
     def key(**settings):
-        return content.of_model(weights.find(directory), hashes, settings)
+        return content.of_model(weights.find(directory), settings)
 
     first = key(dtype="float32")
     assert first == key(dtype="float32") != key(dtype="bfloat16")

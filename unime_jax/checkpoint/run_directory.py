@@ -213,7 +213,7 @@ def check_files(path: str | os.PathLike, find: Callable[[], Hashes], *, keep: bo
     Raises:
       UserError: they differ; all that do are named.
     """
-    runtime.by_main(lambda: _check_files(pathlib.Path(path), find, keep), wait=3_600_000)
+    runtime.by_main(lambda: _check_files(pathlib.Path(path), find, keep), wait=runtime.HASHING_MS)
 
 
 def _check_files(path: pathlib.Path, find: Callable[[], Hashes], keep: bool) -> str:

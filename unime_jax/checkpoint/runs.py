@@ -34,8 +34,8 @@ from unime_jax.types import UserError
 
 # What a kill leaves of a save or of a removal; other names are the user's.
 _LEFT = re.compile(r"\d+\.(removed|orbax-checkpoint-tmp.*)")
-# Process 0 makes the checksums, of a large checkpoint within an hour.
-_agree = functools.partial(runtime.by_main, wait=3_600_000)
+# Process 0 makes the checksums.
+_agree = functools.partial(runtime.by_main, wait=runtime.HASHING_MS)
 
 _BEGINS = threading.Lock()  # Orbax counts saves for a process, not for a writer
 

@@ -1,6 +1,5 @@
 """Opens the model of an evaluation as its benchmark wants it prompted."""
 
-import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -89,10 +88,7 @@ def open_encoder(
     del about["preparation"]["fusion"]  # decides what rows there are, not what their vectors are
     words = prompts.TEMPLATES[settings.preparation["prompt"]]
     wording = (words.text, words.image, words.both, words.raw)  # one name, another day's words
-    with contextlib.closing(
-        file_hashes.FileHashes(runtime.cache_directory(), file_hashes.MODELS)  # as `weights` does
-    ) as of_models:
-        key = content.of_model(found, of_models, {**about, "wording": wording})
+    key = content.of_model(found, {**about, "wording": wording})
     store = VectorStore(root / key, {"model": found.name, "base": found.base_name, **about})
     return Encoder(
         items, settings.wording, store, hashes, lambda: _open(config, found, items, settings)
