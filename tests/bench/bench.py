@@ -8,7 +8,11 @@ import sys
 import workers
 from workers import Worker, WorkerError
 
-VARIANTS = ("eager", "compile")
+VARIANTS = {
+    "cpu": ("eager", "compile"),
+    # Without checkpoints the chunks that fill a GPU do not fit.
+    "gpu": ("checkpoint", "checkpoint_compile"),
+}
 COMPILE_LIMIT = {"cpu": 100.0, "gpu": 600.0}  # seconds until torch.compile's first step is done
 
 
@@ -17,18 +21,29 @@ class Missing(Exception):
 
 
 class Bench:
-    """What the tests share."""
+    """What the tests share.
 
-    def __init__(self, args: argparse.Namespace, scratch: pathlib.Path):
-        self.scratch, self.repeats, self.tiny = scratch, args.repeats, args.tiny
+    Args:
+      args: of the command.
+      scratch: directory of this run.
+      kept: one for what the next run can use too; None: none.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, scratch: pathlib.Path, kept: pathlib.Path | None = None
+    ):
+        self.scratch, self.kept = scratch, kept or scratch
+        self.repeats, self.tiny = args.repeats, args.tiny
         self.quick, self.device = args.quick, args.device
+        self.alone = False  # whether there is no other side in what runs now
         self.torch_device = "cuda" if args.device == "gpu" and not args.tiny else "cpu"
-        self.variants = VARIANTS[:1] if args.quick else VARIANTS
+        self.variants = VARIANTS[args.device][: 1 if args.quick else None]
         self._workers: list[Worker] = []
 
     def prepare(self, name: str, folder: pathlib.Path) -> None:
         command = [sys.executable, str(workers.HERE / "cases.py"), name, str(folder)]
-        self.run(command)
+        command += [str(self.kept / "models")]
+        self.run(command, {"JAX_PLATFORMS": "cpu"})
 
     def run(self, command: list[str], env: dict[str, str] | None = None) -> str:
         done = subprocess.run(
@@ -44,10 +59,11 @@ class Bench:
 
     @property
     def platform(self) -> dict[str, str]:
+        found = {workers.REPORTS: "1"} if self.device == "gpu" else {}
         if self.torch_device == "cpu":
-            return {"JAX_PLATFORMS": "cpu"}
-        # Both sides hold their models on one GPU.
-        return {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"}
+            return found | {"JAX_PLATFORMS": "cpu"}
+        # Where PyTorch's side is on the same card, it gets the rest.
+        return found | {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".92" if self.alone else ".55"}
 
     def worker(
         self,

@@ -1,14 +1,16 @@
 """The training steps that are timed: a model with random weights, adapters and one batch each.
 
-    python tests/bench/cases.py NAME FOLDER
+    python tests/bench/cases.py NAME FOLDER MODELS
 
-writes model/ (Hugging Face layout), first.npz (what is trained, at the start), rows.npz (the batch)
-and case.json (the resolved configuration); both sides read these alone.
+writes model/ (Hugging Face layout; a link into MODELS, where cases share them), first.npz (what is
+trained, at the start), rows.npz (the batch) and case.json (the resolved configuration); both sides
+read these alone.
 """
 
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 import zlib
 from typing import Any
@@ -169,15 +171,15 @@ def resolved(case: Case, folder: pathlib.Path) -> dict[str, Any]:
     return c.to_dict()
 
 
-def prepare(case: Case, folder: pathlib.Path) -> None:
-    """Writes a case."""
+def prepare(case: Case, folder: pathlib.Path, models: pathlib.Path) -> None:
+    """Writes a case; its model into a directory that cases share."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = resolved(case, folder)
     if case.config is None:
         rows, model = _fetched(case, settings)
         (folder / "model").symlink_to(model)
     else:
-        write_model(folder / "model", case.config, settings["model"]["dtype"])
+        _share_model(folder, models, case.config, settings["model"]["dtype"])
         if case.mixture is None:
             import gpu_cases
 
@@ -198,6 +200,20 @@ def prepare(case: Case, folder: pathlib.Path) -> None:
     (folder / "case.json").write_text(json.dumps(settings))
 
 
+def _share_model(
+    folder: pathlib.Path, models: pathlib.Path, config: dict[str, Any], dtype: str
+) -> None:
+    """Links to a model that other cases have too, written once."""
+    content = json.dumps([config, dtype], sort_keys=True, default=str).encode()
+    shared = models / f"{zlib.crc32(content):08x}"
+    if not shared.is_dir():
+        part = shared.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        write_model(part, config, dtype)
+        part.rename(shared)
+    (folder / "model").symlink_to(shared.resolve())
+
+
 def write_model(directory: pathlib.Path, config: dict[str, Any], dtype: str) -> None:
     """Writes random weights; one block of numbers, repeated: drawing billions takes minutes."""
     import jax.numpy as jnp
@@ -209,11 +225,11 @@ def write_model(directory: pathlib.Path, config: dict[str, Any], dtype: str) -> 
     noise = np.random.default_rng(0).standard_normal(1048573, np.float32)  # a prime number of them
 
     def draw(path, leaf):
-        value = np.resize(np.roll(noise, zlib.crc32(path.encode())), int(np.prod(leaf.shape)))
         name = path.rpartition("/")[2]
         scale = np.prod(leaf.shape[:-1][-3 if "patch" in path else -1 :]) ** -0.5
-        value = value * scale if name == "kernel" else 0.1 * value + float(name == "scale")
-        return value.reshape(leaf.shape).astype(jnp.dtype(dtype))
+        block = noise * scale if name == "kernel" else 0.1 * noise + float(name == "scale")
+        block = np.roll(block.astype(jnp.dtype(dtype)), zlib.crc32(path.encode()))
+        return np.resize(block, leaf.shape)
 
     flat = {path: draw(path, leaf) for path, leaf in flatten(abstract).items()}
     models.save(directory, unflatten(flat), config, dtype=dtype)
@@ -314,25 +330,36 @@ def _with_features(base, group) -> Group:
 
 
 def _first(settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns what is trained at the start; no adapter is zero, so that all have gradients."""
-    import jax
+    """Returns what is trained at the start; no adapter is zero, so that all have gradients.
 
-    from unime_jax import embedder, models, optim, train_data
-    from unime_jax.types import flatten
-
-    part = "all" if train_data.reads_images(settings) else "language"
-    model = models.load(settings["model"]["path"], dtype=settings["model"]["dtype"], part=part)
-    embedder.attach_adapters(model, settings["train"]["adapters"], seed=0)
+    A model is read only where weights of its own are trained: seven billion take a minute.
+    """
     from flax import nnx
 
+    from unime_jax import embedder, models, optim, train_data
+    from unime_jax.planning import abstract
+    from unime_jax.types import flatten
+
+    directory = pathlib.Path(settings["model"]["path"])
+
+    def attach(model):
+        embedder.attach_adapters(model, settings["train"]["adapters"], seed=0)
+        return model
+
+    if settings["train"]["trainable"]:
+        part = "all" if train_data.reads_images(settings) else "language"
+        model = attach(models.load(directory, dtype=settings["model"]["dtype"], part=part))
+    else:
+        config = json.loads((directory / "config.json").read_text())
+        model = nnx.eval_shape(attach, abstract.model(settings, config, "xla"))
     flat = flatten(nnx.to_pure_dict(nnx.state(model)))
     trainable, _ = optim.split_by_settings(flat, settings["train"])
     rng = np.random.default_rng(1)
     return {
         path: 0.02 * rng.standard_normal(leaf.shape, np.float32)
-        if path.endswith("lora_B")
+        if path.endswith(("/lora_A", "/lora_B"))
         else np.asarray(leaf)
-        for path, leaf in jax.device_get(trainable).items()
+        for path, leaf in trainable.items()
     }
 
 
@@ -345,4 +372,4 @@ def find(name: str) -> Case:
 
 
 if __name__ == "__main__":
-    prepare(find(sys.argv[1]), pathlib.Path(sys.argv[2]))
+    prepare(find(sys.argv[1]), *map(pathlib.Path, sys.argv[2:]))

@@ -1,24 +1,58 @@
 """Steps of the published models at full size, random weights: what `run.py --device gpu` times.
 
-Batches are as the configurations have them, with MMEB's (or NLI's) mixture of lengths and images as
-`planning.composition` draws it. The same cases exist in a tiny size that runs on CPU.
+Batches have MMEB's (or NLI's) mixture of lengths and images as `planning.composition` draws it.
+Those of 1024 pairs are ours alone, for they take minutes; beside PyTorch the same mixture is
+smaller, as both sides are then on one card. The same cases exist in a tiny size that runs on CPU.
 """
 
+import dataclasses
+import functools
 import importlib.util
 import pathlib
+import subprocess
 from typing import Any
 
 from cases import Case, Mixture
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Name -> configuration, backbone, and what differs: bf16 weights, so that PyTorch's side has the
-# same; no dropout, which nobody can draw alike; rows at a time that fit 80 GB beside them.
-FULL: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpu_phi": ("phi35v_stage2", "phi35v", {"train.chunk": 16}),
-    "gpu_llava": ("llava16_stage2", "llava16", {"train.chunk": 8}),
-    "gpu_llava_nf4": ("llava16_stage2", "llava16", {"train.chunk": 8, "train.quantize": "nf4"}),
-    "gpu_llava_stage1": ("llava16_stage1", "llava16", {"train.chunk": 96}),
-    "gpu_llava_embed": ("llava16_stage2", "llava16", {"train.chunk": 32, "train.batch_size": 256}),
+LARGE = 100.0  # GB of a card from which on chunks are larger
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+    """A case at full size.
+
+    Attributes:
+      config: configuration file, for all that is not said here.
+      backbone: one of `planning.backbones`.
+      rows: of a batch; 0: the configuration's.
+      chunks: rows at a time, on cards of 80 GB and on larger ones: by `plan --compile`, what they
+        hold beside weights stays under what is left.
+      more: further settings.
+      torch: whether PyTorch's side runs too. transformers has no class for Phi-3.5-vision, nor our
+        4-bit codes, and nobody can draw the same dropout.
+      forward: embed rather than train.
+    """
+
+    config: str
+    backbone: str
+    rows: int
+    chunks: tuple[int, int]
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    torch: bool = False
+    forward: bool = False
+
+
+FULL: dict[str, Full] = {
+    "gpu_llava_pairs": Full("llava16_stage2", "llava16", 64, (4, 8), torch=True),
+    "gpu_llava_dropout": Full(
+        "llava16_stage2", "llava16", 64, (4, 8), {"train.adapters.dropout": 0.1}
+    ),
+    "gpu_llava_nf4": Full("llava16_stage2", "llava16", 64, (4, 8), {"train.quantize": "nf4"}),
+    "gpu_llava_embed": Full("llava16_stage2", "llava16", 128, (16, 32), torch=True, forward=True),
+    "gpu_llava_stage1": Full("llava16_stage1", "llava16", 0, (96, 96), torch=True),
+    "gpu_phi": Full("phi35v_stage2", "phi35v", 0, (16, 64)),
+    "gpu_llava": Full("llava16_stage2", "llava16", 0, (4, 16)),
 }
 NAMES = tuple(FULL)
 
@@ -27,36 +61,43 @@ def case(name: str) -> Case:
     """Returns the case of a name of NAMES, or of one with "_tiny" behind it."""
     from unime_jax.planning import backbones
 
-    small = name.endswith("_tiny")
-    config_name, backbone, changes = FULL[name.removesuffix("_tiny")]
-    settings = _settings(config_name)
-    settings |= {"train.quantize": None, "train.adapters.dropout": 0.0, **changes}
+    small, full = name.endswith("_tiny"), FULL[name.removesuffix("_tiny")]
+    # bf16 weights, so that PyTorch's side has the same.
+    settings = _settings(full.config) | {"train.quantize": None, "train.adapters.dropout": 0.0}
+    settings |= {"train.chunk": full.chunks[card_memory() > LARGE], **full.more}
+    settings["train.batch_size"] = full.rows or settings["train.batch_size"]
     # Random sentences are like no others: with each row's likeness to itself there is no loss.
     settings["loss.kl_diagonal"] = settings["stage"] != "distill"
     if small:
         from unime_jax import tiny
 
-        config = tiny.CONFIGS[backbone]
+        config = tiny.CONFIGS[full.backbone]
         settings |= {"data.image_size": 56, "train.chunk": 4, "model.dtype": "float32"}
-        settings |= {"train.batch_size": 24 if "stage1" in name else 20, "data.max_tokens": 64}
+        settings |= {
+            "train.batch_size": 24 if settings["stage"] == "distill" else 20,
+            "data.max_tokens": 64,
+        }
     else:
-        config = {"phi35v": backbones.PHI35V, "llava16": backbones.LLAVA16}[backbone]
+        config = {"phi35v": backbones.PHI35V, "llava16": backbones.LLAVA16}[full.backbone]
     stage = settings.pop("stage")
     size = 0 if stage == "distill" else settings["data.image_size"]
-    title = f"{config_name}, {settings['train.batch_size']} rows"
-    title += ", nf4" if settings["train.quantize"] else ""
-    forward = name.removesuffix("_tiny").endswith("_embed")
-    return Case(
-        f"embed, {title}" if forward else title,
-        stage,
-        config,
-        None,
-        size,
-        settings,
-        forward=forward,
-        # transformers has no class for Phi-3.5-vision, nor our 4-bit codes.
-        torch=backbone != "phi35v" and not settings["train.quantize"],
-    )
+    words = [full.config, f"{settings['train.batch_size']} rows"]
+    words += ["nf4"] if settings["train.quantize"] else []
+    dropout = settings["train.adapters.dropout"]
+    words += [f"dropout {dropout}"] if dropout else []
+    title = ("embed, " if full.forward else "") + ", ".join(words)
+    return Case(title, stage, config, None, size, settings, forward=full.forward, torch=full.torch)
+
+
+@functools.cache
+def card_memory() -> float:
+    """Returns the GB of the first card; 80 where there is none to ask."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return float(said.splitlines()[0]) * 2**20 / 1e9
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        return 80.0
 
 
 def _settings(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import rows as rows_files
@@ -60,10 +61,29 @@ def setup(folder: pathlib.Path):
         return {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
 
     said = _said(act, load_seconds)
-    if jax.devices()[0].platform != "cpu":  # what `plan --compile` would say, beside the real peak
-        program = step.lower(state, frozen, steps.place_batch(batch, mesh)).compile()
-        said["planned_gib"] = program.memory_analysis().peak_memory_in_bytes / 2**30
+    if os.environ.get(workers.REPORTS):
+        said |= _report(step, state, frozen, steps.place_batch(batch, mesh), settings)
     return said, act
+
+
+def _report(step, *arguments_and_settings) -> dict[str, Any]:
+    """Returns what `plan` would say of the step: its operations, and its peak on an accelerator."""
+    import jax
+
+    from unime_jax.planning import flops, topology
+
+    *arguments, settings = arguments_and_settings
+    device = jax.devices()[0]
+    counted = flops.count(step, *arguments)
+    chip = topology.of_device(device.device_kind)
+    found = {
+        "operations": {"model": counted.model, "hardware": counted.total},
+        "peak_rate": chip and chip.rate(settings["model"]["dtype"]),
+    }
+    if device.platform != "cpu":
+        program = step.lower(*arguments).compile()
+        found["planned_gib"] = program.memory_analysis().peak_memory_in_bytes / 2**30
+    return found
 
 
 def _said(act, load_seconds: float):

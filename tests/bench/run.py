@@ -3,8 +3,12 @@
     python tests/bench/run.py                              # all of it on CPU, some 12 minutes
     python tests/bench/run.py --only stage2_llava embed    # a part
     python tests/bench/run.py --quick                      # fewer rounds, to see that it runs
-    python tests/bench/run.py --device gpu                 # full-size models; not yet run anywhere
+    python tests/bench/run.py --device gpu                 # full-size models on an H100 or H200,
+                                                           # an hour; not yet run anywhere
     python tests/bench/run.py --device gpu --tiny          # the same code on tiny shapes, on CPU
+
+On a GPU the large steps (gpu_phi, gpu_llava) take minutes each and are ours alone: name them with
+`--only`, with `--repeats 1` or 2, and give `--scratch DIR` to write the 15 GB of weights once.
 
 Both sides compute the same thing: same weights, rows, padding and dtype, and the losses and
 gradient norms of their first steps agree to 1e-4, or the run fails. PyTorch's side is transformers
@@ -65,6 +69,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each test")
     parser.add_argument("--quick", action="store_true", help="one round, PyTorch without compile")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does the bench run?")
+    parser.add_argument(
+        "--scratch", type=pathlib.Path, help="keeps models and compiled programs for the next run"
+    )
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/bench"))
     args = parser.parse_args(argv)
     if args.quick:
@@ -103,8 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     failed: list[str] = []
     where = measure.machine()
     args.output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="unime_bench_") as scratch:
-        bench = Bench(args, pathlib.Path(scratch))
+    with tempfile.TemporaryDirectory(prefix="unime_bench_") as fresh:
+        bench = Bench(args, pathlib.Path(fresh), args.scratch and args.scratch.resolve())
         for name in names_of(args):
             if args.only and name not in args.only:
                 continue

@@ -12,6 +12,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import kernels  # noqa: E402
 import measure  # noqa: E402
 import rows  # noqa: E402
 import workers  # noqa: E402
@@ -50,6 +51,28 @@ def test_files_hold_every_sample_and_the_machine(tmp_path):
     assert found["machine"]["packages"]["jax"] and found["machine"]["cores"]
     measure.plot(tmp_path / "results.png", [SPEED, TIME, ALONE], where)
     assert (tmp_path / "results.png").stat().st_size > 5000
+
+
+def test_shares_of_a_traced_step_are_of_its_whole_time():
+    """Two streams at once, and a pause."""
+    step = [
+        ("gemm_fusion_dot_19", 0, 60),
+        ("loop_multiply_fusion", 60, 70),
+        ("cudnn::fmha_fprop_sm90", 70, 80),
+        ("MemcpyH2D", 70, 75),
+        ("nvjet_hsh_128x256", 90, 100),
+    ]
+    found = kernels.shares(reversed(step))
+    assert found == pytest.approx(
+        {"products": 0.7, "elementwise": 0.1, "attention": 0.1, "to and from the host": 0.05,
+         "idle": 0.1}
+    )  # fmt: skip
+    names = ["loop_dynamic_update_slice_fusion", "input_reduce_fusion", "ncclDevKernel_AllGather",
+             "wrapped_transpose", "loop_pad_fusion_3"]  # fmt: skip
+    kinds = ["copies", "sums", "collectives", "copies", "copies"]
+    assert list(map(kernels.kind, names)) == kinds
+    assert kernels.largest(step, 1) == pytest.approx({"loop_multiply_fusion": 10 / 95})
+    assert kernels.shares([]) == {}
 
 
 def test_rows_come_back_from_their_file(tmp_path):

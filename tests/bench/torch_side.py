@@ -2,7 +2,8 @@
 
 transformers and peft, SDPA, right-padded rows without a mask (its fastest path), two passes over
 chunks as VLM2Vec's gradient cache takes them, AdamW. VARIANT is "eager", "compile" (every layer of
-the decoder and of the tower by torch.compile) or "checkpoint" (eager with gradient checkpointing).
+the decoder and of the tower by torch.compile), "checkpoint" (eager with gradient checkpointing) or
+"checkpoint_compile".
 Nothing of unime_jax is imported: this process's memory is measured.
 """
 
@@ -35,11 +36,11 @@ class Model:
         self.load_seconds = time.perf_counter() - start
         self._adapt(settings["train"]["adapters"])
         self._fill(folder / "first.npz")
-        if variant == "checkpoint":
+        if variant.startswith("checkpoint"):
             options = {"use_reentrant": False}
             self.language.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
             self.language.train()  # there is no dropout in it, and it checkpoints only so
-        if variant == "compile":
+        if variant.endswith("compile"):
             layers = [*self.language.layers]
             if self.whole is not None:
                 layers += [*self.whole.model.vision_tower.encoder.layers]

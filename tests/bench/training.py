@@ -20,12 +20,13 @@ def training(name: str, bench: Bench) -> list[Result]:
     bench.prepare(name, folder)
     settings = workers.read_json(folder / "case.json")
     case = settings["case"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    bench.alone = not case["torch"]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(bench.kept / "compiled" / name)}
     ours = bench.worker("jax_side.py", str(folder), env=cache)
+    if bench.alone:
+        return _alone(name, case, ours, bench)
     cold = ours.ready | ours.close()
     ours = bench.worker("jax_side.py", str(folder), env=cache)  # compiled before, as most runs are
-    if not case["torch"]:
-        return _alone(name, case, ours, cold, bench)
     variant, torch, tried, left_out = _fastest(folder, bench)
     difference = _parity(ours.ready["first"], torch.ready["first"])
     limit = PARITY if settings["model"]["dtype"] == "float32" else HALF_PARITY
@@ -36,6 +37,7 @@ def training(name: str, bench: Bench) -> list[Result]:
         )
     ours.step()  # as PyTorch's took one when it was chosen: both have taken as many
     found = workers.take_turns({"ours": ours, "torch": torch}, bench.repeats, warm=1)
+    traced = _traced(ours, bench)
     peaks = {"ours": ours.close()["peak_gib"], "torch": torch.close()["peak_gib"]}
     last = _parity(*(found[side][-1] for side in measure.SIDES))
     speeds = {side: [case["rows"] / x["seconds"] for x in found[side]] for side in found}
@@ -52,6 +54,7 @@ def training(name: str, bench: Bench) -> list[Result]:
                           **{key: value["first_seconds"] for key, value in tried.items()}},
         "peak GiB": {"ours, when it compiles": cold["peak_gib"],
                      **{key: one.get("peak_gib", peaks["torch"]) for key, one in tried.items()}},
+        **_shares(ours, found["ours"]), **traced,
     }  # fmt: skip
     memory = {side: [peak] for side, peak in peaks.items()}
     return [
@@ -60,17 +63,41 @@ def training(name: str, bench: Bench) -> list[Result]:
     ]
 
 
-def _alone(name: str, case, ours: Worker, cold, bench: Bench) -> list[Result]:
-    """Times a step that PyTorch's side does not have."""
-    found = workers.take_turns({"ours": ours}, bench.repeats)["ours"]
+def _alone(name: str, case, ours: Worker, bench: Bench) -> list[Result]:
+    """Times a step that PyTorch's side does not have, after the one that compiled."""
+    found = workers.take_turns({"ours": ours}, bench.repeats, warm=0)["ours"]
+    traced = _traced(ours, bench)
     peak = ours.close()["peak_gib"]
     speeds = {"ours": [case["rows"] / x["seconds"] for x in found]}
-    note = {"seconds a step": measure.median([x["seconds"] for x in found])}
-    note |= {"first call, s": cold["first_seconds"], "planned GiB": cold.get("planned_gib", "-")}
+    note = {
+        "seconds a step": measure.median([x["seconds"] for x in found]),
+        "first call, s": ours.ready["first_seconds"],
+        **_shares(ours, found),
+        **traced,
+    }
     return [
         Result(name, case["title"], "rows/s", speeds, note),
         Result(f"{name}_memory", "  its peak memory", "GiB", {"ours": [peak]}),
     ]
+
+
+def _shares(ours: Worker, found) -> dict[str, Any]:
+    """Says what was planned, and what share of the device's peak rate a step reached."""
+    said, seconds = ours.ready, measure.median([x["seconds"] for x in found])
+    notes = {"planned peak, GiB": said["planned_gib"]} if "planned_gib" in said else {}
+    if "operations" in said:
+        notes["PFLOP a step"] = {kind: one / 1e15 for kind, one in said["operations"].items()}
+    if said.get("peak_rate"):
+        notes["MFU"] = {
+            kind: one / seconds / said["peak_rate"] for kind, one in said["operations"].items()
+        }
+    return notes
+
+
+def _traced(ours: Worker, bench: Bench) -> dict[str, Any]:
+    """Says what a step's time goes to, on a GPU."""
+    found = ours.trace() if bench.device == "gpu" else {}
+    return {key: shares for key, shares in found.items() if shares}  # none on CPU
 
 
 def _fastest(folder: pathlib.Path, bench: Bench):

@@ -16,9 +16,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import kernels
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 THREADS = 2
+REPORTS = "UNIME_BENCH_REPORTS"  # environment: the step's operations and planned peak are said
 LIMIT = 1800.0  # seconds that a child may take for an answer
 
 
@@ -60,6 +63,10 @@ class Worker:
 
     def step(self) -> dict[str, Any]:
         return self._ask("step")
+
+    def trace(self) -> dict[str, Any]:
+        """Does it once more under the profiler; returns what `kernels.trace` found."""
+        return self._ask("trace")
 
     def close(self) -> dict[str, Any]:
         """Ends the child; returns its peak memory."""
@@ -144,6 +151,9 @@ def serve(
     for line in sys.stdin:
         if line.strip() == "quit":
             break
+        if line.strip() == "trace":
+            say(kernels.trace(act))
+            continue
         before = time.perf_counter(), time.process_time()
         found = act()
         wall, cpu = time.perf_counter() - before[0], time.process_time() - before[1]
