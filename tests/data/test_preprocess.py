@@ -5,7 +5,7 @@ import packages
 import pytest
 from PIL import Image
 
-from unime_jax.data import preprocess
+from unime_jax.data import buckets, preprocess, stream
 from unime_jax.data.prompts import Segment
 from unime_jax.data.rows import IMAGE_SLOT, Picture
 from unime_jax.data.tokenizer import Tokenizer
@@ -200,6 +200,19 @@ def test_buckets_hold_every_row_once(smol):
             assert list(found[group.image_index[i, : group.lengths[i]] < 0]) == text
         seen += list(places)
     assert sorted(seen) == list(range(150))
+
+
+def test_calls_share_programs(byte_level):
+    """What padding a row to the known 40 costs, 16 a call, pays for a program of its own."""
+    limits = buckets.Limits(program=40)
+    model = preprocess.Preprocessor(byte_level, None, prompt="none", max_tokens=99, limits=limits)
+    shapes = []
+    for length in (40, 24, 24, 24, 24, 40):
+        shapes += [group.tokens.shape for group, _ in model.embed_rows([[1] * length])]
+    assert shapes == [(1, 40), (1, 40), (1, 40), (1, 24), (1, 24), (1, 40)]
+    rows = [stream.Item(0, "a" * 30)]  # of which 32 would do
+    (found,) = stream.Stream(model, rows, instruction=None, bad=pytest.fail)
+    assert found[0].tokens.shape == (1, 40)
 
 
 def test_a_bad_row_is_named(smol, bert):

@@ -77,19 +77,24 @@ class Sorter:
     """Sorts rows of any length into groups of few shapes, one row after the other.
 
     A full group has the shape of its rows, unless padding its rows to a longer shape is cheaper
-    than another program: until that has cost as much as a program does, it takes one that is known,
-    or the next power of two, which serves other lengths as well.
+    than another program: until that has cost an eighth of what a program does, it takes one that is
+    known, or the next power of two, which serves other lengths as well.
 
     Args:
       limits: of the groups.
       longest: no row is padded to more positions; None: to as many as it takes.
+      programs: those there are; the groups' are added. None: there are none.
     """
 
-    def __init__(self, limits: Limits = LIMITS, longest: int | None = None):
+    def __init__(
+        self,
+        limits: Limits = LIMITS,
+        longest: int | None = None,
+        programs: "Programs | None" = None,
+    ):
         self._limits, self._longest = limits, longest
         self._waiting: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-        self._programs = Programs(limits.program)
-        self._padding: collections.Counter[tuple[int, int]] = collections.Counter()
+        self._programs = Programs(limits.program) if programs is None else programs
 
     def add(self, shape: tuple[int, int], member: int) -> Bucket | None:
         """Takes a row of a shape (T, C); returns its group, if that is full now."""
@@ -107,16 +112,9 @@ class Sorter:
         return gather(left, self._limits, self._programs)
 
     def _leave(self, shape: tuple[int, int]) -> Bucket:
+        tokens, tiles = shape
         members = self._waiting.pop(shape)
         rows = self._limits.padded(len(members))
-        tokens = self._tokens(shape, rows)
-        self._padding[shape] += (tokens - shape[0]) * rows
-        self._programs.add(tokens, shape[1], rows)
-        return Bucket(tokens, shape[1], tuple(members))
-
-    def _tokens(self, shape: tuple[int, int], rows: int) -> int:
-        """Returns the length that rows of a shape are padded to."""
-        tokens, tiles = shape
         power = 1 << (tokens - 1).bit_length()
         if self._longest is not None:
             power = min(power, self._longest)
@@ -125,12 +123,17 @@ class Sorter:
         if power >= tokens and self._limits.full(power, tiles) >= rows:
             longer.append(power)
         found = min(longer, default=tokens)
-        cost = self._padding[shape] + (found - tokens) * rows
-        return found if cost <= self._limits.program // _AGAIN else tokens
+        if (found - tokens) * rows > self._programs.allowance(tokens, tiles):
+            found = tokens
+        self._programs.use(found, tiles, rows, [tokens] * rows)
+        return Bucket(found, tiles, tuple(members))
 
 
 class Programs:
-    """Knows which shapes (T, C, padded rows) there are programs for.
+    """Knows which shapes (T, C, padded rows) there are programs for, and what their lack has cost.
+
+    What rows of a shape were padded by pays for the next program of their own: few calls of many
+    rows, and many calls of few, come to about as little padding.
 
     Attributes:
       cost: of one more, in positions.
@@ -139,13 +142,23 @@ class Programs:
     def __init__(self, cost: int, known: Iterable[tuple[int, int, int]] = ()):
         self.cost = cost
         self._lengths: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
-        for shape in known:
-            self.add(*shape)
+        # Positions that rows of a shape (T, C) were padded by.
+        self._padding: collections.Counter[tuple[int, int]] = collections.Counter()
+        for tokens, tiles, rows in known:
+            self.use(tokens, tiles, rows, [])
 
-    def add(self, tokens: int, tiles: int, rows: int) -> None:
-        lengths = self._lengths[tiles, rows]
-        if tokens not in lengths:
-            bisect.insort(lengths, tokens)
+    def use(self, tokens: int, tiles: int, rows: int, lengths: Iterable[int]) -> None:
+        """Notes that rows of some lengths are read by a program, which there is from then on."""
+        there = self._lengths[tiles, rows]
+        if tokens not in there:
+            bisect.insort(there, tokens)
+            self._padding[tokens, tiles] = 0
+        for length in lengths:
+            self._padding[length, tiles] += tokens - length
+
+    def allowance(self, tokens: int, tiles: int) -> int:
+        """Returns by how many positions rows may still be padded to save a program of their own."""
+        return self.cost // _AGAIN - self._padding[tokens, tiles]
 
     def fitting(self, tokens: int, tiles: int, rows: int) -> int | None:
         """Returns the least length of at least so many tokens that there is a program for."""
@@ -155,7 +168,8 @@ class Programs:
 
     def best(self, tokens: int, tiles: int, rows: int) -> tuple[int, int]:
         """Returns what a group costs at least, and its length then."""
-        own = tokens * rows + self.cost, tokens
+        price = max(0, self.cost - self._padding[tokens, tiles])
+        own = tokens * rows + price, tokens
         there = self.fitting(tokens, tiles, rows)
         return own if there is None else min(own, (there * rows, there))
 
@@ -182,9 +196,9 @@ def gather(
     Args:
       left: the rows of each shape (T, C).
       limits: of the groups.
-      programs: of the groups before.
+      programs: of the groups before; those of these are added.
     """
-    buckets = []
+    buckets, used = [], []
     for tiles in sorted({tiles for _, tiles in left}):
         rows = [
             (tokens, member)
@@ -197,7 +211,12 @@ def gather(
             members = tuple(member for _, member in rows[start:stop])
             _, tokens = programs.best(rows[stop - 1][0], tiles, limits.padded(len(members)))
             buckets.append(Bucket(tokens, tiles, members))
+            used.append(
+                (tokens, tiles, limits.padded(len(members)), [n for n, _ in rows[start:stop]])
+            )
             stop = start
+    for use in used:  # after all are cut: what one of them spends would move the cuts of others
+        programs.use(*use)
     return buckets
 
 

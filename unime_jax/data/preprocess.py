@@ -37,6 +37,9 @@ class Preprocessor:
       image_crops: most tiles of an image where the model has such a number; 0: the checkpoint's.
       limits: of groups.
       window: most positions that the model attends to; longer rows are refused. None: all.
+
+    Attributes:
+      programs: that the groups made so far are read by.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Preprocessor:
         self.image_size = image_size
         self._image_crops = image_crops
         self.limits = limits
+        self.programs = buckets.Programs(limits.program)
         self._window = window
         self._directory = directory
         self._transform = None
@@ -352,7 +356,9 @@ class Preprocessor:
                 list(zip(found, pictures, strict=True)), tokens=bucket.tokens, tiles=bucket.tiles
             )
 
-        sorted_rows = buckets.sort(shapes, self.limits, longest=self.longest)
+        sorted_rows = buckets.sort(
+            shapes, self.limits, longest=self.longest, programs=self.programs
+        )
         return buckets.Groups(sorted_rows, prepare, pack, tokens=real)
 
     def shape_of(self, row: Row, layout: Layout | None) -> tuple[int, int]:

@@ -87,7 +87,7 @@ class Stream:
 
     def _buckets(self, pool: ThreadPoolExecutor) -> Iterator[buckets.Bucket]:
         """Yields full buckets as they come, the others where there is no room, and at the end."""
-        sorter = buckets.Sorter(self._model.limits, self._model.longest)
+        sorter = buckets.Sorter(self._model.limits, self._model.longest, self._model.programs)
         count = size = 0  # of the rows that wait, and the bytes that they hold
         for number, found in enumerate(self._measured(pool)):
             self._waiting[number] = found
