@@ -105,20 +105,38 @@ def test_a_folder_of_pictures(tmp_path):
 
 
 def test_linked_folders_are_followed_inside_the_image_root_alone(tmp_path):
-    for name in ("data/a.png", "data/real/b.jfif", "elsewhere/c.avif"):
+    for name in ("data/a.png", "data/real/b.jfif", "elsewhere/c.avif", "elsewhere/in/d.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     data = tmp_path / "data"
     (data / "again").symlink_to("real")
+    (data / "inner").symlink_to("../elsewhere/in")
     (data / "other").symlink_to("../elsewhere")
+    (data / "self").symlink_to("self")
+    (tmp_path / "elsewhere" / "back").symlink_to("../data/real")
+    (tmp_path / "elsewhere" / "in" / "out").symlink_to("..")
     (data / "real" / "up").symlink_to("..")  # does not end
     (data / "gone").symlink_to("../nowhere")
     narrow, wide = read(data), list(items.Input(str(data), image_root=str(tmp_path)))
-    inner = ["a.png", "again/b.jfif"]
-    assert [entry.id for entry in narrow] == [*inner, "other", "real/b.jfif"]
-    assert [entry.id for entry in wide] == [*inner, "other/c.avif", "real/b.jfif"]
-    assert image_files.OUTSIDE in narrow[2].fault and not any(entry.fault for entry in wide)
-    assert wide[2].image.checked().is_file()
+    assert [entry.id for entry in narrow] == ["a.png", "inner", "other", "real/b.jfif"]
+    once = ["inner/d.png", "inner/out/c.avif"]  # what has come by one link is not taken again
+    assert [entry.id for entry in wide] == ["a.png", *once, "real/b.jfif"]
+    assert all(image_files.OUTSIDE in entry.fault for entry in narrow[1:3])
+    assert not any(entry.fault for entry in wide) and wide[2].image.checked().is_file()
+
+
+def test_pictures_of_folders_that_link_to_each_other_are_taken_once(tmp_path):
+    for name in "abcdefg":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(b"")
+        for other in set("abcdefg") - {name}:
+            (tmp_path / name / f"to-{other}").symlink_to(f"../{other}")
+    (tmp_path / "latest").symlink_to("g")
+    (tmp_path / "all").symlink_to(".")
+    assert [entry.id for entry in read(tmp_path)] == [f"{name}/x.png" for name in "abcdefg"]
+    (tmp_path.parent / "by-a-link").symlink_to(tmp_path)
+    found = read(tmp_path.parent / "by-a-link")
+    assert [entry.id for entry in found] == [f"{name}/x.png" for name in "abcdefg"]
 
 
 def test_names_of_pictures_end_as_pillow_knows():

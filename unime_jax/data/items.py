@@ -160,30 +160,33 @@ class Input:
     def _walk(self) -> Iterator[tuple[str, str]]:
         """Yields paths of pictures; those of folders that are not entered with the reason.
 
-        Links to folders are followed inside the image root, but not back to where they lie.
+        A folder is walked once, under its own name if it lies in the input: links to folders are
+        followed to others alone, inside the image root.
         """
         self.left_out = 0
-        folders = [(str(self.path), ())]  # each with those above it
+        folders, walked, own = [str(self.path)], set(), pathlib.Path(os.path.realpath(self.path))
         while folders:
-            folder, above = folders.pop()
+            folder = folders.pop()
             try:
-                if os.path.islink(folder):
-                    self._images.path(folder)
                 real = os.path.realpath(folder)
-                found = [] if real in above else sorted(os.scandir(folder), key=lambda x: x.name)
+                if folder != str(self.path) and os.path.islink(folder):
+                    if pathlib.Path(real).is_relative_to(own):
+                        continue
+                    self._images.path(folder)
+                found = [] if real in walked else sorted(os.scandir(folder), key=lambda x: x.name)
             except (OSError, UserError) as error:
                 is_ours = isinstance(error, UserError)
                 yield folder, str(error) if is_ours else f"cannot be read ({error.strerror})"
                 continue
+            walked.add(real)
             found = [entry for entry in found if not entry.name.startswith(".")]
-            inner = [os.path.isdir(entry.path) for entry in found]
+            inner = [_is_folder(entry) for entry in found]
             for entry in itertools.compress(found, map(operator.not_, inner)):
                 if entry.name.lower().endswith(PICTURES):
                     yield entry.path, ""
                 else:
                     self.left_out += 1
-            below = itertools.compress(reversed(found), reversed(inner))
-            folders += [(entry.path, (*above, real)) for entry in below]
+            folders += [entry.path for entry in itertools.compress(found[::-1], inner[::-1])]
 
     def _pictures(self) -> Iterator[Entry]:
         row = -1
@@ -310,6 +313,13 @@ class Input:
             return f"{' and '.join(there)} {'is' if len(there) == 1 else 'are'} empty"
         others = ", ".join([key for key in content if key != self._keys.id][:5])
         return f"neither {' nor '.join(wanted)}" + f" among {others}" * bool(others)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _lines_of(fd: int, stopped: Callable[[], bool]) -> Iterator[bytes]:
