@@ -232,6 +232,14 @@ def test_own_pairs_without_apt(tmp_path, registry, monkeypatch, capsys):
     assert sizes == {"train": 43, "validation": 5, "test": 11}
     assert "7.png: not a readable image (no known format)" in capsys.readouterr().out
     assert set(sources.sentences(data)) == set(sources.pairs(data).captions())
+    run(tmp_path / "cache", "--pairs", str(listed))
+    assert "that can be read now" not in capsys.readouterr().out
+    (tmp_path / "7.png").write_bytes((tmp_path / "8.png").read_bytes())
+    run(tmp_path / "cache", "--pairs", str(listed))
+    assert "skipped then that can be read now: 1; --again" in capsys.readouterr().out
+    assert sum(len(sources.pairs(data, split)) for split in sizes) == 59
+    run(tmp_path / "cache", "--pairs", str(listed), "--again")
+    assert sum(len(sources.pairs(data, split)) for split in sizes) == 60
     listed.write_text(listed.read_text().replace("thing 3", "gadget 3"))
     run(tmp_path / "cache", "--pairs", str(listed))
     assert "gadget 3" in {c for s in sizes for c in sources.pairs(data, s).captions()}

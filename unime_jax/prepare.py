@@ -13,8 +13,10 @@ lie, nothing is installed, and nothing is fetched twice. Without apt-get give pa
 
 mmeb reads a copy of TIGER-Lab/MMEB-train and its unpacked images, and writes the 20 sets as
 tensorflow-datasets (array_record), images encoded as they are and each stored once a set. Rows that
-cannot be used are left out and listed. The same command goes on where an earlier one stopped, and
-prepares sets anew of which an image has come that was missing.
+cannot be used are left out and listed. The same command goes on where an earlier one stopped.
+
+What is prepared stays as it is; if a picture that was missing or damaged can be read by now, that
+is said, and --again prepares all anew.
 """
 
 import argparse
@@ -66,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     mmeb.add_argument(
         "--trust-images", action="store_true", help="read headers only; damage shows in training"
     )
+    for kind in (smol, mmeb):
+        kind.add_argument("--again", action="store_true", help="replace what is there already")
     for kind, default in ((smol, "the folder of --pairs"), (mmeb, "--images")):
         text = f"no image outside of it is read, be it by a link ({default})"
         kind.add_argument("--image-root", default="", help=text)
@@ -102,8 +106,16 @@ def run_mmeb(args: argparse.Namespace) -> None:
             def advance(rows: int, name: str = name) -> None:
                 progress.advance(rows, name)
 
-            summaries[name] = mmeb_prepare.prepare(name, source, images, output, settings, advance)
+            summaries[name] = mmeb_prepare.prepare(
+                name, source, images, output, settings, advance, again=args.again
+            )
     print(report.Table(_MMEB_COLUMNS, [_mmeb_row(*found) for found in summaries.items()]).text())
+    for name in names:
+        if count := mmeb_prepare.come(output / name, images, settings):
+            print(
+                f"{name}: images missing or damaged then that can be read now: {count}; "
+                f"--sets {name} --again prepares it anew"
+            )
     print(f"done: {output}")
 
 
@@ -130,8 +142,15 @@ def run(args: argparse.Namespace) -> None:
         path = pathlib.Path(args.pairs).expanduser()
         wanted["pairs"] = [str(path.resolve()), assets.sha256(path) if path.is_file() else ""]
     known = assets.read_json(target / "prepared.json")
-    if known and known.get("wanted") == wanted:
+    if known and known.get("wanted") == wanted and not args.again:
         print(f"{known['table']}\n{target} is up to date")
+        if unread := set(known.get("skipped", [])):
+            own = smol.own_pairs(pathlib.Path(args.pairs), args.image_root)
+            read, _, _ = smol.decode_pairs([p for p in own if _file(p) in unread], None)
+            if read:
+                print(
+                    f"pictures skipped then that can be read now: {len(read)}; --again takes them"
+                )
         return
     # What can be wrong here is said before anything is fetched.
     smol.check_extras(own_pairs=bool(args.pairs))
@@ -145,11 +164,16 @@ def run(args: argparse.Namespace) -> None:
                 for name in ("student", "teacher", "data")
             )
             rows = _write_models(student, teacher, files, args)
-            rows += _write_data(data, files, args, own)
+            more, skipped = _write_data(data, files, args, own)
             (target / "prepared.json").unlink(missing_ok=True)
-        table = report.Table(("what", "rows", "licence", ""), rows).text()
-        assets.write_json(target / "prepared.json", {"wanted": wanted, "table": table})
+        table = report.Table(("what", "rows", "licence", ""), rows + more).text()
+        content = {"wanted": wanted, "table": table, "skipped": skipped}
+        assets.write_json(target / "prepared.json", content)
     print(f"{table}\ndone: {target}")
+
+
+def _file(pair) -> str:
+    return os.fsdecode(pair.content)
 
 
 def _fetch(cache, *, own_pairs: bool) -> dict[str, pathlib.Path]:
@@ -219,8 +243,12 @@ def _write_models(
 
 def _write_data(
     data: pathlib.Path, files: dict, args: argparse.Namespace, own: list | None
-) -> list[tuple]:
-    """Writes pairs and sentences; `own` are the user's pairs in place of the packages'."""
+) -> tuple[list[tuple], list[str]]:
+    """Writes pairs and sentences; `own` are the user's pairs in place of the packages'.
+
+    Returns:
+      Lines for the table, and the user's pictures that cannot be read.
+    """
     from unime_jax.data import smol, smol_builders
 
     print("reading captions and sentences ...", flush=True)
@@ -239,7 +267,9 @@ def _write_data(
     pairs, sentences, dropped = smol.split(decoded, words, smoke=args.smoke, number=args.split)
     print("writing ...", flush=True)
     smol_builders.write(data, pairs, sentences)
-    return smol.report(pairs, sentences, skipped, dropped)
+    read = {_file(found.raw) for found in decoded}
+    unread = [_file(pair) for pair in raw if pair.kind == "file" and _file(pair) not in read]
+    return smol.report(pairs, sentences, skipped, dropped), unread
 
 
 if __name__ == "__main__":

@@ -160,23 +160,45 @@ def test_preparing_goes_on_where_it_stopped(root, tmp_path):
     assert len(mmeb.open_sets(output, ["NIGHTS"])[0]) == 3
 
 
-def test_a_set_is_prepared_anew_when_a_missing_image_has_come(root, tmp_path):
-    images = shutil.copytree(root / "images", tmp_path / "images")
+def test_a_set_stays_as_it_is_until_it_is_prepared_again(root, tmp_path, capsys):
+    images, output = shutil.copytree(root / "images", tmp_path / "images"), tmp_path / "out"
 
-    def pairs():
-        return mmeb_prepare.prepare(
-            "NIGHTS", root / "MMEB-train", images, tmp_path / "out", LENIENT
-        ).pairs
+    def run(*more):
+        prepare.main(
+            ["prepare", "mmeb", f"--source={root / 'MMEB-train'}", f"--images={images}",
+             f"--output={output}", "--sets=NIGHTS", "--max-bad-share=0.6", *more]
+        )  # fmt: skip
+        (found,) = mmeb.open_sets(output, ["NIGHTS"])
+        return len(found), found.fingerprint, capsys.readouterr().out
 
-    assert pairs() == ROWS - 4
-    summary = tmp_path / "out" / "NIGHTS" / mmeb_prepare.SUMMARY
-    kept = summary.stat().st_ino
-    assert pairs() == ROWS - 4 and summary.stat().st_ino == kept
-    first, fifth = (published(root, "NIGHTS")[row] for row in (0, 5))
-    shutil.copy(images / first["qry_image_path"], images / fifth["qry_image_path"])
-    assert pairs() == ROWS - 4 and summary.stat().st_ino != kept  # its target's is still missing
-    shutil.copy(images / first["pos_image_path"], images / fifth["pos_image_path"])
-    assert pairs() == ROWS - 3
+    rows, mark, said = run()
+    assert rows == ROWS - 4 and "now:" not in said
+    first, fifth, seventh, tenth = (published(root, "NIGHTS")[row] for row in (0, 5, 7, 10))
+    for side in ("qry_image_path", "pos_image_path"):  # missing, and damaged
+        for row in (fifth, seventh):
+            shutil.copy(images / first[side], images / row[side])
+    os.remove(images / tenth["pos_image_path"])
+    rows, same, said = run()
+    assert (rows, same) == (ROWS - 4, mark)
+    assert "NIGHTS: images missing or damaged then that can be read now: 2; --sets NIGHTS" in said
+    rows, other, said = run("--again")
+    assert rows == ROWS - 3 and other != mark and "now:" not in said
+    with open(output / "NIGHTS" / mmeb_prepare.SKIPPED, "a") as file:
+        file.write('3\n"x"\n{broken\n')
+    assert run()[0] == ROWS - 3
+
+
+def test_sets_of_other_rows_have_other_fingerprints(root, tmp_path):
+    """Though there are as many of everything."""
+    images, found = shutil.copytree(root / "images", tmp_path / "images"), []
+    first, second = (images / published(root, "NIGHTS")[row]["qry_image_path"] for row in (0, 1))
+    for output in ("a", "b", "again"):
+        mmeb_prepare.prepare("NIGHTS", root / "MMEB-train", images, tmp_path / output, LENIENT)
+        found += mmeb.open_sets(tmp_path / output, ["NIGHTS"])
+        one, other = first.read_bytes(), second.read_bytes()
+        first.write_bytes(other), second.write_bytes(one)
+    a, b, again = (one.fingerprint for one in found)
+    assert a == again != b
 
 
 def test_rows_with_other_sides_are_a_part_of_their_own(root, tmp_path):

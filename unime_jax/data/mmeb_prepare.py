@@ -70,7 +70,7 @@ class Summary:
 
 
 class _Bad(Exception):
-    """A row that cannot be used: which counter of `Summary`, why, and which file is missing."""
+    """A row that cannot be used: which counter of `Summary`, why, and what file would mend it."""
 
     def __init__(self, reason: str, problem: str, missing: str = ""):
         super().__init__(problem)
@@ -108,8 +108,10 @@ def prepare(
     output: pathlib.Path,
     settings: Settings,
     progress: Callable[[int], None] = lambda rows: None,
+    *,
+    again: bool = False,
 ) -> Summary:
-    """Writes one set to `output`/`name`, unless it is there already and no image came since.
+    """Writes one set to `output`/`name`, unless it is there already.
 
     Args:
       name: of the set.
@@ -118,6 +120,7 @@ def prepare(
       output: directory of all prepared sets.
       settings: see `Settings`.
       progress: called with the number of rows just read.
+      again: a set that is there is replaced.
 
     Raises:
       UserError: files missing or not as published, more bad rows than the settings allow.
@@ -130,15 +133,15 @@ def prepare(
     }
     if root := wanted.pop("image_root"):  # sets of before the key was there lack it
         wanted["image_root"] = os.path.realpath(pathlib.Path(root).expanduser())
-    done = _read_summary(output / name, wanted)
-    folder = image_files.Folder(images, settings.image_root or None, option="--image-root")
-    if done is not None and not _have_come(output / name, folder):
+    done = None if again else _read_summary(output / name, wanted)
+    if done is not None:
         progress(done.rows)
         return done
     scratch = output / f".{name}.part"  # of an interrupted run, if it is there
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    reader = _Reader(_rows(files, settings.rows_per_set), folder, settings, progress)
+    rows = _rows(files, settings.rows_per_set)
+    reader = _Reader(rows, _folder(images, settings), settings, progress)
     try:
         mmeb_builder.write(scratch, reader.images(), reader.pairs)
     except AssertionError:  # tfds writes no empty set; why it is empty is told below
@@ -157,7 +160,7 @@ def prepare(
             f"{name}: {summary.bad} of {summary.rows} rows cannot be used, more than "
             f"--max-bad-share allows; they are listed in {kept}, the first: {problem}"
         )
-    content = {"wanted": wanted, "summary": dataclasses.asdict(summary)}
+    content = {"wanted": wanted, "summary": dataclasses.asdict(summary), "rows": reader.digest()}
     (scratch / SUMMARY).write_text(json.dumps(content, indent=1))
     sides = [(pair.query_image >= 0, pair.target_image >= 0) for pair in reader.pairs]
     np.save(scratch / SIDES, np.array(sides, bool))
@@ -175,14 +178,18 @@ def _read_summary(directory: pathlib.Path, wanted: dict) -> Summary | None:
         return None
 
 
-def _have_come(directory: pathlib.Path, images: image_files.Folder) -> bool:
-    """Says whether an image that a prepared set misses is there by now."""
+def come(directory: pathlib.Path, images: pathlib.Path, settings: Settings) -> int:
+    """Counts the images, missing or damaged when a set was prepared, that can be read by now."""
+    paths = {}
     with contextlib.suppress(OSError, ValueError), open(directory / SKIPPED, "rb") as file:
-        for path in (json.loads(line).get("missing") for line in file):
-            with contextlib.suppress(UserError):
-                if path and images.path(path).is_file():
-                    return True
-    return False
+        for line in map(json.loads, file):
+            paths[line.get("missing", "") if isinstance(line, dict) else ""] = None
+    reader = _Reader(iter(()), _folder(images, settings), settings, None)
+    return sum(isinstance(reader._load(path), bytes) for path in paths if path)
+
+
+def _folder(images: pathlib.Path, settings: Settings) -> image_files.Folder:
+    return image_files.Folder(images, settings.image_root or None, option="--image-root")
 
 
 def _parquet(path: pathlib.Path):
@@ -296,7 +303,7 @@ class _Reader:
         except image_files.Missing as error:
             return _Bad("missing_images", str(error), path)
         except UserError as error:
-            return _Bad("unreadable_images", str(error))
+            return _Bad("unreadable_images", str(error), path)
         try:
             if self._decode:
                 # A small scale does: every byte of the file is read all the same.
@@ -304,8 +311,15 @@ class _Reader:
             else:
                 pictures.size_of(content)
         except UserError as error:
-            return _Bad("unreadable_images", str(error))
+            return _Bad("unreadable_images", str(error), path)
         return content
+
+    def digest(self) -> str:
+        """Is equal where all pairs are, the content of their images included."""
+        found = hashlib.blake2b("".join(self._by_content).encode(), digest_size=16)
+        for pair in self.pairs:
+            found.update(repr(dataclasses.astuple(pair)).encode())
+        return found.hexdigest()
 
     def summary(self) -> Summary:
         return Summary(
