@@ -1,6 +1,7 @@
 """Config files, overrides and the checks before any work: one clear line for each fault."""
 
 import pathlib
+import re
 
 import pytest
 
@@ -27,6 +28,22 @@ def test_overrides_reach_their_key_with_its_type():
     c = parse("--config.train.steps=7", "--config.optim.learning_rate=1e-2")
     assert c.train.steps == 7 and isinstance(c.train.steps, int)
     assert c.optim.learning_rate == 0.01
+
+
+@pytest.mark.parametrize(
+    "given, sets",
+    [
+        ("A,B", ("A", "B")),
+        (" A, B,", ("A", "B")),
+        ("B,A,B", ("B", "A")),
+        ("('A', 'B,C')", ("A", "B", "C")),
+        ("", ()),
+    ],
+)
+def test_sets_are_named_with_commas(given, sets):
+    c = parse(f"--config.data.sets={given}")
+    config_lib.validate_values(c)
+    assert c.data.sets == sets
 
 
 def test_two_word_flag_and_config_argument():
@@ -58,6 +75,33 @@ def test_a_file_that_asks_for_a_key_that_is_not_there_is_told(tmp_path):
     text = "from unime_jax.config import base_config\ndef get_config(arg=''):\n    "
     (tmp_path / "c.py").write_text(text + "return base_config().train.stepz\n")
     with pytest.raises(UserError, match=r"^config: stepz: no such key; did you mean steps\?$"):
+        parse(file=tmp_path / "c.py")
+
+
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("c.model.path.foo = 1", "AttributeError: 'str' object has no attribute 'foo'"),
+        ("None.copy()", "AttributeError: 'NoneType' object has no attribute 'copy'"),
+        ("{'smoke': 3}['smoek']", "KeyError: 'smoek'"),
+        ("raise KeyError()", "KeyError"),
+        ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("c.train.steps = 'x'", "TypeError: Could not override field 'steps' .*"),
+        ("open('/no/file')", "FileNotFoundError: .* No such file or directory: '/no/file'"),
+        ("import nonono", "ModuleNotFoundError: No module named 'nonono'"),
+    ],
+)
+def test_what_a_config_file_fails_at_is_told_with_its_line(tmp_path, body, said):
+    file = tmp_path / "c.py"
+    text = "from unime_jax.config import base_config\ndef get_config(arg=''):\n    "
+    file.write_text(f"{text}c = base_config()\n    {body}\n    return c\n")
+    with pytest.raises(UserError, match=rf"^config: {said} \({re.escape(str(file))}:4\)$"):
+        parse(file=file)
+
+
+def test_a_config_file_that_is_no_python(tmp_path):
+    (tmp_path / "c.py").write_text("def get_config(:\n")
+    with pytest.raises(UserError, match=r"^config: invalid syntax \(c.py, line 1\)$"):
         parse(file=tmp_path / "c.py")
 
 

@@ -17,8 +17,8 @@ STEP |= {"embed_job", "evaluation", "loop", "model_card", "planning", "search", 
 STEP |= {"ablation", "initial", "predictions", "replay", "tiny", "tower_features", "train_data"}
 STEP |= {"runner", "train_checks", "weights"}
 PARTS = {"models", "data", "benchmarks"}
-GROUND = {"types", "sharding", "config", "config_values", "runtime", "cluster", "file_hashes"}
-GROUND |= {"allocator", "arguments", "failures", "gpu_flags"}
+GROUND = {"types", "sharding", "config", "config_errors", "config_values", "runtime", "cluster"}
+GROUND |= {"allocator", "arguments", "failures", "file_hashes", "gpu_flags"}
 LEVELS = {
     **dict.fromkeys(ENTRIES, 3),
     **dict.fromkeys(STEP, 2),

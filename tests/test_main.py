@@ -19,6 +19,20 @@ def test_every_program_is_listed_with_what_it_does(capsys):
     assert all(line.endswith(".") and len(line.split()) > 4 for line in lines)
     with pytest.raises(UserError, match="python -m unime_jax.embed"):
         __main__.main(["unime_jax", "embed", "--model", "x"])
+    __main__.main(["unime_jax", "--help"])
+    assert [x for x in capsys.readouterr().out.splitlines() if x.startswith("  p")] == lines
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("evalute", "did you mean python -m unime_jax.evaluate[?]; `python -m unime_jax` lists"),
+        ("--nope", "^--nope: no such program; `python"),
+    ],
+)
+def test_a_program_that_is_not_there(word, said):
+    with pytest.raises(UserError, match=said):
+        __main__.main(["unime_jax", word])
 
 
 def test_a_wrong_command_line_is_one_line():

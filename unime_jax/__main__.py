@@ -1,6 +1,7 @@
 """Lists what can be run."""
 
 import ast
+import difflib
 import pathlib
 
 from unime_jax import runtime
@@ -20,8 +21,16 @@ ENTRIES = (
 
 
 def main(argv: list[str]) -> None:
-    if argv[1:2] and argv[1] in ENTRIES:
-        raise UserError(f"{argv[1]} is a program of its own: python -m unime_jax.{argv[1]}")
+    for word in argv[1:2]:
+        if word in ENTRIES:
+            raise UserError(f"{word} is a program of its own: python -m unime_jax.{word}")
+        if word not in ("-h", "--help"):
+            near = difflib.get_close_matches(word, ENTRIES, 1)
+            raise UserError(
+                f"{word}: no such program"
+                + (f"; did you mean python -m unime_jax.{near[0]}?" if near else "")
+                + "; `python -m unime_jax` lists them"
+            )
     print("UniME in JAX. Each of these tells more with --help:\n")
     for name in ENTRIES:
         print(f"  python -m unime_jax.{name:<9} {_first_line(name)}")

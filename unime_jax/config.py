@@ -11,7 +11,7 @@ import sys
 from absl import flags
 from ml_collections import ConfigDict, config_dict, config_flags
 
-from unime_jax import config_values
+from unime_jax import config_errors, config_values
 from unime_jax.types import UserError
 
 STAGES = ("distill", "align", "contrast", "judge")
@@ -217,24 +217,8 @@ def _load(argv: list[str]) -> tuple[list[str], ConfigDict | None]:
     except UserError:
         raise
     except Exception as error:  # absl, importlib and ml_collections each raise their own kinds
-        raise UserError(_explain(error, argv)) from error
+        raise UserError(config_errors.explain(error, argv)) from error
     return rest, config
-
-
-def _explain(error: Exception, argv: list[str]) -> str:
-    """Turns what absl, importlib or ml_collections raised into one line."""
-    message = error.args[0] if error.args else ""
-    message = str(message.args[0] if isinstance(message, KeyError) else message)
-    if found := re.match(r"'(\w+)'(?:\s+Did you mean \"(\w+)\")?", message):
-        missing, near = found.groups()
-        keys = (word.removeprefix("--").partition("=")[0] for word in argv)
-        named = next((key for key in keys if missing in key.split(".")), f"config: {missing}")
-        return f"{named}: no such key" + (f"; did you mean {near}?" if near else "")
-    text = " ".join(message.split()) or type(error).__name__
-    if "No such file" in text:
-        named = next((a for a in argv[1:] if ".py" in a), "--config").removeprefix("--config=")
-        return f"config file {named.split(':')[0]} not found; configs/ has one file per run"
-    return f"config: {text}"
 
 
 def check(condition: bool, message: str) -> None:

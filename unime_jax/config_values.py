@@ -22,10 +22,11 @@ def problem(settings: dict[str, Any]) -> str:
 
 
 def split(value: Any) -> Any:
-    """Splits strings of a tuple at commas: as a flag it may come as one string."""
+    """Splits strings of a tuple at commas, each part once: as a flag it may come as one string."""
     if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
         return value
-    return tuple(part for item in value for part in item.split(","))
+    parts = (part.strip() for item in value for part in item.split(","))
+    return tuple(dict.fromkeys(filter(None, parts)))
 
 
 def _problems(flat: dict[str, Any]) -> Iterator[str]:

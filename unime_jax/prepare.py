@@ -26,7 +26,7 @@ import pathlib
 import shutil
 import tempfile
 
-from unime_jax import arguments, report, runtime
+from unime_jax import arguments, config_values, report, runtime
 from unime_jax.types import UserError
 
 _FORMAT = 3  # raise it when what is written changes: prepared directories are then redone
@@ -83,7 +83,7 @@ def run_mmeb(args: argparse.Namespace) -> None:
     source, images, output = (
         pathlib.Path(path).expanduser() for path in (args.source, args.images, args.output)
     )
-    names = args.sets.split(",") if args.sets else list(mmeb_sets.NAMES)
+    names = config_values.split((args.sets or "",)) or mmeb_sets.NAMES
     for given, allowed, flag in (
         (names, mmeb_sets.NAMES, "--sets"),
         ([args.split], mmeb_sets.SPLITS, "--split"),

@@ -1,0 +1,45 @@
+"""What was wrong with a config file or an override, in one line."""
+
+import os
+import re
+import traceback
+
+
+def explain(error: BaseException, argv: list[str]) -> str:
+    """Turns what absl, importlib or ml_collections raised into one line."""
+    file = next((word for word in argv[1:] if ".py" in word), "--config")
+    file = file.removeprefix("--config=").split(":")[0]
+    error, line = _origin(error, file)
+    message = error.args[0] if error.args else ""
+    message = str(message.args[0] if isinstance(message, KeyError) else message)
+    if found := re.fullmatch(r"'(\w+)'(?:\s+Did you mean \"(\w+)\".*)?", message.strip(), re.S):
+        missing, near = found.groups()
+        keys = (word.removeprefix("--").partition("=")[0] for word in argv)
+        named = next((key for key in keys if missing in key.split(".")), f"config: {missing}")
+        return f"{named}: no such key" + (f"; did you mean {near}?" if near else "")
+    kind = type(error).__name__
+    if line:
+        text = " ".join(str(error).split())
+        return f"config: {kind}{f': {text}' if text else ''} ({file}:{line})"
+    text = " ".join(str(error if isinstance(error, SyntaxError) else message).split())
+    if isinstance(error, FileNotFoundError) or "No such file" in text:
+        return f"config file {file} not found; configs/ has one file per run"
+    return f"config: {text or kind}"
+
+
+def _origin(error: BaseException, file: str) -> tuple[BaseException, int]:
+    """Returns what was raised first in a config file, and its line there; the error and 0 if none.
+
+    ml_collections raises errors of its own in place of some, and puts a traceback into their text.
+    """
+    found, place, each = error, 0, error
+    while each is not None:
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(each.__traceback__)
+            if os.path.realpath(frame.filename) == os.path.realpath(file)
+        ]
+        if lines:
+            found, place = each, lines[-1]
+        each = each.__cause__ or each.__context__
+    return found, place
