@@ -325,6 +325,22 @@ def test_long_names_stay_inside_the_figure(tmp_path, drawn):
         assert inside.x0 <= box.x0 and box.x1 <= inside.x1 and box.y1 <= inside.y1
 
 
+def test_legends_name_everything_in_any_letters(tmp_path, drawn):
+    names = ["_a", "_b$^$", "runs/llava16_stage2_of_a_very_long_name_indeed_with_seed0"]
+    rows = {name: {"IND": 10.0} for name in [*names, names[2].replace("seed0", "seed1")]}
+    report.plot_groups(rows, tmp_path / "x.png", label="%", chance={"IND": 5.0})
+    report.plot_dumbbells({"VQA": [("GQA", 1.0, None)]}, tmp_path / "y.png", names=("_a", "_b"),
+                          label="%")  # fmt: skip
+    groups, dumbbells = ([t.get_text() for t in f.legends[0].get_texts()] for f in drawn)
+    assert groups[:2] == names[:2] and groups[4:] == ["chance"] and len(set(groups)) == 5
+    assert groups[2].startswith("runs/llava16") and groups[2].endswith("_with_seed0")
+    assert all(len(name) <= 48 for name in groups)
+    assert dumbbells == ["_a", "_b", "_b, lower"]
+    with style.figure_of(2.0, 2.0, os.devnull) as figure:
+        style.legend_above(figure, [])
+        assert not figure.legends
+
+
 def test_texts_are_wrapped_by_their_width_and_boxes_stand_for_unknown_letters():
     with style.figure_of(2.0, 2.0, os.devnull) as figure:
         narrow, wide = (

@@ -26,11 +26,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{word} is a program of its own: python -m unime_jax.{word}")
         if word not in ("-h", "--help"):
             near = difflib.get_close_matches(word, ENTRIES, 1)
-            raise UserError(
-                f"{word}: no such program"
-                + (f"; did you mean python -m unime_jax.{near[0]}?" if near else "")
-                + "; `python -m unime_jax` lists them"
-            )
+            hint = f"did you mean python -m unime_jax.{near[0]}" if near else "see --help"
+            raise UserError(f"{word}: no such program; {hint}")
     print("UniME in JAX. Each of these tells more with --help:\n")
     for name in ENTRIES:
         print(f"  python -m unime_jax.{name:<9} {_first_line(name)}")

@@ -218,12 +218,18 @@ def test_runs_that_cannot_be_compared_are_named(tmp_path):
     (tmp_path / "b/report.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="b/report.json: not the report .*lacks means"):
         compare.compare([run_a, other], tmp_path / "out")
+    for named in ({"results": {"benchmark": "smol"}}, {"title": "smol"}):
+        (tmp_path / "b/report.json").write_text(json.dumps(named))
+        with pytest.raises(UserError, match="the report of 'smol', not of MMEB or of retrieval$"):
+            compare.compare([run_a, other], tmp_path / "out")
 
 
 def test_runs_without_any_score_are_compared(tmp_path, capsys):
     runs = [mmeb_report(tmp_path / name, 0.0, []) for name in "ab"]
     compare.compare(runs, tmp_path / "out")
     assert "0/36" in capsys.readouterr().out
+    compare.compare([runs[0], mmeb_report(tmp_path / "c", 0.5, ["GQA"]), runs[1]], tmp_path / "out")
+    assert "50.0" in capsys.readouterr().out and not (tmp_path / "out" / "sets.png").exists()
 
 
 def test_directories_are_looked_for_before_any_work(captions, tmp_path):

@@ -114,7 +114,8 @@ def _mmeb(found: Mapping[str, Mapping[str, Any]], output: pathlib.Path) -> list[
         reference=[row["name"] for row in others],
     )  # fmt: skip
     sections.append(report.Section("By meta-task", image="tasks.png", note="Grey: published."))
-    if len(found) > 1:
+    runs = list(found.values())
+    if len(runs) > 1 and (_scores(runs[0]) or _scores(runs[-1])):
         sections.append(_mmeb_dumbbells(found, output))
     return sections
 

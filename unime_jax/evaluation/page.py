@@ -173,7 +173,10 @@ def read_results(path) -> dict[str, Any]:
     place = place / "report.json" if place.is_dir() else place
     try:
         found = json.loads(place.read_text())
-        for key in (*_OF_ALL, *_OF_BENCHMARK[found["results"]["benchmark"]]):
+        kind = found["results"]["benchmark"] if "results" in found else found["title"]
+        if kind not in _OF_BENCHMARK:
+            raise UserError(f"{place}: the report of {kind!r}, not of MMEB or of retrieval")
+        for key in (*_OF_ALL, *_OF_BENCHMARK[kind]):
             functools.reduce(operator.getitem, key.split("/"), found)
     except FileNotFoundError:
         raise UserError(f"{path}: no report.json there; give the output of an evaluation") from None

@@ -1,5 +1,6 @@
 """Plots of benchmark scores: groups of bars, and sets before and after."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ def plot_groups(
         ax = figure.subplots()
         own = [name for name in rows if name not in reference]
         greys = [name for name in rows if name in reference]
+        legend = []
         for number, (name, row) in enumerate(rows.items()):
             if name in reference:
                 color = shade(GREY, len(greys) - 1 - greys.index(name), max(len(greys), 2))
@@ -51,15 +53,16 @@ def plot_groups(
                 color = _BAR_COLORS[own.index(name) % len(_BAR_COLORS)]
             offset = (number - (len(rows) - 1) / 2) * width
             drawn = [(i, row[g]) for i, g in enumerate(groups) if _is_number(row.get(g))]
-            ax.bar([i + offset for i, _ in drawn], [v for _, v in drawn], 0.92 * width,
-                   color=color, label=cut(name, _NAME))  # fmt: skip
+            places, values = [i + offset for i, _ in drawn], [value for _, value in drawn]
+            legend.append((ax.bar(places, values, 0.92 * width, color=color), cut(name, _NAME)))
             for i, value in drawn:
                 ax.text(i + offset, value + 0.8, f"{value:.1f}", ha="center", va="bottom",
                         fontsize=6.2 if len(rows) < 4 else 5.4, color=INK)  # fmt: skip
         for i, group in enumerate(groups):
             if chance and _is_number(chance.get(group)):
-                ax.plot([i - 0.42, i + 0.42], [chance[group]] * 2, color=INK, linewidth=0.9,
-                        linestyle=(0, (2, 2)), label="chance" if i == 0 else None)  # fmt: skip
+                (line,) = ax.plot([i - 0.42, i + 0.42], [chance[group]] * 2, color=INK,
+                                  linewidth=0.9, linestyle=(0, (2, 2)))  # fmt: skip
+                legend += [(line, "chance")] if i == 0 else []
         ax.set_xticks(range(len(groups)), groups)
         ax.tick_params(axis="x", length=0, labelsize=8.5)
         ax.grid(False, axis="x")
@@ -69,8 +72,7 @@ def plot_groups(
         ax.set_ylim(0, min(106, 1.12 * max(values, default=1) + 2))
         ax.spines["left"].set_visible(False)
         ax.tick_params(axis="y", length=0)
-        handles, _ = ax.get_legend_handles_labels()
-        legend_above(figure, sorted(handles, key=lambda handle: handle.get_label() == "chance"))
+        legend_above(figure, legend)
     return pathlib.Path(path)
 
 
@@ -136,15 +138,14 @@ def _dumbbell_legend(figure, names: tuple[str, str], italics: bool) -> None:
     from matplotlib.lines import Line2D
 
     names = (cut(names[0], _NAME), cut(names[1], _NAME))
+    dot = functools.partial(Line2D, [], [], marker="o", linestyle="none")
     handles = [
-        Line2D([], [], marker="o", linestyle="none", color="white", markeredgecolor=MUTED,
-               markersize=4.6, label=names[0]),
-        Line2D([], [], marker="o", linestyle="none", color=BLUE, markersize=5.4, label=names[1]),
-        Line2D([], [], marker="o", linestyle="none", color=SERIES[1], markersize=5.4,
-               label=f"{names[1]}, lower"),
-    ]  # fmt: skip
+        (dot(color="white", markeredgecolor=MUTED, markersize=4.6), names[0]),
+        (dot(color=BLUE, markersize=5.4), names[1]),
+        (dot(color=SERIES[1], markersize=5.4), f"{names[1]}, lower"),
+    ]
     if italics:
-        handles.append(Line2D([], [], linestyle="none", label="italics: out of distribution"))
+        handles.append((Line2D([], [], linestyle="none"), "italics: out of distribution"))
     legend_above(figure, handles, columnspacing=1.2, handletextpad=0.2, fontsize=7.5)
 
 

@@ -7,6 +7,8 @@ is loaded by the first plot.
 import contextlib
 import functools
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,21 +68,31 @@ def figure_of(width: float, height: float, path, layout: str = "constrained"):
 
 
 def cut(text: str, letters: int) -> str:
-    """Shortens a name that has no blanks to be cut at."""
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+    """Shortens a name without blanks in its middle: names of runs differ at their ends."""
+    end = (letters - 1) // 2
+    return text if len(text) <= letters else f"{text[: letters - 1 - end]}…{text[-end:]}"
 
 
-def legend_above(figure, handles, **style) -> None:
+def legend_above(figure, handles: Sequence[tuple[Any, str]], **style) -> None:
     """Draws a legend above all axes, of as many columns as the figure is wide for.
 
     The figure grows by its further rows.
+
+    Args:
+      figure: that it is drawn on.
+      handles: each with its name, of any letters; matplotlib hides labels that begin with "_".
+      style: of `figure.legend`.
     """
+    if not handles:
+        return
     style = {"loc": "outside upper left", "borderaxespad": 0.4, **style}
     room = figure.bbox.width - 2 * 0.4 * 8 / 72 * figure.dpi  # its pad, in units of its font
+    artists, places = [artist for artist, _ in handles], list(map(str, range(len(handles))))
     for columns in range(min(4, len(handles)), 0, -1):
-        legend = figure.legend(handles=handles, ncols=columns, **style)
-        for text in legend.get_texts():
+        legend = figure.legend(artists, places, ncols=columns, **style)
+        for text, (_, name) in zip(legend.get_texts(), handles, strict=True):
             text.set_parse_math(False)
+            text.set_text(name)
         box = legend.get_window_extent(figure.canvas.get_renderer())
         if columns == 1 or box.width <= room:
             break
