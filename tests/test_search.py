@@ -159,6 +159,19 @@ def test_what_cannot_be_searched(root, tmp_path):
         find(write(root, tmp_path / "v.npz", input="none.jsonl"), "--text", "a")
 
 
+def test_sheets_that_cannot_be_written(root, tmp_path, capsys, monkeypatch):
+    index = write(root, tmp_path / "v.npz")
+    (tmp_path / "v.npz.search.png").mkdir()
+    find(index, "--text", "a red cat")
+    said = capsys.readouterr().out
+    assert "1.000  cat" in said and "no sheet of the pictures: " in said and "--sheet" in said
+    with pytest.raises(OSError, match="directory"):
+        find(index, "--text", "a red cat", "--sheet", tmp_path / "v.npz.search.png")
+    monkeypatch.setattr(embedder, "load_weights", None)
+    with pytest.raises(UserError, match="^--sheet=.*v.npz is no directory"):
+        find(index, "--text", "a red cat", "--sheet", index / "x.png")
+
+
 def test_the_search_is_exact():
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((500, 16)).astype(np.float32)

@@ -203,7 +203,8 @@ def _check_finished(output: pathlib.Path, settings: dict[str, Any], source: item
     embed_job.check_root(output, about, settings)
     _check_any(output, about)
     embed_job.sweep(output)
-    bad = f"; bad rows: {about['bad_rows']}, see {embed_job.errors_of(output)}"
+    bad = f"; bad rows: {about['bad_rows']}, see {embed_job.errors_of(output)} ("
+    bad += f"remove {output} to try them again)"
     _say(f"{output}: all {about['vectors']} vectors are there{bad * bool(about['bad_rows'])}")
 
 

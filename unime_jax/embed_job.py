@@ -6,7 +6,8 @@ Beside the output, in OUTPUT.job/:
     items.jsonl      [digest, id, start of the text, name of the image] of each row read, in order
     vectors.bin      vector i at its place, in the output's dtype; holes where none is yet
     done-P.bin       int64 numbers of the rows that process P has finished
-    errors-P.jsonl   rows that process P could not embed, why, and what the image root was
+    errors-P.jsonl   rows that process P could not embed, and why; they are tried again when the job
+                     goes on, for pictures may have come
 
 Vectors reach the disk's cache before the number of their row does, so a killed process loses the
 rows in flight and nothing else. With several processes all see one file system.
@@ -29,7 +30,7 @@ from unime_jax.data.items import Entry
 from unime_jax.types import UserError
 
 TEXT_LETTERS = 200  # of a row's text that the output repeats
-# May be spelled in another way; rows that were outside the image root are tried again in another.
+# May be spelled in another way, or decide which rows are bad: those are tried again.
 _FREE = ("input", "folder", "keys", "model", "image_root", "unime_jax")
 
 
@@ -55,15 +56,11 @@ class Job:
         self._process = process
         self._directory = directory_of(output)
         self._done = bytearray()  # 1: has a vector, 2: has none and will not get one
-        self._errors: dict[int, str] = {}
         self.finished = 0
         for path in sorted(self._directory.glob("done-*.bin")):
             content = path.read_bytes()
             for row in np.frombuffer(content[: len(content) // 8 * 8], np.int64):
                 self._mark(int(row), 1)
-        for path in sorted(self._directory.glob("errors-*.jsonl")):
-            for line in filter(self._holds, _whole_lines(path)):
-                self._mark(line["row"], 2)
         self._vectors = os.open(self._directory / "vectors.bin", os.O_RDWR | os.O_CREAT, 0o644)
         needed = (self._done.rfind(1) + 1) * width * dtype.itemsize
         if os.fstat(self._vectors).st_size < needed:
@@ -71,23 +68,12 @@ class Job:
                 f"{self._directory}/vectors.bin lacks vectors that are counted as done: remove "
                 f"{self._directory} and start again"
             )
-        self._numbers = open(self._torn(f"done-{process}.bin", 8), "ab", buffering=0)
-        self._faults = open(self._torn(f"errors-{process}.jsonl"), "a", encoding="utf-8")
+        path = self._directory / f"done-{process}.bin"
+        if path.exists():  # a killed process may have left half a number
+            os.truncate(path, path.stat().st_size // 8 * 8)
+        self._numbers = open(path, "ab", buffering=0)
+        self._faults = open(self._directory / f"errors-{process}.jsonl", "w", encoding="utf-8")
         self.log = ItemLog(self._directory / "items.jsonl", writes=process == 0)
-
-    def _torn(self, name: str, size: int = 0) -> pathlib.Path:
-        """Cuts off what a killed process left half written."""
-        path = self._directory / name
-        if path.exists():
-            content = path.read_bytes()
-            whole = len(content) // size * size if size else content.rfind(b"\n") + 1
-            os.truncate(path, whole)
-        return path
-
-    def _holds(self, line: dict[str, Any]) -> bool:
-        """Says whether a row that could not be embedded cannot be now."""
-        outside = image_files.OUTSIDE in line["error"]
-        return not outside or _root(line) == _root(self._settings)
 
     def _mark(self, row: int, value: int) -> None:
         if row >= len(self._done):
@@ -116,8 +102,6 @@ class Job:
     def fail(self, row: int, id: str, reason: str) -> None:
         """Notes that a row cannot be embedded."""
         line = {"row": row, "id": id, "error": reason}
-        if image_files.OUTSIDE in reason:
-            line["image_root"] = _root(self._settings)
         with _naming(self._directory):
             self._faults.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._faults.flush()
@@ -140,7 +124,8 @@ class Job:
         errors = [
             line
             for path in self._directory.glob("errors-*.jsonl")
-            for line in filter(self._holds, _whole_lines(path))
+            for line in _whole_lines(path)
+            if self._done[line["row"] : line["row"] + 1] != b"\1"  # as it may be since
         ]
         errors = list({line["row"]: line for line in errors}.values())
         errors.sort(key=lambda line: line["row"])

@@ -41,7 +41,10 @@ def run(args: argparse.Namespace) -> None:
     """Prints the nearest rows and draws their pictures."""
     if args.text is None and args.image is None:
         raise UserError("search: give --text, --image or both")
-    _faiss()  # missing ones are told before the model is loaded
+    # What is missing is told before the model is loaded.
+    _faiss()
+    if args.sheet:
+        runtime.check_output(pathlib.Path(args.sheet).expanduser().parent, "--sheet")
     index = vector_files.read(pathlib.Path(args.index).expanduser())
     if not len(index.vectors):
         raise UserError(f"{args.index} holds no vectors")
@@ -60,7 +63,12 @@ def run(args: argparse.Namespace) -> None:
     )
     print(table.text())
     if any(index.images[place] for place in places):
-        print(f"pictures: {_draw(args, index, cosines, places)}")
+        try:
+            print(f"pictures: {_draw(args, index, cosines, places)}")
+        except OSError as error:
+            if args.sheet:
+                raise
+            print(f"no sheet of the pictures: {error}; --sheet FILE.png names another place")
 
 
 def _query(args: argparse.Namespace, about: dict[str, Any]) -> np.ndarray:

@@ -161,7 +161,7 @@ def test_kill_9_and_a_broken_pipe(root, alone, tmp_path):
 def test_another_image_root_tries_again_what_was_outside(root, tmp_path, monkeypatch):
     """Of a job that was stopped; where it is done, it is said."""
     (tmp_path / "in").mkdir()
-    rows = [{"text": "a"}, {"image": str(root / "pairs" / "0.png")}, {"image": "gone.png"}]
+    rows = [{"text": "a"}, *({"image": str(root / "pairs" / name)} for name in ("0.png", "gone"))]
     (tmp_path / "in" / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = {"input": tmp_path / "in" / "x.jsonl"}
     job = tmp_path / "v.npz.job"
@@ -178,8 +178,30 @@ def test_another_image_root_tries_again_what_was_outside(root, tmp_path, monkeyp
     run(root, tmp_path / "v.npz", **flags)
     assert vector_files.read(tmp_path / "v.npz").rows.tolist() == [0]
     run(root, tmp_path / "v.npz", **flags)
-    with pytest.raises(UserError, match="v.npz lacks 1 rows whose .*.--image-root '' there, '/"):
+    with pytest.raises(UserError, match="v.npz lacks 2 rows whose .*.--image-root '' there, '/"):
         run(root, tmp_path / "v.npz", "--image-root", root, **flags)
+
+
+def test_rows_that_were_bad_are_tried_again_when_a_job_goes_on(root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "in").mkdir()
+    rows = [{"text": "a"}, {"image": "late.png"}, {"image": "broken.png"}, {"image": "gone.png"}]
+    (tmp_path / "in" / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "in" / "broken.png").write_bytes(b"broken")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(embed_job.Job, "write", _die)
+        run(root, tmp_path / "v.npz", input=tmp_path / "in" / "x.jsonl")
+    job = tmp_path / "v.npz.job"
+    (job / "errors-0.jsonl").rename(job / "errors-1.jsonl")  # as of two processes
+    for name in ("late.png", "broken.png"):
+        shutil.copy(root / "pairs" / "0.png", tmp_path / "in" / name)
+    run(root, tmp_path / "v.npz", input=tmp_path / "in" / "x.jsonl")
+    found = vector_files.read(tmp_path / "v.npz")
+    assert found.rows.tolist() == [0, 1, 2] and found.about["bad_rows"] == 1
+    (error,) = map(json.loads, open(tmp_path / "v.npz.errors.jsonl"))
+    assert error["row"] == 3
+    capsys.readouterr()
+    run(root, tmp_path / "v.npz", input=tmp_path / "in" / "x.jsonl")
+    assert f"bad rows: 1, see {tmp_path}/v.npz.errors.jsonl (remove" in capsys.readouterr().out
 
 
 def _die(*args, **kwargs):
