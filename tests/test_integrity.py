@@ -158,7 +158,7 @@ def test_several_processes_look_again_or_fail_together(tmp_path):
         value = jnp.full(4, float(step))
         saves.save(steps.TrainState(jnp.int32(step), {"a": value}, {}), force=True)
     saves.close()
-    said = processes.finish(processes.start_program("readers.py", tmp_path), seconds=120)
+    said = processes.finish(processes.start_program("reading_together.py", tmp_path), seconds=120)
     for text in said:
         assert "[3.0, 3.0, 3.0, 3.0] [2. 2.] " in text, text
         assert "2 is whole but cannot be read (a disk) ['0', '1']" in text, text

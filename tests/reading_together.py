@@ -1,6 +1,6 @@
 """Reads a run as one of two processes, which lose a race with the run's trainer, or fail.
 
-python tests/readers.py COORDINATOR NUMBER RUN
+python tests/reading_together.py COORDINATOR NUMBER RUN
 """
 
 import pathlib
