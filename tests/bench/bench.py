@@ -37,6 +37,7 @@ class Bench:
         self.quick, self.device = args.quick, args.device
         self.alone = False  # whether there is no other side in what runs now
         self.torch_device = "cuda" if args.device == "gpu" and not args.tiny else "cpu"
+        self.compile_limit = args.compile_limit or COMPILE_LIMIT[args.device]
         self.variants = VARIANTS[args.device][: 1 if args.quick else None]
         self._workers: list[Worker] = []
 

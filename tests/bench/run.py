@@ -67,6 +67,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--only", nargs="+", metavar="NAME", help="; ".join((*TRAINING, *OTHERS, *MORE[:1]))
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each test")
+    parser.add_argument(
+        "--compile-limit",
+        type=float,
+        metavar="SECONDS",
+        help="until torch.compile's first step is done, else it is left out (CPU 100, GPU 600)",
+    )
     parser.add_argument("--quick", action="store_true", help="one round, PyTorch without compile")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does the bench run?")
     parser.add_argument(

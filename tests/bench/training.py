@@ -6,7 +6,7 @@ from typing import Any
 import measure
 import numpy as np
 import workers
-from bench import COMPILE_LIMIT, Bench
+from bench import Bench
 from measure import Result
 from workers import Worker, WorkerError
 
@@ -106,7 +106,7 @@ def _fastest(folder: pathlib.Path, bench: Bench):
     left_out: dict[str, str] = {}
     running: dict[str, Worker] = {}
     for variant in bench.variants:
-        limit = COMPILE_LIMIT[bench.device] if variant == "compile" else workers.LIMIT
+        limit = bench.compile_limit if variant.endswith("compile") else workers.LIMIT
         try:
             worker = bench.worker(
                 "torch_side.py", str(folder), variant, bench.torch_device, limit=limit
