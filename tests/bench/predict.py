@@ -40,6 +40,7 @@ from unime_jax.types import UserError
 
 _BANDWIDTH = 0.85  # share that kernels reach
 _INTEGER_LANES = 64  # of an SM, on Ampere and Hopper
+_SHOWN = 0.0005  # share of a step below which a kind is left out of the table
 _CLOSE = 0.01  # of products found in a program and counted by the plan
 
 
@@ -150,12 +151,13 @@ class Steps:
         first, *rest = kind
         started = time.perf_counter()
         run = self._run(first)
-        planned = _products(run) / math.prod(self.job.mesh)
+        work = _products(run)
+        # Devices share the rows of a group, and every one computes the whole loss.
+        planned = work / (math.prod(self.job.mesh) if first.group else 1)
         program = hlo.Program(self._compile(run, first))
         costs = program.costs(rates(self.hardware.chip, self.options.mfu))
         found = sum(cost.operations for cost in costs if cost.kind == hlo.PRODUCTS)
         seconds = time.perf_counter() - started
-        work = _products(run)
         factor = first.times + sum(one.times * _products(self._run(one)) / work for one in rest)
         say(f"  compiled {first.describe()} in {seconds:.0f} s; like it: {len(rest)}")
         if abs(found - planned) > _CLOSE * planned:
@@ -163,6 +165,9 @@ class Steps:
                 f"  WARNING: its products have {found / 1e12:.4g} TFLOP, and the plan counts "
                 f"{planned / 1e12:.4g}"
             )
+        again = sum(cost.seconds for cost in costs if ".remat" in cost.name)
+        if again:
+            say(f"  WARNING: for lack of memory XLA computes again what takes {again:.3f} s of it")
         if program.unknown_loops:
             say(f"  WARNING: {program.unknown_loops} loops of unknown length are taken to run once")
         return Predicted(
@@ -273,24 +278,30 @@ def summarise(predicted: list[Predicted], top: int) -> dict[str, Any]:
 def page(summary: dict[str, Any]) -> str:
     """Prints a summary for people."""
     total = summary["seconds"]
-    rows = [["", "seconds", "share", "GB", "TFLOP"]]
+    unit, scale = ("seconds", 1.0) if total >= 1 else ("ms", 1e3)
+
+    def length(seconds: float) -> str:
+        return f"{scale * seconds:.3f}"
+
+    rows = [["", unit, "share", "GB", "TFLOP"]]
     for one in summary["kinds"]:
-        work = f"{one['operations'] / 1e12:,.0f}" if one["operations"] else ""
-        size = f"{one['bytes'] / 1e9:,.0f}"
-        rows.append([one["kind"], f"{one['seconds']:.3f}", _share(one["share"]), size, work])
-    rows.append(["the step", f"{total:.3f}", "", "", ""])
-    lines = ["\nA step on one GPU, by kind of instruction", _table(rows)]
+        if one["share"] >= _SHOWN:
+            work = f"{one['operations'] / 1e12:,.1f}" if one["operations"] else ""
+            size = f"{one['bytes'] / 1e9:,.1f}"
+            rows.append([one["kind"], length(one["seconds"]), _share(one["share"]), size, work])
+    rows.append(["the step", length(total), "", "", ""])
+    lines = ["\nWhere the time of a GPU goes in a step", _table(rows)]
     ratio = total / (summary["products_seconds"] or total)
     lines.append(
-        f"  {summary['pairs'] / total:.1f} pairs/s; the step is {ratio:.2f} times its products, "
-        f"whose operations alone take {summary['operations_seconds']:.3f} s"
+        f"  {summary['pairs'] / total:,.1f} pairs/s; the step is {ratio:.2f} times its products, "
+        f"whose operations alone take {length(summary['operations_seconds'])} {unit}"
     )
-    rows = [["", "seconds", "share", "times", "MB each", "shape", "of"]]
+    rows = [["", unit, "share", "times", "MB each", "shape", "of"]]
     for one in summary["instructions"]:
         rows.append(
             [
                 f"{one['kind']}: {one['name']}",
-                f"{one['seconds']:.3f}",
+                length(one["seconds"]),
                 _share(one["seconds"] / total),
                 f"{one['times']:,.0f}",
                 f"{one['bytes'] / one['times'] / 1e6:,.1f}",
@@ -298,7 +309,8 @@ def page(summary: dict[str, Any]) -> str:
                 shorten(one["op_name"]),
             ]
         )
-    lines += ["\nCostliest instructions that are no products", _table(rows, left=2)]
+    if summary["instructions"]:
+        lines += ["\nCostliest instructions that are no products", _table(rows, left=2)]
     return "\n".join(lines)
 
 

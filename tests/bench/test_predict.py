@@ -1,5 +1,6 @@
 """What instructions of a small program cost, by hand, and what is told of a step."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -181,6 +182,8 @@ def test_a_step_is_the_sum_of_its_pieces(costs):
     assert listed == [("layer", "others"), ("attend", "others"), ("sums", "others")]
     text = predict.page({**summary, "pairs": 8})
     assert "elementwise" in text and f"{total:.3f}" in text
+    quick = predict.summarise([dataclasses.replace(once, costs=[costs["copy"].scaled(1e-3)])], 0)
+    assert "the step           9.600" in predict.page({**quick, "pairs": 8})
 
 
 def test_names_are_told_without_machinery():
