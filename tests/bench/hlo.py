@@ -28,6 +28,7 @@ _BY_OP = {
     **dict.fromkeys(("copy", "copy-start", "transpose", "reshape", "slice"), COPIES),
     **dict.fromkeys(("concatenate", "broadcast", "iota"), COPIES),
 }  # fmt: skip
+_UPDATES = ("dynamic-update-slice", "scatter")
 _COLLECTIVE = re.compile(r"(all-|reduce-scatter|collective-|ragged-|send|recv)")
 _GEMM = re.compile(r"cublas|gemm|matmul|conv(Forward|Backward|Bias)", re.IGNORECASE)
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
@@ -243,9 +244,10 @@ class Program:
         parameters = {each.number: each for each in inside.values() if each.op == "parameter"}
         for number, name in enumerate(one.operands):
             if number in parameters and name in around:
-                total += _read(parameters[number], inside)
+                parameter = parameters[number]
+                total += _share(parameter, inside) * nbytes(parameter.shape)
         for each in inside.values():
-            if each.op in ("dynamic-update-slice", "scatter") and _in_place(each, inside):
+            if each.op in _UPDATES and _in_place(each, inside):
                 total += nbytes(inside[each.operands[-1 if each.op == "scatter" else 1]].shape)
                 total -= nbytes(each.shape)
         return max(total, 0.0)
@@ -306,27 +308,26 @@ def _convolution(one: Instruction, around: Computation) -> float:
     return 2.0 * inner * math.prod(arrays(one.shape)[0][1])
 
 
-def _read(parameter: Instruction, inside: Computation) -> float:
-    """Counts the bytes of a fusion's parameter that are read."""
-    total = 0.0
-    for user in _users(parameter, inside):
-        if user.op in ("dynamic-slice", "slice", "gather"):
-            total += nbytes(user.shape)
-        elif not (
-            user.op in ("dynamic-update-slice", "scatter")
-            and _source(user.operands[0], inside) == parameter.name
-        ):
-            return nbytes(parameter.shape)
-    return min(total, nbytes(parameter.shape))
-
-
-def _users(one: Instruction, inside: Computation) -> list[Instruction]:
-    """Lists who reads an array, through bitcasts."""
-    found = []
+def _share(one: Instruction, inside: Computation) -> float:
+    """Returns the share of an array that a fusion needs, at most: all, but for slices of it."""
+    if one in _roots(inside):
+        return 1.0
+    share = 0.0
     for user in inside.values():
-        if one.name in user.operands:
-            found += _users(user, inside) if user.op == "bitcast" and not user.root else [user]
-    return found
+        if one.name not in user.operands:
+            continue
+        if user.op in ("dynamic-slice", "slice", "gather"):
+            part = _elements(user.shape) / _elements(one.shape)
+            share += part * _share(user, inside) if one.name == user.operands[0] else 1.0
+        elif user.op in _UPDATES and user.operands[0] == one.name and _in_place(user, inside):
+            continue
+        elif _elements(user.shape) == _elements(one.shape) and user.op != "dot":
+            share += _share(user, inside)
+        else:
+            return 1.0
+        if share >= 1:
+            return 1.0
+    return share
 
 
 def _source(name: str, inside: Computation) -> str:

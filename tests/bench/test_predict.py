@@ -82,6 +82,13 @@ PROGRAM = """HloModule step, is_scheduled=true
   ROOT %pad = bf16[8,4]{1,0} pad(%p.7, %nothing), padding=0_3x0_0
 }
 
+%third (p.8: bf16[4,6], p.9: bf16[4,6]) -> bf16[4,2] {
+  %p.8 = bf16[4,6]{1,0} parameter(0)
+  %p.9 = bf16[4,6]{1,0} parameter(1)
+  %both = bf16[4,6]{1,0} add(%p.8, %p.9)
+  ROOT %some = bf16[4,2]{1,0} slice(%both), slice={[0:4], [2:4]}
+}
+
 %cheap (q: f32[8]) -> f32[8] {
   %q = f32[8]{0} parameter(0)
   ROOT %same = f32[8]{0} negate(%q)
@@ -93,7 +100,7 @@ PROGRAM = """HloModule step, is_scheduled=true
   ROOT %second = f32[8]{0} exponential(%first)
 }
 
-ENTRY %main (x.1: bf16[2,8], w.1: bf16[3,8,4], k: bf16[3,2,4], f: f32[8,10], u: u32[10], h: bf16[1,6,2,4], c.1: s32[], s: bf16[5,4]) -> f32[8] {
+ENTRY %main (x.1: bf16[2,8], w.1: bf16[3,8,4], k: bf16[3,2,4], f: f32[8,10], u: u32[10], h: bf16[1,6,2,4], c.1: s32[], s: bf16[5,4], qkv: bf16[4,6]) -> f32[8] {
   %x.1 = bf16[2,8]{1,0} parameter(0)
   %w.1 = bf16[3,8,4]{2,1,0} parameter(1)
   %k = bf16[3,2,4]{2,1,0} parameter(2)
@@ -102,6 +109,7 @@ ENTRY %main (x.1: bf16[2,8], w.1: bf16[3,8,4], k: bf16[3,2,4], f: f32[8,10], u: 
   %h = bf16[1,6,2,4]{3,2,1,0} parameter(5)
   %c.1 = s32[] parameter(6)
   %s = bf16[5,4]{1,0} parameter(7)
+  %qkv = bf16[4,6]{1,0} parameter(8)
   %start = (s32[], bf16[2,8]{1,0}, bf16[3,8,4]{2,1,0}, bf16[3,2,4]{2,1,0}) tuple(%c.1, %x.1, %w.1, %k)
   %loop = (s32[], bf16[2,8]{1,0}, bf16[3,8,4]{2,1,0}, bf16[3,2,4]{2,1,0}) while(%start), condition=%done, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %attend = (bf16[1,6,2,4]{3,2,1,0}, u8[0]{0}) custom-call(%h, %h, %h), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": {"fmha_scale": 0.5, "intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["1", "2", "6", "6"], "tuple_shapes": []}, "mask_type": "CAUSAL"}}
@@ -110,6 +118,7 @@ ENTRY %main (x.1: bf16[2,8], w.1: bf16[3,8,4], k: bf16[3,2,4], f: f32[8,10], u: 
   %random = u32[10]{0} fusion(%u), kind=kLoop, calls=%noise
   %sums = f32[8]{0} fusion(%f), kind=kInput, calls=%total
   %longer = bf16[8,4]{1,0} fusion(%s), kind=kLoop, calls=%padded
+  %part = bf16[4,2]{1,0} fusion(%qkv, %qkv), kind=kLoop, calls=%third
   %branch = f32[8]{0} conditional(%c.1, %sums, %sums), branch_computations={%cheap, %dear}
   %sent = (f32[8]{0}, f32[16]{0}) all-gather-start(%branch), dimensions={0}
   ROOT %end = f32[16]{0} all-gather-done(%sent)
@@ -130,6 +139,7 @@ BY_HAND = {
     "random": (hlo.INTEGERS, 1, 0, 80, 30, 15.0),
     "sums": (hlo.REDUCTIONS, 1, 0, 320 + 32, 0, 35.2),
     "longer": (hlo.PADDING, 1, 0, 40 + 64, 0, 10.4),
+    "part": (hlo.ELEMENTWISE, 1, 0, 48 / 3 + 48 / 3 + 16, 0, 4.8),  # a third of what it reads
     "first": (hlo.ELEMENTWISE, 1, 0, 64, 0, 6.4),
     "second": (hlo.ELEMENTWISE, 1, 0, 64, 0, 6.4),
     "sent": (hlo.COLLECTIVES, 1, 0, 64, 0, 16.0),
