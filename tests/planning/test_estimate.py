@@ -24,10 +24,28 @@ def test_chunks_divide_the_batch_and_the_configured_one_is_among_them(
     devices, batch, configured, chunks
 ):
     made = Composition(((batch, 32, 0),), ((batch, 8, 0),), (), batch, 10, ("a",), 0.0)
-    settings = {"train": {"batch_size": batch, "chunk": configured}}
+    assert estimator(made, batch, configured, devices).chunks() == chunks
+
+
+@pytest.mark.parametrize(
+    ("chunk", "tokens"),
+    [
+        (4, 200),  # a row of 200, or two of 100, at a time
+        (8, 400),
+        (20, 5 * 200 + 4 * 8),  # all of 200 and all of 8, held together; 10 of 100 are fewer
+        (0, 25 * 100 + 5 * 200 + 4 * 8),
+    ],
+)
+def test_groups_encoded_at_once_are_held_together(chunk, tokens):
+    """On 4 devices: 25 rows of 100 positions a device, 5 of 200 and 4 of 8."""
+    made = Composition(((100, 100, 0), (20, 200, 0)), ((16, 8, 0),), (), 120, 10, ("a",), 0.0)
+    assert estimator(made, 120, 4, 4).rows_alive(chunk) == tokens / 200
+
+
+def estimator(made: Composition, batch: int, chunk: int, devices: int) -> estimate.Estimator:
+    settings = {"train": {"batch_size": batch, "chunk": chunk}}
     mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": devices, "tensor": 1})
     hardware, arguments = topology.parse("v5e:4x4"), memory.Arguments(1.0, 0.0, 0.0, 0.0)
-    estimator = estimate.Estimator(
+    return estimate.Estimator(
         settings, {}, made, arguments, 1.0, topology=hardware, mesh=mesh, mfu=0.5, flash=True
     )
-    assert estimator.chunks() == chunks

@@ -163,20 +163,31 @@ class Estimator:
             for rows, tokens, tiles in groups:
                 yield -(-rows // self._devices), tokens, tiles, longest
 
+    def _size(self, chunk: int, share: int, tokens: int, longest: int) -> int:
+        """Counts the rows of a group that are encoded at a time, as `steps.encode_groups` does."""
+        return max(1, chunk * longest // tokens // self._devices) if chunk else share
+
     def _chunks(self, chunk: int) -> int:
-        """Counts the passes over the layers, as `steps.encode_groups` divides the groups."""
-        total = 0
-        for share, tokens, _, longest in self._groups():
-            size = max(1, chunk * longest // tokens // self._devices) if chunk else share
-            total += -(-share // size)
-        return total
+        """Counts the passes over the layers."""
+        return sum(
+            -(-share // self._size(chunk, share, tokens, longest))
+            for share, tokens, _, longest in self._groups()
+        )
 
     def rows_alive(self, chunk: int) -> float:
-        """Returns how many rows of the longest group one device has in work at a time."""
-        longest = self._longest[1]
-        if not chunk:
-            return sum(share * tokens for share, tokens, _, _ in self._groups()) / longest
-        return max(1.0, chunk / self._devices)
+        """Returns how many rows of the longest group one device has in work at a time.
+
+        Groups that are encoded at once are held together, from the way there to the way back;
+        those in chunks come before and after them, a chunk at a time.
+        """
+        at_once, in_chunks = 0, 0
+        for share, tokens, _, longest in self._groups():
+            size = self._size(chunk, share, tokens, longest)
+            if size < share:
+                in_chunks = max(in_chunks, size * tokens)
+            else:
+                at_once += share * tokens
+        return max(at_once, in_chunks) / self._longest[1]
 
     @functools.cached_property
     def _longest(self) -> tuple[int, int, int]:
