@@ -44,11 +44,11 @@ class Full:
 
 
 FULL: dict[str, Full] = {
-    "gpu_llava_pairs": Full("llava16_stage2", "llava16", 64, (4, 8), torch=True),
+    "gpu_llava_pairs": Full("llava16_stage2", "llava16", 64, (4, 4), torch=True),
     "gpu_llava_dropout": Full(
-        "llava16_stage2", "llava16", 64, (4, 8), {"train.adapters.dropout": 0.1}
+        "llava16_stage2", "llava16", 64, (4, 4), {"train.adapters.dropout": 0.1}
     ),
-    "gpu_llava_nf4": Full("llava16_stage2", "llava16", 64, (4, 8), {"train.quantize": "nf4"}),
+    "gpu_llava_nf4": Full("llava16_stage2", "llava16", 64, (4, 4), {"train.quantize": "nf4"}),
     "gpu_llava_embed": Full("llava16_stage2", "llava16", 128, (16, 32), torch=True, forward=True),
     "gpu_llava_stage1": Full("llava16_stage1", "llava16", 0, (96, 96), torch=True),
     "gpu_phi": Full("phi35v_stage2", "phi35v", 0, (16, 64)),
