@@ -62,14 +62,22 @@ def test_parameters_that_are_set_are_those_that_embed(embedder):
     assert all(np.abs(x - y).max() > 1e-3 for x, y in zip(before, after, strict=True))
 
 
+def test_groups_for_programs_of_others_depend_on_their_rows_alone(embedder):
+    """`embed` takes what it has compiled, here a program for either row; `preprocess` does not."""
+    texts = ["a", "b" * 30]
+    for text in texts:
+        embedder.embed(texts=[text])
+    (group,) = embedder.preprocess(texts=texts)
+    assert group.rows == 2
+
+
 def test_programs_are_dearer_for_smaller_models(root, embedder):
     """A job of a small model takes few shapes; padding a large one costs more than a program."""
     small, large = (Runner(embedder.graphdef, size=size).limits for size in (10**5, 10**9))
     assert small.program == pytest.approx(10**4 * large.program, rel=0.01) and large.program >= 1
     size = sum(leaf.size for leaf in flatten(embedder.params).values())
     assert embedder.preprocessor.limits == Runner(embedder.graphdef, size=size).limits
-    fresh = unime_jax.load(root / "student", dtype="float32")  # that has no programs yet
-    groups = fresh.preprocess(texts=["a" * count for count in range(1, 200, 3)])
+    groups = embedder.preprocess(texts=["a" * count for count in range(1, 200, 3)])
     assert len({(group.rows, group.tokens.shape[1]) for group in groups}) <= 4
 
 

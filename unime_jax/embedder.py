@@ -118,12 +118,15 @@ class Embedder:
     ) -> list[Inputs]:
         """Turns rows into groups of one shape each; `Inputs.index` remembers their order.
 
+        The groups depend on these rows alone; those of `embed` also on what it has compiled.
+
         Args:
           texts: a text or None per row.
           images: per row None or a PIL image, encoded bytes, or a path; not shorter than texts.
           instruction: put before every text.
         """
-        groups = self._bucket(texts, images, instruction)
+        fresh = buckets.Programs(self._runner.limits.program)
+        groups = self._bucket(texts, images, instruction, programs=fresh)
         return [dataclasses.replace(inputs, index=rows.astype(np.int32)) for inputs, rows in groups]
 
     def embed(
@@ -205,7 +208,7 @@ class Embedder:
         """Runs the vision tower alone: uint8[N, S, S, 3] -> f32[N, P, D]."""
         return self._runner.featurise(self.params, tiles, rows=rows, progress=progress)
 
-    def _bucket(self, texts, images, instruction):
+    def _bucket(self, texts, images, instruction, **options):
         if texts is None and images is None:
             raise UserError("embed: give texts, images or both")
         _check_lists(texts, images)
@@ -217,7 +220,7 @@ class Embedder:
                 raise UserError(f"embed: row {row} has neither text nor image")
             if not isinstance(text, str | prompts.Slotted | None):
                 raise UserError(f"embed: row {row}: a text is a string, not {type(text).__name__}")
-        return self.preprocessor.bucket(texts, images, instruction)
+        return self.preprocessor.bucket(texts, images, instruction, **options)
 
     def _check(self, texts, images) -> None:
         if len(texts) != len(images):

@@ -260,24 +260,26 @@ class Preprocessor:
         texts: Sequence[str | prompts.Slotted | None],
         images: Sequence[Any],
         instruction: str | None = None,
+        *,
+        programs: buckets.Programs | None = None,
     ) -> buckets.Groups:
         """Groups rows of any mixture by length and tiles, short ones first.
 
-        Images are read for their size now and decoded when the groups are read.
+        Images are read for their size now and decoded when the groups are read. `programs` are
+        those there are; None: of all groups made here before.
 
         Returns:
           Groups, each with the places its rows had in the lists given.
 
         Raises:
-          UserError: an image that cannot be read, a row that is empty or whose image does not fit;
-            names the row.
+          UserError: an unreadable image, an empty row, an image that does not fit; names the row.
         """
         layouts = self._layouts(images)
         rows = []
         for i, (text, layout) in enumerate(zip(texts, layouts, strict=True)):
             with _naming_row(i):
                 rows.append(self.tokenize(text, layout is not None, instruction, layout=layout))
-        return self._groups(rows, images, layouts)
+        return self._groups(rows, images, layouts, programs)
 
     def embed_rows(
         self,
@@ -338,7 +340,7 @@ class Preprocessor:
         return layouts
 
     def _groups(
-        self, rows: list[Row], images: Sequence[Any], layouts: list[Layout | None]
+        self, rows: list[Row], images: Sequence[Any], layouts: list[Layout | None], programs=None
     ) -> buckets.Groups:
         shapes, real = [], 0
         for i, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
@@ -356,9 +358,8 @@ class Preprocessor:
                 list(zip(found, pictures, strict=True)), tokens=bucket.tokens, tiles=bucket.tiles
             )
 
-        sorted_rows = buckets.sort(
-            shapes, self.limits, longest=self.longest, programs=self.programs
-        )
+        programs = programs or self.programs
+        sorted_rows = buckets.sort(shapes, self.limits, longest=self.longest, programs=programs)
         return buckets.Groups(sorted_rows, prepare, pack, tokens=real)
 
     def shape_of(self, row: Row, layout: Layout | None) -> tuple[int, int]:
