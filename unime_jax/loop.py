@@ -14,7 +14,7 @@ import numpy as np
 
 from unime_jax import allocator, checkpoint, optim, report, runtime, steps
 from unime_jax.checkpoint.integrity import write_json
-from unime_jax.models import layers
+from unime_jax.models.attention import without_kernels
 from unime_jax.planning import flops, topology
 from unime_jax.train_data import TrainData
 from unime_jax.types import Batch, UserError
@@ -187,7 +187,7 @@ class Loop:
         if runtime.resolve_attention(model["attention"], model["dtype"], self._mesh) == "xla":
             return flops.count(step, state, self._frozen, batch).model
         # Nobody sees into a kernel. A function of its own: jit would keep this trace for the step.
-        with layers.without_kernels():
+        with without_kernels():
             return flops.count(
                 lambda *args: step.__wrapped__(*args), state, self._frozen, batch
             ).model

@@ -14,7 +14,7 @@ def main(kind: str, repeats: int) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from unime_jax.models import layers
+    from unime_jax.models.attention import attention
 
     rows, tokens, heads = (2, 64, 2) if kind == "tiny" else (8, 2048, 16)
     kernels = ["xla"] + ["cudnn"] * (jax.devices()[0].platform == "gpu")
@@ -26,7 +26,7 @@ def main(kind: str, repeats: int) -> None:
 
         def both(q, k, v, direction, kernel):
             def forward(q, k, v):
-                return layers.attention(q, k, v, causal=True, implementation=kernel)
+                return attention(q, k, v, causal=True, implementation=kernel)
 
             out, back = jax.vjp(forward, q, k, v)
             return out, *back(direction)

@@ -8,6 +8,7 @@ import tolerances
 
 from unime_jax import runtime, sharding
 from unime_jax.models import layers, splash
+from unime_jax.models.attention import attention, without_kernels
 from unime_jax.planning import flops
 from unime_jax.types import UserError
 
@@ -24,9 +25,7 @@ def attend(implementation, placement=None, *, causal, lengths=None):
     def run(q, k, v):
         real = None if lengths is None else jnp.array(lengths, jnp.int32)
         with layers.placed(placement):
-            return layers.attention(
-                q, k, v, causal=causal, lengths=real, implementation=implementation
-            )
+            return attention(q, k, v, causal=causal, lengths=real, implementation=implementation)
 
     return jax.jit(run)
 
@@ -145,7 +144,7 @@ def test_every_device_runs_cudnn_on_its_heads(cudnn):
 def test_operations_are_those_of_the_reference():
     args, counts = arrays(100), []
     for name in ("xla", "splash_interpret"):
-        with layers.without_kernels():
+        with without_kernels():
             counts.append(flops.count(attend(name, causal=True), *args).model)
     assert counts[0] == counts[1] == 2 * 2 * 2 * 100 * 100 * 2 * 16, "scores and their sum"
 

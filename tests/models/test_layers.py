@@ -9,6 +9,7 @@ import torch
 from flax import nnx
 
 from unime_jax.models import layers
+from unime_jax.models.attention import attention
 from unime_jax.types import UserError
 
 
@@ -106,27 +107,33 @@ def test_norms_match_torch_with_gradients(kind):
     assert tolerances.relative(dstate["scale"][...], ts.grad) < tolerances.GRADIENT
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_matches_torch_with_gradients(kv_heads, causal):
-    lengths = jnp.array([6, 3], jnp.int32)
+@pytest.mark.parametrize(
+    "causal, tokens, kv_heads",
+    [
+        *[(causal, 6, heads) for causal in (True, False) for heads in (1, 2, 4)],
+        (True, 97, 2),  # two blocks of queries, of unequal length
+        (True, 171, 2),  # four
+    ],
+)
+def test_attention_matches_torch_with_gradients(causal, tokens, kv_heads):
+    lengths = jnp.array([tokens, tokens // 2], jnp.int32)
     q, k, v = (
-        normal(2, 6, 4, 8),
-        normal(2, 6, kv_heads, 8, seed=1),
-        normal(2, 6, kv_heads, 8, seed=2),
+        normal(2, tokens, 4, 8),
+        normal(2, tokens, kv_heads, 8, seed=1),
+        normal(2, tokens, kv_heads, 8, seed=2),
     )
-    real = np.arange(6) < np.asarray(lengths)[:, None]
-    direction = normal(2, 6, 4, 8, seed=3) * real[..., None, None]
+    real = np.arange(tokens) < np.asarray(lengths)[:, None]
+    direction = normal(2, tokens, 4, 8, seed=3) * real[..., None, None]
 
     def loss(q, k, v):
-        out = layers.attention(q, k, v, causal=causal, lengths=lengths)
+        out = attention(q, k, v, causal=causal, lengths=lengths)
         return jnp.sum(out * direction), out
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     (_, out), gradients = run(q, k, v)
-    visible = np.broadcast_to(real[:, None, None], (2, 1, 6, 6))
+    visible = np.broadcast_to(real[:, None, None], (2, 1, tokens, tokens))
     if causal:
-        visible = visible & np.tril(np.ones((6, 6), bool))
+        visible = visible & np.tril(np.ones((tokens, tokens), bool))
     tensors = [torch.tensor(np.array(x), requires_grad=True) for x in (q, k, v)]
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in tensors), attn_mask=torch.tensor(visible), enable_gqa=True
@@ -207,7 +214,7 @@ def test_layers_of_a_stack_start_differently_and_get_different_keys():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: layers.attention(*[jnp.ones((1, 2, 1, 4))] * 3, causal=True, implementation="warp"),
+        lambda: attention(*[jnp.ones((1, 2, 1, 4))] * 3, causal=True, implementation="warp"),
         lambda: layers.Linear(2, 2, rngs=nnx.Rngs(0), matmul="warp"),
         lambda: layers.scan_layers(
             layers.stack(lambda r: layers.Linear(2, 2, rngs=r), 2, nnx.Rngs(0)),

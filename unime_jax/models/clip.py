@@ -13,13 +13,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
 
+from unime_jax.models.attention import attention
 from unime_jax.models.config_json import check_numbers
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
-    attention,
     fold,
     scan_layers,
     stack,

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
+from unime_jax.models.attention import attention
 from unime_jax.models.config_json import check_numbers, refuse_unknown_mathematics, rope_settings
 from unime_jax.models.hf import KeyMap, Rule
 from unime_jax.models.layers import (
     Embedding,
     Linear,
     RMSNorm,
-    attention,
     fold,
     last_token,
     layer_of,
@@ -58,7 +58,7 @@ class DecoderConfig:
       causal: False lets every position see every real position of its row.
       sliding_window: longer rows than this are refused: windows are not implemented.
       su_rope: two sets of RoPE factors instead of `rope_theta` alone.
-      attention: kernel, one of `layers.ATTENTIONS`.
+      attention: kernel, one of `attention.ATTENTIONS`.
       remat: what the backward pass recomputes, one of `layers.REMATS`.
       matmul: how gradients of weights are written, one of `products.MATMULS`.
     """

@@ -1,4 +1,4 @@
-"""Layers that every backbone shares: linear with an optional adapter, norms, RoPE, attention.
+"""Layers that every backbone shares: linear with an optional adapter, norms, RoPE, stacks.
 
 A layer computes in the dtype of its input; parameters are cast to it. Attributes are spelled as in
 the Hugging Face checkpoints, except that `weight` is `kernel` ([inputs, outputs]), `embedding` or
@@ -8,7 +8,6 @@ the Hugging Face checkpoints, except that `weight` is `kernel` ([inputs, outputs
 import contextlib
 import contextvars
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -17,12 +16,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int, Shaped
 
-from unime_jax.models import products, quant, splash
+from unime_jax.models import products, quant
 from unime_jax.models.dropout import dropout
 from unime_jax.types import Array, UserError, flatten, unflatten
 
-ATTENTIONS = ("xla", "cudnn", "splash", "splash_interpret")
-_CUDNN_HEAD = 128  # widest head, on Ampere
 _OUTPUT = "linear_output"  # what the remat policy "dots" keeps of a Linear
 
 
@@ -171,72 +168,6 @@ def rope(x: Float[Array, "G T N H"], tables: tuple[Array, Array]) -> Float[Array
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def attention(
-    q: Float[Array, "G T N H"],
-    k: Float[Array, "G S K H"],
-    v: Float[Array, "G S K H"],
-    *,
-    causal: bool,
-    lengths: Int[Array, " G"] | None = None,
-    implementation: str = "xla",
-) -> Float[Array, "G T N H"]:
-    """Attends, scaled by 1 / sqrt(H); query head n reads key/value head n // (N / K).
-
-    Rows are right-padded: causal rows need no mask, for no real position sees the padding behind
-    it. Otherwise keys at positions >= lengths are hidden. Padded positions give finite values that
-    mean nothing.
-
-    Args:
-      q, k, v: of any length; kernels that want whole blocks pad inside.
-      causal: T == S, and a position sees those up to itself.
-      lengths: real keys of each row; None: all.
-      implementation: "xla" is the reference; "cudnn" (GPU) takes bf16 and heads of up to 128 and is
-        left for xla where they are wider; "splash" (TPU); "splash_interpret" is the same kernel,
-        run step by step on any platform.
-    """
-    if implementation not in ATTENTIONS:
-        names = ", ".join(ATTENTIONS)
-        raise UserError(f"attention {implementation!r} is unknown; use one of {names}")
-    if implementation == "cudnn" and (q.shape[-1] > _CUDNN_HEAD or q.shape[-1] % 8):
-        implementation = "xla"
-    if _WITHOUT_KERNELS.get():
-        implementation = "xla"
-    if implementation.startswith("splash"):
-        run = functools.partial(
-            splash.attention, causal=causal, interpret=implementation == "splash_interpret"
-        )
-    else:
-
-        def run(q, k, v, lengths=None):
-            return jax.nn.dot_product_attention(
-                q,
-                k,
-                v,
-                is_causal=causal,
-                key_value_seq_lengths=lengths,
-                implementation=implementation,
-            )
-
-    args = (q, k, v) if causal or lengths is None else (q, k, v, lengths)
-    placement = _PLACEMENT.get()
-    if placement is None or implementation == "xla":
-        return run(*args)
-    return placement.kernel(run)(*args)
-
-
-_WITHOUT_KERNELS = contextvars.ContextVar("without_kernels", default=False)
-
-
-@contextlib.contextmanager
-def without_kernels():
-    """Takes the reference for every attention that is traced inside."""
-    token = _WITHOUT_KERNELS.set(True)
-    try:
-        yield
-    finally:
-        _WITHOUT_KERNELS.reset(token)
-
-
 def last_token(x: Float[Array, "G T D"], lengths: Int[Array, " G"]) -> Float[Array, "G D"]:
     """Returns every row's last real position."""
     return jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -303,6 +234,12 @@ def _read_only() -> bool:
     """Says whether there will be no gradients of weights."""
     placement = _PLACEMENT.get()
     return placement is not None and placement.read_only
+
+
+def placed_kernel(run: Callable[..., Array]) -> Callable[..., Array]:
+    """Wraps a kernel that the compiler cannot divide over devices."""
+    placement = _PLACEMENT.get()
+    return run if placement is None else placement.kernel(run)
 
 
 def placed_rows(x: Array) -> Array:

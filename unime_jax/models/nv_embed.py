@@ -12,10 +12,11 @@ from flax import nnx
 from jaxtyping import Float
 
 from unime_jax.models import decoder
+from unime_jax.models.attention import attention
 from unime_jax.models.config_json import check_numbers
 from unime_jax.models.decoder import Decoder, DecoderConfig
 from unime_jax.models.hf import KeyMap, Rule
-from unime_jax.models.layers import LayerNorm, Linear, attention, unit
+from unime_jax.models.layers import LayerNorm, Linear, unit
 from unime_jax.types import Array, Inputs, UserError
 
 _NORM_EPS = 1e-5

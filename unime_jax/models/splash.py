@@ -36,7 +36,7 @@ def attention(
     causal: bool,
     interpret: bool = False,
 ) -> Float[Array, "G T N H"]:
-    """Attends as `layers.attention` does, on one device.
+    """Attends as `attention.attention` does, on one device.
 
     Padding to whole blocks is done here: behind a causal row no position sees it, elsewhere segment
     numbers hide it, so that a tower's 577 patches never need all their scores in memory.

@@ -64,7 +64,7 @@ def run(
       config: content of config.json.
       composition: of the batch.
       mesh: of devices that need not be there, or None for one device.
-      attention: one of `layers.ATTENTIONS`.
+      attention: one of `attention.ATTENTIONS`.
     """
     built = model(settings, config, attention)
     spec, width = built.image_spec, _tower_width(built, composition)

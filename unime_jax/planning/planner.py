@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from unime_jax import runtime, sharding
-from unime_jax.models import layers
+from unime_jax.models.attention import ATTENTIONS
 from unime_jax.planning import (
     abstract,
     alike,
@@ -338,7 +338,7 @@ class _Planner:
         attention, platform = self.settings["model"]["attention"], self.topology.chip.platform
         kernel = {"gpu": "cudnn", "tpu": "splash"}[platform]
         if attention == "auto":
-            return kernel in layers.ATTENTIONS and self.settings["model"]["dtype"] == "bfloat16"
+            return kernel in ATTENTIONS and self.settings["model"]["dtype"] == "bfloat16"
         return attention == kernel
 
     def _estimated(self, setting: tuple[int, str]) -> dict[str, Any]:
