@@ -14,7 +14,7 @@ from unime_jax.types import Array, UserError
 
 ATTENTIONS = ("xla", "cudnn", "splash", "splash_interpret")
 _CUDNN_HEAD = 128  # widest head, on Ampere
-_BLOCK = 40  # positions that are worth a block of their own, on two cores of a CPU
+_BLOCK = 80  # positions that are worth a block of their own, on two cores of a CPU
 _BLOCKS = 4  # at most: each is traced and compiled
 
 
