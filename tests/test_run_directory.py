@@ -1,12 +1,16 @@
 """The directory of a run: the files that it began with, checkpoints that other runs need."""
 
+import os
+
 import jax.numpy as jnp
 import pytest
 
 from unime_jax import checkpoint, steps
+from unime_jax.checkpoint import run_directory, runs
 from unime_jax.types import UserError
 
 FILES = {"config.model.path": {"a.safetensors": "1", "b.safetensors": "2"}}
+NEWER = {"processor_config.json": "6"}
 VECTORS = {"config.teacher.vectors": {"vectors-00000.npy": "3"}}
 
 
@@ -30,6 +34,15 @@ def test_files_are_those_that_the_run_began_with(tmp_path):
     with pytest.raises(UserError, match="b.safetensors; config.teacher.vectors: vectors-00000.npy"):
         check({**FILES, "config.model.path": {"a.safetensors": "1"}, "config.teacher.vectors": {}})
     check(FILES | VECTORS)
+    # Of a version that did not count this one; a run of now knows whether it was there.
+    more = {"config.model.path": {**FILES["config.model.path"], "processor_config.json": "5"}}
+    check(more)
+    (tmp_path / "new").mkdir()
+    checkpoint.check_files(tmp_path / "new", lambda: more)
+    begin(tmp_path / "new")
+    for found in (FILES, {"config.model.path": {**more["config.model.path"], **NEWER}}):
+        with pytest.raises(UserError, match="config.model.path: processor_config.json"):
+            checkpoint.check_files(tmp_path / "new", lambda found=found: found)
 
 
 def test_a_run_that_kept_no_hashes_of_files_keeps_those_of_now(tmp_path):
@@ -61,15 +74,77 @@ def test_what_another_run_needs_is_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "4"]
     listed = (tmp_path / "kept" / "1").read_text().splitlines()
     assert listed == [str(tmp_path / "one"), str(tmp_path / "two")]
-    kept = tmp_path / "kept"
-    # What a run needs last is all that it needs; what is gone is not marked.
-    assert checkpoint.keep(tmp_path / "checkpoints" / "4", tmp_path / "one")
-    assert (kept / "1").read_text() == f"{tmp_path}/two\n"
-    assert (kept / "4").read_text() == f"{tmp_path}/one\n"
-    assert checkpoint.keep(tmp_path / "checkpoints" / "4", tmp_path / "two")
-    assert sorted(path.name for path in kept.iterdir()) == ["4", "lock"]
     assert not checkpoint.keep(tmp_path / "checkpoints" / "2", tmp_path / "three"), "it is gone"
-    assert sorted(path.name for path in kept.iterdir()) == ["4", "lock"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["1", "lock"]
+
+
+@pytest.mark.parametrize("key", ["model", "init_from"])
+def test_what_a_failed_start_was_to_be_built_on_goes_what_a_moved_run_needs_stays(key, tmp_path):
+    """Another run may stand where the one was that was moved."""
+    first, output = tmp_path / "first", tmp_path / "run"
+
+    def start(step):
+        path = first / "checkpoints" / str(step)
+        path.mkdir(parents=True)
+        assert checkpoint.keep(path, output)
+        checkpoint.open_run(output, {key: {"path": str(path)} if key == "model" else str(path)})
+
+    def marks():
+        return sorted(path.name for path in (first / "kept").iterdir() if path.name != "lock")
+
+    start(1), start(2)  # the first has failed
+    assert marks() == ["2"]
+    begin(output)
+    output.rename(tmp_path / "moved")
+    start(3), start(4)
+    assert marks() == ["2", "4"]
+    (output / "run.json").write_text("{")
+    start(5)
+    assert marks() == ["2", "4", "5"]
+
+
+def test_marks_are_of_any_name_and_whole_or_not_there(tmp_path, monkeypatch):
+    path, other = tmp_path / "first" / "checkpoints" / "1", tmp_path / "\udcff"
+    path.mkdir(parents=True)
+    assert checkpoint.keep(path, other) and checkpoint.keep(path, other)
+    mark = tmp_path / "first" / "kept" / "1"
+    assert mark.read_bytes() == f"{tmp_path}/".encode() + b"\xff\n"
+
+    def refuse(source, target):
+        raise OSError
+
+    with monkeypatch.context() as patch:  # as a kill before the file has its name
+        patch.setattr(run_directory.os, "replace", refuse)
+        assert not checkpoint.keep(path, tmp_path / "run")
+    assert mark.read_bytes().count(b"\n") == 1
+    assert checkpoint.keep(path, tmp_path / "run") and mark.read_bytes().count(b"\n") == 2
+
+
+def test_a_checkpoint_that_is_marked_while_it_is_removed_comes_back(tmp_path, monkeypatch, capsys):
+    """Whoever marked it saw it in its place."""
+    replace, said = os.replace, []
+
+    def late(source, target):
+        if str(target).endswith(".removed"):
+            said.append(checkpoint.keep(source, tmp_path / "run"))
+        replace(source, target)
+
+    monkeypatch.setattr(runs.os, "replace", late)
+    saves = checkpoint.Checkpoints(tmp_path, config={}, keep=1)
+    for step in (1, 2, 3):
+        saves.save(steps.TrainState(jnp.int32(step), {"a": jnp.zeros(3)}, {}), force=True)
+        saves._settle()
+        (tmp_path / "run").mkdir(exist_ok=True)
+        monkeypatch.setattr(runs.os, "replace", late if step == 1 else replace)
+    saves.close()
+    assert said == [True] and capsys.readouterr().out == ""
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
+    (tmp_path / "run").rmdir()
+    checkpoint.Checkpoints(tmp_path, config={}, keep=2).close()
+    assert capsys.readouterr().out == "", "the newest are kept in any case"
+    checkpoint.Checkpoints(tmp_path, config={}, keep=1).close()
+    message = f"1 is kept for {tmp_path}/run, which is not there any more; if nothing else"
+    assert message in capsys.readouterr().out
 
 
 def test_files_of_a_run_that_has_saved_nothing_are_those_that_it_recorded(tmp_path):

@@ -83,8 +83,8 @@ class Loop:
             except UserError:
                 self._close_all()
                 raise
-            self._saves.close()
-        self._progress.close()
+            self._progress.close()
+            self._saves.close()  # may have something to say
         if int(state.step) < total:
             print(f"saved after step {int(state.step)}; the same command goes on from there")
             stop.leave()

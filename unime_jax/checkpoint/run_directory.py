@@ -46,6 +46,8 @@ FREE_KEYS = (
 )
 # Keys that runs of old lack, and what they did.
 NEW_KEYS = {"optim.spike_factor": 0.0, "optim.spike_window": 32}
+# Files that runs of old read as well and kept no hashes of.
+NEW_FILES = ("processor_config.json",)
 
 
 def locate(path: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
@@ -61,10 +63,12 @@ def keep(checkpoint: str | os.PathLike, output: str | os.PathLike) -> bool:
 
     Args:
       checkpoint: RUN/checkpoints/STEP.
-      output: the other run, which needs no other checkpoint of that run any more.
+      output: the other run. What it was to be built on when it was started before and saved nothing
+        is no longer kept for it; what another run under its name needs is.
     """
     run, step = locate(checkpoint)
     place, line = run / KEPT, str(pathlib.Path(output).absolute())
+    before = _begins_from(output)
     with contextlib.suppress(OSError):
         place.mkdir(exist_ok=True)
         with open(place / "lock", "a") as lock:  # others may mark theirs
@@ -73,21 +77,47 @@ def keep(checkpoint: str | os.PathLike, output: str | os.PathLike) -> bool:
             _mark(place / str(step), line, True)
             there = pathlib.Path(checkpoint).is_dir()  # not removed before it was marked
             for number in integrity.steps(place):
-                if number != step or not there:
+                if not there if number == step else (run, number) in before:
                     _mark(place / str(number), line, False)
         return there
     return False
 
 
+def _begins_from(output: str | os.PathLike) -> set[tuple[pathlib.Path, int | None]]:
+    """Returns the runs and steps that a run without checkpoints was to begin from; {} of others."""
+    if has_begun(output):
+        return set()
+    try:
+        config = read_run(output)
+    except UserError:
+        return set()
+    model = config.get("model")
+    names = config.get("init_from"), model.get("path") if isinstance(model, dict) else None
+    return {locate(name) for name in names if isinstance(name, str)}
+
+
+def kept_for_none(path: str | os.PathLike) -> dict[int, list[str]]:
+    """Returns the runs that checkpoints are kept for, by step, where none of them is there."""
+    place = pathlib.Path(path) / KEPT
+    runs = {step: _lines(place / str(step)) for step in integrity.steps(place)}
+    return {step: lines for step, lines in runs.items() if not any(map(os.path.exists, lines))}
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    return os.fsdecode(path.read_bytes()).splitlines() if path.is_file() else []
+
+
 def _mark(path: pathlib.Path, line: str, wanted: bool) -> None:
     """Puts a line into a file or takes it out; without any the file goes."""
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = _lines(path)
     kept = [other for other in lines if wanted or other != line]
     kept += [line] * (wanted and line not in lines)
     if not kept:
         path.unlink(missing_ok=True)
     elif kept != lines:
-        path.write_text("".join(f"{other}\n" for other in kept))
+        part = path.with_name(f"{path.name}.part")
+        part.write_bytes(os.fsencode("".join(f"{other}\n" for other in kept)))
+        os.replace(part, path)
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -240,9 +270,11 @@ def _check_files(path: pathlib.Path, find: Callable[[], Hashes], keep: bool) -> 
     return ""
 
 
-def _other_names(one: dict[str, str], other: dict[str, str]) -> list[str]:
+def _other_names(then: dict[str, str], now: dict[str, str]) -> list[str]:
     """Names what is gone, new or another one."""
-    return [name for name in sorted(one | other) if one.get(name) != other.get(name)]
+    unknown = {name for name in NEW_FILES if name not in then}
+    names = sorted((then | now).keys() - unknown)
+    return [name for name in names if then.get(name) != now.get(name)]
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any], when: tuple[str, str]) -> str:

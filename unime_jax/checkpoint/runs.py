@@ -204,14 +204,22 @@ class Checkpoints:
         if not runtime.is_main():
             return
         integrity.to_disk(self._directory)  # the new one's name, before older ones go
+        kept = self._run / run_directory.KEPT
+        for step in self._surplus() - {*integrity.steps(kept)}:
+            path = self._directory / str(step)
+            doomed = path.with_name(f"{step}.removed")  # never half a checkpoint under its name
+            os.replace(path, doomed)
+            if (kept / str(step)).exists():  # marked meanwhile by a run that saw it in its place
+                os.replace(doomed, path)
+            else:
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def _surplus(self) -> set[int]:
+        """Returns the steps that are neither of the newest nor of the best."""
         scores = integrity.scores(self._directory) if self._keep_best else {}
         best = sorted(scores, key=lambda step: (scores[step] * self._sign, step), reverse=True)
         newest = sorted(integrity.steps(self._directory), reverse=True)
-        needed = integrity.steps(self._run / run_directory.KEPT)  # by other runs
-        for step in {*newest} - {*newest[: self._keep], *best[: self._keep_best], *needed}:
-            doomed = self._directory / f"{step}.removed"  # never half a checkpoint under its name
-            os.replace(self._directory / str(step), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        return {*newest} - {*newest[: self._keep], *best[: self._keep_best]}
 
     def _settle(self) -> None:
         """Waits until the last save is on the disk.
@@ -259,6 +267,17 @@ class Checkpoints:
         finally:
             self._pool.shutdown()
             self._writer.close()
+        with contextlib.suppress(OSError):
+            self._say_kept_for_none()
+
+    def _say_kept_for_none(self) -> None:
+        kept = run_directory.kept_for_none(self._run) if runtime.is_main() else {}
+        for step in sorted(kept.keys() & self._surplus()):
+            print(
+                f"{self._directory / str(step)} is kept for {', '.join(kept[step])}, which is not "
+                "there any more; if nothing else is built on it, remove it and "
+                f"{self._run / run_directory.KEPT / str(step)}"
+            )
 
 
 def read_state(path: str | os.PathLike, state, *, before: int):
