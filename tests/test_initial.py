@@ -9,7 +9,7 @@ import miniature
 import numpy as np
 import pytest
 
-from unime_jax import checkpoint, convert, initial, steps, train, weights
+from unime_jax import checkpoint, convert, initial, runtime, steps, train, weights
 from unime_jax.types import UserError
 
 
@@ -139,6 +139,7 @@ def test_a_run_stands_for_its_newest_checkpoint_until_this_one_has_begun(root, t
     pinned = str(root / "first" / "checkpoints" / "1")
     assert initial.resolve(output, "") == ""
     assert initial.resolve(output, first) == initial.resolve(output, pinned) == pinned
+    assert (root / "first" / "kept" / "1").read_text() == f"{output}\n"
     assert initial.resolve(output, str(root / "peft")) == str(root / "peft")
     with pytest.raises(UserError, match="config.init_from=/no/such/run: no such file"):
         initial.resolve(output, "/no/such/run")
@@ -219,3 +220,10 @@ def test_what_a_base_was_trained_to_is_not_held_beside_the_model(root, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         train._open(c, c.to_dict())
     assert held
+
+
+def test_the_others_wait_for_checksums_of_a_whole_decoder(tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(runtime, "by_main", lambda work, wait=0: waits.append(wait) or "")
+    initial.base(tmp_path, "first"), initial.resolve(tmp_path, "first")
+    assert waits == [runtime.HASHING_MS] * 2

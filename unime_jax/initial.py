@@ -27,7 +27,7 @@ def base(output: str | os.PathLike, name: str, *, replays: bool = False) -> str:
     Raises:
       UserError: there is no such checkpoint; all processes raise it.
     """
-    return runtime.by_main(lambda: _base(output, name, replays))
+    return runtime.by_main(lambda: _base(output, name, replays), wait=runtime.HASHING_MS)
 
 
 def _base(output: str | os.PathLike, name: str, replays: bool) -> str:
@@ -41,6 +41,15 @@ def _base(output: str | os.PathLike, name: str, replays: bool) -> str:
         recorded = model.get("path") if isinstance(model, dict) else None
         same = isinstance(recorded, str) and checkpoint.locate(recorded)[0] == run
         return recorded if same and step is None else name
+    found = _pinned(output, name)
+    if step is None:
+        print(f"config.model.path={name}: its newest checkpoint now, {found.name}, is the base")
+    return str(found)
+
+
+def _pinned(output: str | os.PathLike, name: str) -> pathlib.Path:
+    """Returns the checkpoint that a run stands for now, which is to stay."""
+    step = checkpoint.locate(name)[1]
     found = checkpoint.newest(name) if step is None else pathlib.Path(name)
     while not checkpoint.keep(found, output):
         if found.is_dir():
@@ -48,9 +57,7 @@ def _base(output: str | os.PathLike, name: str, replays: bool) -> str:
         if found.is_dir() or step is not None:
             break
         found = checkpoint.newest(name)  # that one was removed meanwhile
-    if step is None:
-        print(f"config.model.path={name}: its newest checkpoint now, {found.name}, is the base")
-    return str(found)
+    return found
 
 
 def check(output: str | os.PathLike, name: str) -> None:
@@ -79,13 +86,13 @@ def resolve(output: str | os.PathLike, name: str, *, replays: bool = False) -> s
 
     Args:
       output: the run. Where it has begun, what it began from.
-      name: the setting. A run stands for the newest checkpoint that it has now.
+      name: the setting. A run stands for the newest checkpoint that it has now, which is to stay.
       replays: see `base`.
 
     Raises:
       UserError: there is no such thing; all processes raise it.
     """
-    return runtime.by_main(lambda: _resolve(output, name, replays))
+    return runtime.by_main(lambda: _resolve(output, name, replays), wait=runtime.HASHING_MS)
 
 
 def _resolve(output: str | os.PathLike, name: str, replays: bool) -> str:
@@ -95,9 +102,8 @@ def _resolve(output: str | os.PathLike, name: str, replays: bool) -> str:
         recorded = checkpoint.read_run(output).get("init_from")
         return recorded if isinstance(recorded, str) else ""
     check(output, name)
-    if name and checkpoint.is_run(name) and checkpoint.locate(name)[1] is None:
-        return str(checkpoint.newest(name))
-    return name
+    # A step before this run's first checkpoint may be taken again at any time.
+    return str(_pinned(output, name)) if name and checkpoint.is_run(name) else name
 
 
 def _has_begun(output: str | os.PathLike) -> bool:
