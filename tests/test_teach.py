@@ -93,10 +93,55 @@ def test_vectors_of_versions_that_knew_teachers_by_another_hash_are_kept(root, t
     assert (directory / "vectors-00000.npy").stat().st_mtime_ns == before
     with pytest.raises(UserError, match="vectors of another instruction; choose another"):
         teach.run(config(root, output=directory, **{"teacher.instruction": "Find it."}))
+    cut(directory / "vectors-00000.npy")  # the others may be of another teacher than this one
+    with pytest.raises(UserError, match="a teacher that only its name tells, and not all 27; choo"):
+        teach.run(config(root, output=directory))
     for content in ("[]", "{", "{}"):
         (directory / "manifest.json").write_text(content)
         with pytest.raises(UserError, match="holds vectors and no whole manifest.json; choose"):
             teach.run(config(root, output=directory))
+
+
+def test_vectors_of_another_teacher_are_not_mixed_with_those_of_this_one(
+    root, tmp_path, monkeypatch
+):
+    """In the cache of a run all are made anew where any is missing and theirs is not known."""
+    monkeypatch.setattr(teach, "SHARD_ROWS", 20)
+    c = config(root, **{"teacher.vectors": tmp_path, "stage": "distill"})
+    teach.run(c)
+    first, second = (tmp_path / f"vectors-0000{number}.npy" for number in range(2))
+    before = [path.read_bytes() for path in (first, second)]
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["teacher_hash"]
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "teacher_sha256": "0"}))
+    np.save(first, -np.load(first))  # of another teacher
+    cut(second)
+    teach.run(c)
+    assert [path.read_bytes() for path in (first, second)] == before
+
+
+def test_what_is_there_process_0_alone_says(root, taught, tmp_path, monkeypatch):
+    """Others may not see it, or not yet."""
+    asked = []
+
+    def by_main(work, **options):
+        asked.append(work())
+        return asked[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "by_main", by_main)
+        patch.setattr(teach, "_missing", lambda *_, keep: [])
+        assert teach.run(config(root, output=tmp_path / "none")) == tmp_path / "none"
+    assert asked[1:] == ["[]"]
+    monkeypatch.setattr(runtime, "exchange", lambda text: [text, "another"])
+    with pytest.raises(UserError, match="config.data.path=.*: processes read different sentences"):
+        teach.run(config(root))
+
+
+def test_a_manifest_that_cannot_be_read_is_named(root, tmp_path):
+    (tmp_path / "manifest.json").mkdir()
+    with pytest.raises(UserError, match="manifest.json: cannot be read .Is a directory.; put"):
+        teach.run(config(root, output=tmp_path))
 
 
 def cut(path):
@@ -160,6 +205,7 @@ def test_other_vectors_of_a_run_make_room_once(root, taught, tmp_path, monkeypat
         path.write_text("stale")
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "is_main", lambda: False)
+        patch.setattr(runtime, "by_main", lambda work, **_: work())
         teach.run(c)
     assert [path.read_text() for path in stale] == ["stale"] * 2
     teach.run(c)

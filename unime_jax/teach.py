@@ -66,10 +66,15 @@ def run(config) -> pathlib.Path:
         "sentences_sha256": teacher_vectors.sentences_hash(sentences),
         "shard_rows": SHARD_ROWS,
     }
-    begun = _begun(directory, manifest, keep=config.stage == "teach")
-    shards = range(0, len(sentences), SHARD_ROWS)
-    missing = [start for start in shards if not (begun and _is_there(directory, manifest, start))]
-    if begun and not missing:
+    if len(set(runtime.exchange(manifest["sentences_sha256"]))) > 1:
+        raise UserError(
+            f"config.data.path={config.data.path}: processes read different sentences; give all of "
+            "them the same files"
+        )
+    keep = config.stage == "teach"
+    missing = runtime.by_main(lambda: json.dumps(_missing(directory, manifest, keep=keep)))
+    missing = json.loads(missing)
+    if not missing:
         print(f"{directory}: all {len(sentences)} vectors are there")
         return directory
 
@@ -80,9 +85,8 @@ def run(config) -> pathlib.Path:
     manifest["prompt"] = prompts.TEMPLATES[teacher.preprocessor.prompt].text
     manifest["pooling"] = model.pooling
     manifest["width"] = model.embedding_width
-    runtime.barrier()  # all have looked at what was there
     if runtime.is_main():
-        if not begun:
+        if len(missing) == len(_starts(manifest)):
             for stale in directory.glob("vectors-*.npy"):
                 stale.unlink()
         _write_manifest(directory, manifest)
@@ -108,32 +112,51 @@ def run(config) -> pathlib.Path:
     return directory
 
 
-def _begun(directory: pathlib.Path, manifest: dict[str, Any], *, keep: bool) -> bool:
-    """Says whether vectors with these settings were begun there; others are to make room.
+def _starts(manifest: dict[str, Any]) -> range:
+    """Returns the first row of every shard."""
+    return range(0, manifest["count"], SHARD_ROWS)
+
+
+def _missing(directory: pathlib.Path, manifest: dict[str, Any], *, keep: bool) -> list[int]:
+    """Returns the first rows of the shards that are to be made: all where settings differ.
 
     Args:
       directory: of the vectors.
       manifest: what is known before the teacher is loaded.
-      keep: whether other vectors are refused; in the cache of a run they are not.
+      keep: whether other vectors are refused; in the cache of a run they make room.
     """
-    try:
-        found = json.loads((directory / teacher_vectors.MANIFEST).read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
-        found = {}
-    found = found if isinstance(found, dict) else {}
-    # Of before teachers were told apart by all of their bytes: the name has to do.
+    found = _read_manifest(directory)
+    # Of before teachers were told apart by all of their bytes: the name has to do, for vectors that
+    # are all there; this teacher may be another one than theirs.
     old = "teacher_sha256" in found and "teacher_hash" not in found
-    wanted = manifest.keys() - ({"teacher_hash"} if old else set())
+    missing = [start for start in _starts(manifest) if not _is_there(directory, manifest, start)]
+    wanted = manifest.keys() - ({"teacher_hash"} if old and not missing else set())
     differing = sorted(key for key in wanted if found.get(key) != manifest[key])
     if not differing:
-        return True
+        return missing
     if keep and any(directory.glob("vectors-*.npy")):
         named = f"of another {', '.join(differing)}" if found else "and no whole manifest.json"
+        if differing == ["teacher_hash"] and old:
+            named = f"of a teacher that only its name tells, and not all {manifest['count']}"
         raise UserError(
             f"{directory} holds vectors {named}; choose another config.output or remove that "
             "directory"
         )
-    return False
+    return [*_starts(manifest)]
+
+
+def _read_manifest(directory: pathlib.Path) -> dict[str, Any]:
+    """Returns what a manifest says, {} where there is no whole one."""
+    path = directory / teacher_vectors.MANIFEST
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); put that right or choose another directory"
+        ) from None
+    return found if isinstance(found, dict) else {}
 
 
 def _is_there(directory: pathlib.Path, manifest: dict[str, Any], start: int) -> bool:
