@@ -150,6 +150,20 @@ def test_steps_that_go_again_and_again_are_said(tmp_path, monkeypatch):
         integrity.newest_whole(tmp_path, str)
 
 
+def test_what_one_process_alone_sees_is_said(tmp_path, monkeypatch):
+    """And its checksums are made once."""
+    monkeypatch.setattr(integrity.time, "sleep", lambda seconds: None)
+    path, made = tmp_path / "1", []
+    path.mkdir()
+    (path / "content").write_text("1")
+    integrity.write_manifest(path)
+    digest = integrity._digest
+    monkeypatch.setattr(integrity, "_digest", lambda path: made.append(path) or digest(path))
+    with pytest.raises(UserError, match="1 is not seen by all processes; all need one directory"):
+        integrity.newest_whole(tmp_path, str, exchange=lambda own: [own, "gone"])
+    assert made == [path / "content"]
+
+
 @pytest.mark.slow
 def test_several_processes_look_again_or_fail_together(tmp_path):
     """Whichever of them comes too late: Orbax would have the others wait for it for ever."""

@@ -148,12 +148,18 @@ def newest_whole(
     Returns:
       its step, what was read, and by step what is wrong with newer ones; None without any.
     """
+    gone, whole = None, set()
     for attempt in range(_ATTEMPTS):
         time.sleep(min(1, attempt / 10))  # what one process sees as gone, another may still see
         try:
-            return _newest_whole(directory, read, below, among, agree, exchange)
-        except _Gone:  # removed by a run that trains, which has saved newer ones
-            continue
+            return _newest_whole(directory, read, below, among, agree, exchange, whole)
+        except _Gone as error:  # removed by a run that trains, which has saved newer ones
+            gone = error.path
+    if agree(lambda: "there" if gone in whole and gone.exists() else ""):
+        raise UserError(
+            f"{gone} is not seen by all processes; all need one directory, on a file system that "
+            "they share"
+        )
     raise UserError(
         f"{directory}: each checkpoint was removed before it was read; raise "
         "config.checkpoint.keep of the run that trains there, or start again once it is done"
@@ -163,8 +169,21 @@ def newest_whole(
 class _Gone(Exception):
     """A checkpoint was removed before it had been read; all processes raise it."""
 
+    def __init__(self, path: pathlib.Path | None = None):
+        super().__init__(path)
+        self.path = path
 
-def _newest_whole(directory, read, below, among, agree, exchange):
+
+def _newest_whole(directory, read, below, among, agree, exchange, whole: set[pathlib.Path]):
+    """See `newest_whole`; `whole` are those that process 0 has found so, to be looked at once."""
+
+    def examine(path: pathlib.Path) -> str:
+        if path in whole:
+            return "" if path.exists() else _GONE
+        problem = _examine(path, below)
+        whole.update([] if problem else [path])
+        return problem
+
     def listed() -> str:
         return agree(lambda: json.dumps(sorted(filter(among, steps(directory)))))
 
@@ -172,7 +191,7 @@ def _newest_whole(directory, read, below, among, agree, exchange):
     there = listed()
     for step in sorted(json.loads(there), reverse=True):
         path = directory / str(step)
-        problem = agree(lambda path=path: _examine(path, below))
+        problem = agree(lambda path=path: examine(path))
         old = problem == _OLD
         if old or not problem:
             content, said, cause = None, "", None
@@ -189,7 +208,7 @@ def _newest_whole(directory, read, below, among, agree, exchange):
             if not old and problem != _GONE:
                 raise UserError(f"{path} is whole but cannot be read ({problem})") from cause
         if problem == _GONE:
-            raise _Gone
+            raise _Gone(path)
         problems[step] = problem
     if not problems:
         return None
