@@ -1,5 +1,6 @@
 """Hashes of files: what is remembered from one process to the next, and what is read again."""
 
+import errno
 import os
 import time
 
@@ -51,6 +52,10 @@ def test_a_memory_that_cannot_be_read_is_none(tmp_path, path, monkeypatch):
     assert FileHashes(tmp_path)(path) == of_bytes(b"one")
 
 
+def full(source, target):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_a_memory_that_is_mostly_of_files_that_changed_is_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(file_hashes, "_TICK_NS", -(10**18))
     memory = tmp_path / "file_hashes.txt"
@@ -62,6 +67,12 @@ def test_a_memory_that_is_mostly_of_files_that_changed_is_written_anew(tmp_path,
         found = memory.read_bytes().splitlines()
         assert len(found) <= lines
     before = memory.read_bytes()
+    with monkeypatch.context() as patch:  # a disk that is full
+        memory.write_bytes(3 * before)
+        patch.setattr(file_hashes.os, "replace", full)
+        assert FileHashes(tmp_path)(paths[0]) == of_bytes(b"4")
+    assert memory.read_bytes() == 3 * before and not list(tmp_path.glob("*.part"))
+    memory.write_bytes(before)
     monkeypatch.setattr(file_hashes, "_READ", "not at all")  # nothing is read any more
     assert [FileHashes(tmp_path)(path) for path in paths] == [of_bytes(b"4")] * 3
     assert memory.read_bytes() == before and not list(tmp_path.glob("*.part"))

@@ -48,8 +48,11 @@ class FileHashes:
                     self._known[path] = b" ".join(known)
         if lines > 2 * len(self._known):
             part = self._path.with_name(f"{self._path.name}.{os.getpid()}.part")
-            part.write_bytes(b"".join(b"%b %b" % entry[::-1] for entry in self._known.items()))
-            os.replace(part, self._path)
+            try:
+                part.write_bytes(b"".join(b"%b %b" % entry[::-1] for entry in self._known.items()))
+                os.replace(part, self._path)
+            except OSError:  # of a full disk: the memory stays as it is
+                part.unlink(missing_ok=True)
 
     def __call__(self, path: pathlib.Path) -> bytes:
         """Returns 16 bytes.

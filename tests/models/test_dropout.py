@@ -41,6 +41,13 @@ def test_masks_look_random(rate):
         assert abs(correlation(masks[other:], masks[:-other], rate)) < 4.5
 
 
+def test_neighbours_correlate_no_more_than_is_said():
+    """Of Phi's width, where a mean over keys shows what is left."""
+    masks = lost(jax.random.split(jax.random.key(0), ROWS), 0.05, (ROWS, TOKENS, 3072))
+    pairs = np.mean(masks[:, 1:] & masks[:, :-1])  # standard error .0008 of the correlation
+    assert abs(pairs - 0.05**2) / (0.05 * 0.95) < 0.006
+
+
 @pytest.mark.parametrize("word", [0, 1, (0, 1)])
 def test_keys_that_are_alike_have_masks_that_are_not(word):
     """Seeds, or keys that count: the words of a key are drawn from, not taken as they are."""

@@ -49,6 +49,8 @@ def _hash(place: Array, first: Array, second: Array) -> Array:
 
     Two rounds of xor-shift and multiplication with the constants of Wellons' "lowbias32", and the
     second word between them: with one word, the masks of two keys would be one another's, moved.
+    What two rounds leave: where tokens are 3072 or 8192 values apart, a feature's masks in tokens
+    that are neighbours correlate by -0.003 to -0.0007, in the mean over keys.
     """
     x = place ^ first
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D) + second

@@ -42,7 +42,6 @@ def _matmul_forward(x, w):
     # not, and the weight's gradient does not even appear in the program.
     kept_x = x.value if w.perturbed else None
     kept_w = w.value if x.perturbed else None
-    # The plain product: policies of `jax.checkpoint` do not see into a custom_vjp.
     return _product(x.value, w.value), (kept_x, kept_w, jnp.zeros((0,), w.value.dtype))
 
 
