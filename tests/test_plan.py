@@ -243,6 +243,23 @@ def test_the_smallest_is_compiled_before_nothing_fits(monkeypatch):
     assert "--compile" not in text
 
 
+@pytest.mark.parametrize("own, at", [(1.02, 1), (1.05, 3)])
+def test_what_is_compiled_first_is_what_is_recommended_without(own, at, monkeypatch):
+    """The setting as it is, unless another is faster as counted; every setting is traced once."""
+    traced, seconds = [], {(4, "dots"): 1.03, (8, "full"): own}
+    made = object.__new__(planner._Planner)
+    made.setting, made.mesh, made._counted = (8, "full"), None, {}
+    made._run = lambda setting, mesh: types.SimpleNamespace(step=setting, arguments=())
+    made._estimated = lambda setting: {"seconds": seconds[setting]}
+    monkeypatch.setattr(flops, "count", lambda step: traced.append(step) or flops.Flops({}, {}))
+    found = candidates((4, "none", 12.0), (4, "dots", 9.0), (6, "full", 9.0), (8, "full", 9.0))
+    turn = made._in_turn(found)
+    assert [one for one in turn if one is not found[3]] == found[:3] and turn[at] is found[3]
+    assert made._best(found) is turn[1] and sorted(traced) == [(4, "dots"), (8, "full")]
+    del found[3]
+    assert made._in_turn(found) == found and made._in_turn(found[:1]) == found[:1]
+
+
 def test_compiling_a_setting(monkeypatch):
     """A small program, on devices of the CPU: its bytes, and what crosses hosts is slower."""
     monkeypatch.setattr(topology, "compile_devices", lambda hardware: jax.devices()[:4])

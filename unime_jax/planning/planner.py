@@ -154,7 +154,7 @@ class _Planner:
             mfu=self.mfu,
             flash=self._flash(),
         )
-        self._exact = {self.setting: counted.total}
+        self._counted = {self.setting: counted}
         return {"flops": _operations(counted), "idle_arguments": self._idle}
 
     def current(self) -> dict[str, Any]:
@@ -168,7 +168,7 @@ class _Planner:
         if compiles:
             tell(page.searching(found, self._limit()))
             tried = search.compile_in_turn(
-                found,
+                self._in_turn(found),
                 lambda setting: self.compile(setting, tell, compiles)["compiled"],
                 base=self._arguments.total,
                 limit=self.estimator.limit,
@@ -186,7 +186,6 @@ class _Planner:
         if best is not None:
             setting = best["chunk"], best["remat"]
             counted = self._count(setting)
-            self._exact[setting] = counted.total
             result["recommended"] = {
                 **self._estimated(setting),
                 "flops_parts": _operations(counted),
@@ -206,13 +205,19 @@ class _Planner:
             return None
 
         def seconds(one):
-            setting = one["chunk"], one["remat"]
-            if setting not in self._exact:
-                self._exact[setting] = self._count(setting).total
-            return self._estimated(setting)["seconds"]
+            self._count((one["chunk"], one["remat"]))
+            return self._estimated((one["chunk"], one["remat"]))["seconds"]
 
         own = [one for one in found if (one["chunk"], one["remat"]) == self.setting and one["fits"]]
-        return min([*own, fastest], key=seconds)
+        return min([*own, fastest], key=seconds) if own else fastest
+
+    def _in_turn(self, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Puts the setting as it is before the fastest that fits, if that is no faster."""
+        turn, best = list(found), self._best(found)
+        if best is not None:
+            turn.remove(best)
+            turn.insert([one["fits"] for one in found].index(True), best)
+        return turn
 
     def compile(
         self,
@@ -330,8 +335,10 @@ class _Planner:
         return min(chip.link, chip.network * moved.group / moved.hosts)
 
     def _count(self, setting: tuple[int, str]) -> flops.Flops:
-        run = self._run(setting, self.mesh)
-        return flops.count(run.step, *run.arguments)
+        if setting not in self._counted:
+            run = self._run(setting, self.mesh)
+            self._counted[setting] = flops.count(run.step, *run.arguments)
+        return self._counted[setting]
 
     def _flash(self) -> bool:
         """Says whether the platform's attention kernel keeps no scores of pairs of positions."""
@@ -342,7 +349,8 @@ class _Planner:
         return attention == kernel
 
     def _estimated(self, setting: tuple[int, str]) -> dict[str, Any]:
-        found = self.estimator.setting(*setting, exact=self._exact.get(setting))
+        counted = self._counted.get(setting)
+        found = self.estimator.setting(*setting, exact=counted.total if counted else None)
         seconds = found.seconds
         return {
             **dataclasses.asdict(found),
