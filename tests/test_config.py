@@ -6,6 +6,7 @@ import re
 import pytest
 
 from unime_jax import config as config_lib
+from unime_jax import config_values
 from unime_jax.types import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -86,6 +87,9 @@ def test_a_file_that_asks_for_a_key_that_is_not_there_is_told(tmp_path):
         ("{'smoke': 3}['smoek']", "KeyError: 'smoek'"),
         ("raise KeyError()", "KeyError"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("c.los = 3", r"los: no such key; did you mean loss\?"),
+        ("c.train.lerning_rate = 3", "lerning_rate: no such key"),
+        ("config.evaluation_config().lmit = 3", r"lmit: no such key; did you mean limit\?"),
         ("c.train.steps = 'x'", "TypeError: Could not override field 'steps' .*"),
         ("open('/no/file')", "FileNotFoundError: .* No such file or directory: '/no/file'"),
         ("import nonono", "ModuleNotFoundError: No module named 'nonono'"),
@@ -93,8 +97,8 @@ def test_a_file_that_asks_for_a_key_that_is_not_there_is_told(tmp_path):
 )
 def test_what_a_config_file_fails_at_is_told_with_its_line(tmp_path, body, said):
     file = tmp_path / "c.py"
-    text = "from unime_jax.config import base_config\ndef get_config(arg=''):\n    "
-    file.write_text(f"{text}c = base_config()\n    {body}\n    return c\n")
+    text = "from unime_jax import config\ndef get_config(arg=''):\n    "
+    file.write_text(f"{text}c = config.base_config()\n    {body}\n    return c\n")
     with pytest.raises(UserError, match=rf"^config: {said} \({re.escape(str(file))}:4\)$"):
         parse(file=file)
 
@@ -103,6 +107,36 @@ def test_a_config_file_that_is_no_python(tmp_path):
     (tmp_path / "c.py").write_text("def get_config(:\n")
     with pytest.raises(UserError, match=r"^config: invalid syntax \(c.py, line 1\)$"):
         parse(file=tmp_path / "c.py")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def get_config(a, b): pass", "TypeError: get_config.* missing 2 required .* 'a' and 'b'"),
+        ("def get_config(): return 1", "get_config returns int, not a ConfigDict"),
+        ("def get_config(): pass", "get_config returns NoneType, not a ConfigDict"),
+    ],
+)
+def test_a_config_file_that_returns_none_is_named(tmp_path, text, said):
+    file = tmp_path / "c.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=rf"^config: {said} \({re.escape(str(file))}\)$"):
+        parse(file=file)
+
+
+@pytest.mark.parametrize(
+    "found, said",
+    [
+        ({"a": 1, "b": {"c": 2}, "d": {}}, ""),
+        ({"a": 1, "b": {"c": 2}, "d": {"any": 3}}, ""),
+        ({"a": 1, "b": {"c": 2}, "d": {}, "limt": 1}, "config.limt: no such key"),
+        ({"a": 1, "b": {"cc": 2}, "d": {}}, "config.b.cc: no such key; did you mean config.b.c?"),
+        ({"a": 1, "b": {}, "d": {}}, "config.b.c is missing"),
+        ({"a": 1, "b": {"c": 2}}, "config.d is missing"),
+    ],
+)
+def test_keys_of_a_config_that_is_whole_in_itself(found, said):
+    assert config_values.misnamed(found, ("a", "b.c", "d")) == said
 
 
 def test_missing_config_file_is_named():

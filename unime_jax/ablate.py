@@ -27,7 +27,7 @@ import numpy as np
 
 from unime_jax import ablation, cluster, embedder, metrics, report, runtime
 from unime_jax.ablation import Run, Variant
-from unime_jax.config import check, parse, validate_values
+from unime_jax.config import check, check_keys, parse, validate_values
 from unime_jax.data import sources
 from unime_jax.evaluation import smol
 from unime_jax.types import UserError
@@ -49,6 +49,7 @@ def validate(config) -> None:
       UserError: the first impossible value, named with its key.
     """
     check("variants" in config, "this config is of no ablation: take configs/smol_ablation.py")
+    check_keys(config, ablation.KEYS)
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
     runtime.check_output(config.output, "config.output")
     lists = {"seeds": config.seeds, "splits": config.splits}

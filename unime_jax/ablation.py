@@ -15,6 +15,10 @@ from unime_jax.types import UserError
 
 RESULT_FILE = "ablation.json"  # in a run's directory, once it is trained and measured
 STAGES = ("stage1", "align", "stage2")  # of the pipeline
+KEYS = (
+    *("output", "assets", "configs", "smoke", "seeds", "splits", "variants", "reference"),
+    *(f"{part}.{stage}" for part in ("rates", "changes") for stage in STAGES),
+)
 REFERENCE = "reference"  # family of the variant that the others are compared with
 MAIN = "mean R@10"
 PICTURES = ("i2t R@1", "t2i R@1", "i2t R@10", "t2i R@10", MAIN)

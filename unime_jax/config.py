@@ -18,7 +18,7 @@ STAGES = ("distill", "align", "contrast", "judge")
 
 
 def base_config() -> ConfigDict:
-    """Returns every key of a training run with its default."""
+    """Returns every key of a training run with its default, locked: others cannot be set."""
     c = ConfigDict()
     c.seed = 0  # parameters' initial values, order of the data, dropout
     c.output = ""  # directory of the run: checkpoints, metrics, resolved config
@@ -127,12 +127,18 @@ def base_config() -> ConfigDict:
     c.mesh.data = 1
     c.mesh.fsdp = -1
     c.mesh.tensor = 1
-    return c
+    return c.lock()
 
 
 def evaluation_config() -> ConfigDict:
-    """Returns the keys that evaluations on published sets share, with their defaults."""
+    """Returns every key of an evaluation on published sets with its default, locked."""
     c = ConfigDict()
+    c.benchmark = ""  # mmeb or retrieval
+    c.output = ""  # directory of report.md, report.json, plots and answers
+    c.sets = ""  # names, separated by commas; "": all
+    c.limit = 0  # of each set so many queries or images; 0: all
+    c.images = ""  # directory that the images' paths start from; retrieval: "": beside the sets
+    c.before = ""  # mmeb: output of an earlier evaluation, drawn as "before"; "": chance
     c.cache = ""  # vectors of all models and benchmarks; "": ~/.cache/unime_jax/vectors
     c.image_root = ""  # no image outside of it is read, by no link; "": the directory of the images
 
@@ -156,7 +162,7 @@ def evaluation_config() -> ConfigDict:
     c.mesh.data = -1
     c.mesh.fsdp = 1
     c.mesh.tensor = 1
-    return c
+    return c.lock()
 
 
 def parse(argv: list[str], doc: str) -> ConfigDict:
@@ -212,8 +218,9 @@ def _load(argv: list[str]) -> tuple[list[str], ConfigDict | None]:
     try:
         rest = values(argv)
         config = values.config
-        if config is not None:
-            dict(config)  # a config file that failed raises here, at its first use
+        if values["config"].present and not isinstance(config, ConfigDict):
+            getattr(config, "keys", None)  # of a file that failed: raises at its first use
+            config_errors.refuse(config, argv)
     except UserError:
         raise
     except Exception as error:  # absl, importlib and ml_collections each raise their own kinds
@@ -225,6 +232,12 @@ def check(condition: bool, message: str) -> None:
     """Raises `UserError(message)` unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
+    """Checks that there is every key of those known, and no other."""
+    problem = config_values.misnamed(config.to_dict(), known)
+    check(not problem, problem)
 
 
 def check_choice(config: ConfigDict, key: str, choices: tuple[str, ...]) -> None:

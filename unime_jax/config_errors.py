@@ -4,14 +4,21 @@ import os
 import re
 import traceback
 
+from unime_jax.types import UserError
+
+_LOCKED = r'Key "(\w+)" does not exist and cannot be added.*?(?:Did you mean "(\w+)".*)?'
+
 
 def explain(error: BaseException, argv: list[str]) -> str:
     """Turns what absl, importlib or ml_collections raised into one line."""
-    file = next((word for word in argv[1:] if ".py" in word), "--config")
-    file = file.removeprefix("--config=").split(":")[0]
+    file = _file(argv)
     error, line = _origin(error, file)
     message = error.args[0] if error.args else ""
     message = str(message.args[0] if isinstance(message, KeyError) else message)
+    if line and (found := re.fullmatch(_LOCKED, message.strip(), re.S)):
+        missing, near = found.groups()
+        hint = f"; did you mean {near}?" if near else ""
+        return f"config: {missing}: no such key{hint} ({file}:{line})"
     if found := re.fullmatch(r"'(\w+)'(?:\s+Did you mean \"(\w+)\".*)?", message.strip(), re.S):
         missing, near = found.groups()
         keys = (word.removeprefix("--").partition("=")[0] for word in argv)
@@ -21,10 +28,24 @@ def explain(error: BaseException, argv: list[str]) -> str:
     if line:
         text = " ".join(str(error).split())
         return f"config: {kind}{f': {text}' if text else ''} ({file}:{line})"
-    text = " ".join(str(error if isinstance(error, SyntaxError) else message).split())
+    text = str(error if isinstance(error, SyntaxError) else message)
+    if "Traceback (most" in text:  # of calling get_config, with what it is called with
+        text = f"{text.strip().splitlines()[-1]} ({file})"
+    text = " ".join(text.split())
     if isinstance(error, FileNotFoundError) or "No such file" in text:
         return f"config file {file} not found; configs/ has one file per run"
     return f"config: {text or kind}"
+
+
+def refuse(config, argv: list[str]) -> None:
+    """Raises `UserError`: what a config file returned is no configuration."""
+    kind = type(config).__name__
+    raise UserError(f"config: get_config returns {kind}, not a ConfigDict ({_file(argv)})")
+
+
+def _file(argv: list[str]) -> str:
+    file = next((word for word in argv[1:] if ".py" in word), "--config")
+    return file.removeprefix("--config=").split(":")[0]
 
 
 def _origin(error: BaseException, file: str) -> tuple[BaseException, int]:

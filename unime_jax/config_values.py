@@ -1,8 +1,9 @@
 """What values of a training run's configuration look like, whatever they mean."""
 
+import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 _STRINGS = ("data.sets", "data.directions", "train.trainable")
@@ -19,6 +20,25 @@ def problem(settings: dict[str, Any]) -> str:
       settings: nested dicts.
     """
     return next(_problems(dict(_leaves(settings))), "")
+
+
+def misnamed(settings: dict[str, Any], known: Sequence[str]) -> str:
+    """Returns which key is none of the known ones or is missing, "" if all are as they should be.
+
+    Args:
+      settings: nested dicts.
+      known: "key", "section.key", or "section" whose keys have any names.
+    """
+    found = [key for key, _ in _leaves(settings)]
+    for key in found:
+        if not any(key == name or key.startswith(f"{name}.") for name in known):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean config.{near[0]}?" if near else ""
+            return f"config.{key}: no such key{hint}"
+    for name in known:
+        if name not in settings and not any(f"{key}.".startswith(f"{name}.") for key in found):
+            return f"config.{name} is missing"
+    return ""
 
 
 def split(value: Any) -> Any:

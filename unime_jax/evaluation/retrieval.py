@@ -10,6 +10,7 @@ import numpy as np
 
 from unime_jax import metrics, weights
 from unime_jax.benchmarks import caption_retrieval, sugarcrepe
+from unime_jax.config import check
 from unime_jax.data import caption_sets
 from unime_jax.data.eval_items import Items
 from unime_jax.evaluation import checks, examples, hosts, opening, retrieval_report
@@ -28,6 +29,7 @@ def validate(config) -> None:
     """Checks the configuration before any work."""
     checks.common(config, "that holds the sets")
     caption_retrieval.choose(config.sets)
+    check(not config.before, f"config.before={config.before}: is for MMEB; see `evaluate compare`")
 
 
 def run(config) -> dict[str, Any]:

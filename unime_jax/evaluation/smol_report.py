@@ -13,10 +13,14 @@ import numpy as np
 
 from unime_jax import metrics, report, runtime
 from unime_jax.benchmarks import smol
-from unime_jax.config import check, check_choice, check_path, lookup
+from unime_jax.config import check, check_choice, check_keys, check_path, lookup
 from unime_jax.data import pictures
 from unime_jax.evaluation.smol import IDF, RIDGE, TEACHER, Measured, in_order, measure, read
 
+KEYS = (
+    *("benchmark", "output", "dtype", "limit", "models", "teacher.path", "runs"),
+    *("data.path", "data.split", "data.features", "data.variants"),
+)
 KS = (1, 5, 10)
 MATRIX_PAIRS, SHEET_IMAGES = 50, 12
 RUN_TITLES = {
@@ -33,6 +37,7 @@ def validate(config) -> None:
     Raises:
       UserError: the first impossible value, named with its key.
     """
+    check_keys(config, KEYS)
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
     runtime.check_output(config.output, "config.output")
     check(config.limit >= 0, f"config.limit={config.limit}: must not be negative; 0 means all")
