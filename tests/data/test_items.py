@@ -125,6 +125,21 @@ def test_linked_folders_are_followed_inside_the_image_root_alone(tmp_path):
     assert not any(entry.fault for entry in wide) and wide[2].image.checked().is_file()
 
 
+def test_hidden_folders_are_reached_by_links(tmp_path):
+    """As Kubernetes mounts what is configured, and stores keep what is named otherwise."""
+    for name in ("..2026/a.png", ".store/in/b.png", ".never/c.png", "seen/d.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(packages.png())
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "pics").symlink_to("..data")
+    (tmp_path / "current").symlink_to(".store")
+    (tmp_path / "newest").symlink_to(".store/in")
+    (tmp_path / ".store" / "up").symlink_to("..")
+    found = read(tmp_path)
+    assert [entry.id for entry in found] == ["current/in/b.png", "pics/a.png", "seen/d.png"]
+    assert all(pictures.size_of(entry.image) == (20, 12) for entry in found)
+
+
 def test_pictures_of_folders_that_link_to_each_other_are_taken_once(tmp_path):
     for name in "abcdefg":
         (tmp_path / name).mkdir()

@@ -160,17 +160,18 @@ class Input:
     def _walk(self) -> Iterator[tuple[str, str]]:
         """Yields paths of pictures; those of folders that are not entered with the reason.
 
-        A folder is walked once, under its own name if it lies in the input: links to folders are
-        followed to others alone, inside the image root.
+        A folder is walked once, under its own name if it lies in the input, outside of hidden ones:
+        links to folders are followed to others alone, inside the image root.
         """
         self.left_out = 0
-        folders, walked, own = [str(self.path)], set(), pathlib.Path(os.path.realpath(self.path))
+        folders, walked, own = [str(self.path)], set(), os.path.realpath(self.path)
         while folders:
             folder = folders.pop()
             try:
                 real = os.path.realpath(folder)
                 if folder != str(self.path) and os.path.islink(folder):
-                    if pathlib.Path(real).is_relative_to(own):
+                    inside = real == own or real.startswith(os.path.join(own, ""))
+                    if inside and "/." not in real.removeprefix(own):
                         continue
                     self._images.path(folder)
                 found = [] if real in walked else sorted(os.scandir(folder), key=lambda x: x.name)
