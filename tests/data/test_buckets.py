@@ -152,6 +152,29 @@ def test_padding_of_many_calls_of_few_rows_falls_to_that_of_one_call_of_many():
     assert len(made) < 50
 
 
+def test_equal_calls_get_equal_groups_whatever_came_between():
+    rng = np.random.default_rng(0)
+    limits = buckets.Limits(rows=4, tokens=512, program=512)
+    programs = buckets.Programs(limits.program)
+    shapes = [(buckets.padded_length(int(n), 512), 0) for n in rng.integers(1, 99, 30)]
+    first = buckets.sort(shapes, limits, programs=programs)
+    for call in range(40):
+        others = [(buckets.padded_length(int(n), 512), 0) for n in rng.integers(1, 99, 30)]
+        buckets.sort(others, limits, programs=programs)
+        assert buckets.sort(shapes, limits, programs=programs) == first, call
+    turned = buckets.sort(shapes[::-1], limits, programs=programs)
+    assert [b.tokens for b in turned] == [b.tokens for b in first]
+    assert programs_of(turned, limits) == programs_of(first, limits)
+    assert all(shapes[29 - m][0] <= b.tokens for b in turned for m in b.members)
+
+
+def test_groups_of_old_calls_are_forgotten():
+    programs = buckets.Programs(8192)
+    for length in (16, 24, 32):
+        buckets.sort([(length, 0)] * 40_000, programs=programs)
+    assert [len(shapes) for _, shapes in programs._calls] == [40_000]
+
+
 class Recorder:
     """Prepares rows as their own number and remembers when."""
 

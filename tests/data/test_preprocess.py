@@ -207,9 +207,11 @@ def test_calls_share_programs(byte_level):
     limits = buckets.Limits(program=40)
     model = preprocess.Preprocessor(byte_level, None, prompt="none", max_tokens=99, limits=limits)
     shapes = []
-    for length in (40, 24, 24, 24, 24, 40):
-        shapes += [group.tokens.shape for group, _ in model.embed_rows([[1] * length])]
+    for call, length in enumerate((40, 24, 24, 24, 24, 40)):
+        shapes += [group.tokens.shape for group, _ in model.embed_rows([[call] * length])]
     assert shapes == [(1, 40), (1, 40), (1, 40), (1, 24), (1, 24), (1, 40)]
+    ((again, _),) = model.embed_rows([[1] * 24])  # rows of a call that was get their groups again
+    assert again.tokens.shape == (1, 40)
     rows = [stream.Item(0, "a" * 30)]  # of which 32 would do
     (found,) = stream.Stream(model, rows, instruction=None, bad=pytest.fail)
     assert found[0].tokens.shape == (1, 40)

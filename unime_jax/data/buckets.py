@@ -19,6 +19,7 @@ LENGTHS = (
     *(320, 384, 448, 512, 640, 768, 896, 1024),
 )
 _STEP = 256  # of longer ones
+_REMEMBERED = 1 << 16  # rows of past calls whose groups are known
 _AGAIN = 8  # a shape that was compiled before costs so many times less than a new one
 
 
@@ -129,6 +130,9 @@ class Sorter:
         return Bucket(found, tiles, tuple(members))
 
 
+Call = tuple[int, tuple[tuple[int, int], ...]]  # the rows' contents, hashed; their shapes (T, C)
+
+
 class Programs:
     """Knows which shapes (T, C, padded rows) there are programs for, and what their lack has cost.
 
@@ -141,6 +145,7 @@ class Programs:
 
     def __init__(self, cost: int, known: Iterable[tuple[int, int, int]] = ()):
         self.cost = cost
+        self._calls: dict[Call, list[Bucket]] = {}
         self._lengths: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
         # Positions that rows of a shape (T, C) were padded by.
         self._padding: collections.Counter[tuple[int, int]] = collections.Counter()
@@ -166,6 +171,16 @@ class Programs:
         place = bisect.bisect_left(lengths, tokens)
         return lengths[place] if place < len(lengths) else None
 
+    def remembered(self, call: "Call") -> list[Bucket] | None:
+        """Returns the groups that the same rows got before, whatever was spent meanwhile."""
+        return self._calls.get(call)
+
+    def remember(self, call: "Call", groups: list[Bucket]) -> None:
+        """Keeps the groups of a call's rows; the oldest calls are forgotten."""
+        self._calls[call] = groups
+        while sum(len(shapes) for _, shapes in self._calls) > _REMEMBERED:
+            del self._calls[next(iter(self._calls))]
+
     def best(self, tokens: int, tiles: int, rows: int) -> tuple[int, int]:
         """Returns what a group costs at least, and its length then."""
         price = max(0, self.cost - self._padding[tokens, tiles])
@@ -174,18 +189,34 @@ class Programs:
         return own if there is None else min(own, (there * rows, there))
 
 
-def sort(shapes: Sequence[tuple[int, int]], limits: Limits = LIMITS, **options) -> list[Bucket]:
+def sort(
+    shapes: Sequence[tuple[int, int]],
+    limits: Limits = LIMITS,
+    longest: int | None = None,
+    programs: Programs | None = None,
+    content: int = 0,
+) -> list[Bucket]:
     """Puts rows of equal shape together, then what is left of each shape; short ones first.
 
     Args:
-      shapes: (T, C) of each row.
-      limits: of the groups.
-      options: of `Sorter`.
+      shapes: (T, C) of each row, in any order.
+      limits, longest, programs: see `Sorter`.
+      content: tells rows of the same shapes apart; the same rows get the same groups again.
     """
-    sorter = Sorter(limits, **options)
-    full = [sorter.add(shape, place) for place, shape in enumerate(shapes)]
-    buckets = [*filter(None, full), *sorter.rest()]
-    return sorted(buckets, key=lambda bucket: (bucket.tokens, bucket.tiles))
+    programs = Programs(limits.program) if programs is None else programs
+    order = sorted(range(len(shapes)), key=shapes.__getitem__)
+    ordered = tuple(shapes[place] for place in order)
+    found = programs.remembered((content, ordered))
+    if found is None:
+        sorter = Sorter(limits, longest, programs)
+        full = [sorter.add(shape, place) for place, shape in enumerate(ordered)]
+        found = [*filter(None, full), *sorter.rest()]
+        found.sort(key=lambda bucket: (bucket.tokens, bucket.tiles))
+        programs.remember((content, ordered), found)
+    return [
+        dataclasses.replace(bucket, members=tuple(order[place] for place in bucket.members))
+        for bucket in found
+    ]
 
 
 def gather(

@@ -358,9 +358,9 @@ class Preprocessor:
                 list(zip(found, pictures, strict=True)), tokens=bucket.tokens, tiles=bucket.tiles
             )
 
-        programs = programs or self.programs
-        sorted_rows = buckets.sort(shapes, self.limits, longest=self.longest, programs=programs)
-        return buckets.Groups(sorted_rows, prepare, pack, tokens=real)
+        content = hash(tuple(sorted(hash(row.ids) for row in rows)))
+        made = buckets.sort(shapes, self.limits, self.longest, programs or self.programs, content)
+        return buckets.Groups(made, prepare, pack, tokens=real)
 
     def shape_of(self, row: Row, layout: Layout | None) -> tuple[int, int]:
         """Returns T and C of the group that a row belongs in.
