@@ -143,7 +143,7 @@ def test_a_checkpoint_that_is_marked_while_it_is_removed_comes_back(tmp_path, mo
     checkpoint.Checkpoints(tmp_path, config={}, keep=2).close()
     assert capsys.readouterr().out == "", "the newest are kept in any case"
     checkpoint.Checkpoints(tmp_path, config={}, keep=1).close()
-    message = f"1 is kept for {tmp_path}/run, which is not there any more; if nothing else"
+    message = f"1 is kept for {tmp_path}/run, which is not there any more; if that was removed"
     assert message in capsys.readouterr().out
 
 

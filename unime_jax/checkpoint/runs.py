@@ -275,8 +275,8 @@ class Checkpoints:
         for step in sorted(kept.keys() & self._surplus()):
             print(
                 f"{self._directory / str(step)} is kept for {', '.join(kept[step])}, which is not "
-                "there any more; if nothing else is built on it, remove it and "
-                f"{self._run / run_directory.KEPT / str(step)}"
+                "there any more; if that was removed, not moved, and nothing else is built on it, "
+                f"remove it and {self._run / run_directory.KEPT / str(step)}"
             )
 
 
