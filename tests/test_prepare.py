@@ -263,6 +263,9 @@ def test_a_missing_library_is_said_before_anything_is_fetched(
 
 
 def test_wrong_arguments(tmp_path, registry, capsys):
+    for layers in ("0", "31"):
+        assert "give 1 to 30" in fails(capsys, "--cache", tmp_path, "--layers", layers)
+    assert registry == [] and not list(tmp_path.iterdir()), "told before anything is fetched"
     assert "--layers is 9: give 1 to 3" in fails(capsys, "--cache", tmp_path, "--layers", "9")
     with pytest.raises(UserError, match="'large'.*unime_jax.prepare --help` lists the flags"):
         prepare.main(["prepare", "large"])

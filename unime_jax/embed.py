@@ -105,6 +105,7 @@ def embed(args: argparse.Namespace) -> None:
     if output.exists() and not embed_job.directory_of(output).is_dir():
         _check_finished(output, settings, source)
         return
+    total = source.count()  # what is wrong with the input is told before the model is loaded
     started = time.perf_counter()
     model = embedder.load_weights(found, dtype=settings["compute_dtype"], mesh=_mesh(args.fsdp))
     del found  # with the files that it holds mapped, which count as memory
@@ -117,7 +118,7 @@ def embed(args: argparse.Namespace) -> None:
     )
     with job as job:
         before = job.finished
-        stopped = _run(model, source, job, settings, process, processes)
+        stopped = _run(model, source, total, job, settings, process, processes)
         if processes > 1:
             from jax.experimental import multihost_utils
 
@@ -220,13 +221,13 @@ def _check_any(output: pathlib.Path, about: dict[str, Any]) -> None:
 def _run(
     model: embedder.Embedder,
     source: items.Input,
+    total: int | None,
     job: embed_job.Job,
     settings: dict[str, Any],
     process: int,
     processes: int,
 ) -> runtime.StopRequest | None:
     """Embeds what is not done; returns what told it to stop, if something did."""
-    total = source.count()
     if process == 0 and source.left_out:
         _say(source.describe_left_out())
     is_cut = False  # rows were left unread

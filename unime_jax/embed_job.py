@@ -281,7 +281,8 @@ def open_job(
         except BlockingIOError:
             raise UserError(f"{output} is being written by another process") from None
         path = directory / "job.json"
-        if path.exists():
+        is_new = not path.exists()
+        if not is_new:
             check_settings(directory, json.loads(path.read_text()), settings)
         elif process == 0:
             part = directory / "job.json.part"
@@ -293,6 +294,8 @@ def open_job(
         except BaseException:
             with contextlib.suppress(OSError):  # what could not be written is tried once more
                 job.close()
+            if is_new and not job.log.count and len(list(directory.glob("lock-*"))) == 1:
+                shutil.rmtree(directory, ignore_errors=True)  # no row was read
             raise
         job.close()
 

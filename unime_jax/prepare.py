@@ -30,6 +30,7 @@ from unime_jax import arguments, config_values, report, runtime
 from unime_jax.types import UserError
 
 _FORMAT = 3  # raise it when what is written changes: prepared directories are then redone
+_LAYERS = 30  # of the language model
 _SHOWN = 5  # pictures that cannot be read are named, up to so many
 
 
@@ -48,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     smol.add_argument(
         "--cache", default=runtime.cache_directory(), help="where everything goes (%(default)s)"
     )
-    smol.add_argument("--layers", type=int, default=6, help="decoder layers to keep (6 of 30)")
+    smol.add_argument(
+        "--layers", type=int, default=6, help=f"decoder layers to keep (6 of {_LAYERS})"
+    )
     smol.add_argument("--pairs", help="your own pairs.jsonl in place of the Debian packages")
     smol.add_argument("--smoke", action="store_true", help="a few hundred pairs only")
     smol.add_argument("--split", type=int, default=1, help="another number holds out others (1)")
@@ -153,6 +156,8 @@ def run(args: argparse.Namespace) -> None:
                 )
         return
     # What can be wrong here is said before anything is fetched.
+    if not 1 <= args.layers <= _LAYERS:
+        raise UserError(f"--layers is {args.layers}: give 1 to {_LAYERS}")
     smol.check_extras(own_pairs=bool(args.pairs))
     own = smol.own_pairs(pathlib.Path(args.pairs), args.image_root) if args.pairs else None
     with assets.Cache(cache_dir / "packages") as cache:

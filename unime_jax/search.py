@@ -108,7 +108,7 @@ def _query(args: argparse.Namespace, about: dict[str, Any]) -> np.ndarray:
 
 def _draw(args, index: vector_files.Vectors, cosines, places) -> pathlib.Path:
     """Draws the pictures among the rows found."""
-    path = pathlib.Path(args.sheet or f"{args.index}.search.png").expanduser()
+    path = pathlib.Path(args.sheet or f"{args.index}{items.SHEET}").expanduser()
     pairs = zip(cosines.tolist(), places.tolist(), strict=True)
     hits = [(c, p) for c, p in pairs if index.images[p]]
     folder = index.about["folder"]

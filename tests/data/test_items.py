@@ -88,7 +88,8 @@ def test_stdin(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_pictures(tmp_path):
-    for name in ("b.png", "a.JPG", "sub/c.webp", ".hidden.png", ".git/d.png", "notes.txt"):
+    names = ("b.png", "a.JPG", "sub/c.webp", ".hidden.png", ".git/d.png", "notes.txt")
+    for name in (*names, "v.npz.search.png"):  # what a search has drawn is no input
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     with open(os.fsencode(tmp_path) + b"/\xff.png", "wb"):
@@ -98,10 +99,11 @@ def test_a_folder_of_pictures(tmp_path):
     assert found[3].image == f"{tmp_path}/sub/c.webp" and len(found[2].digest) == 16
     folder = items.Input(str(tmp_path))
     assert folder.count() == 4
-    assert folder.describe_left_out().endswith("by the ends of their names: 1")
+    assert folder.describe_left_out().endswith("by the ends of their names: 2")
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(UserError, match="no pictures in this folder"):
-        read(tmp_path / "nothing")
+    for look in (list, items.Input.count):
+        with pytest.raises(UserError, match="no pictures in this folder"):
+            look(items.Input(str(tmp_path / "nothing")))
 
 
 def test_linked_folders_are_followed_inside_the_image_root_alone(tmp_path):

@@ -11,10 +11,12 @@ import time
 
 import miniature
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from embedding_run import COUNT, ROW, distance, run
 
-from unime_jax import embed_job
+from unime_jax import embed_job, embedder
 from unime_jax.data import buckets, items, vector_files
 from unime_jax.types import UserError
 
@@ -133,6 +135,28 @@ def test_outputs_of_others_are_kept(root, tmp_path):
         run(root, tmp_path / "v.bin")
     with pytest.raises(UserError, match="--fsdp 3 does not divide the 8 devices"):
         run(root, tmp_path / "w.npz", "--fsdp", 3)
+
+
+def test_faults_of_an_input_are_told_before_the_model_is_loaded(root, tmp_path, monkeypatch):
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "other.parquet").read_bytes()[:-9])
+    (tmp_path / "pictures").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(embedder, "load_weights", None)
+        for name, said in (
+            ("other.parquet", "neither a column"),
+            ("cut.parquet", "cannot be read as Parquet"),
+            ("pictures", "no pictures in this folder"),
+        ):
+            with pytest.raises(UserError, match=said):
+                run(root, tmp_path / "v.npz", input=tmp_path / name)
+    pq.write_table(pa.table({"text": ["a" * 50] * 9}), tmp_path / "t.parquet", compression="none")
+    content = bytearray((tmp_path / "t.parquet").read_bytes())
+    content[4:40] = bytes(36)  # within its first page
+    (tmp_path / "t.parquet").write_bytes(content)
+    with pytest.raises(UserError, match="damaged after row 0"):
+        run(root, tmp_path / "v.npz", input=tmp_path / "t.parquet")
+    assert not list(tmp_path.glob("v.npz*")), "nothing to go on from"
 
 
 @pytest.mark.slow

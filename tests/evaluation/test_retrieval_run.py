@@ -232,6 +232,17 @@ def test_runs_without_any_score_are_compared(tmp_path, capsys):
     assert "50.0" in capsys.readouterr().out and not (tmp_path / "out" / "sets.png").exists()
 
 
+def test_a_comparison_replaces_no_evaluation(tmp_path):
+    runs = [mmeb_report(tmp_path / name, 0.5, ["GQA"]) for name in "ab"]
+    for output in (runs[1], mmeb_report(tmp_path / "c", 0.5, [])):
+        before = (pathlib.Path(output) / "report.json").read_text()
+        with pytest.raises(UserError, match="is the output of an evaluation"):
+            compare.compare(runs, output)
+        assert (pathlib.Path(output) / "report.json").read_text() == before
+    for _ in range(2):  # a comparison is replaced
+        compare.compare(runs, tmp_path / "out")
+
+
 def test_directories_are_looked_for_before_any_work(captions, tmp_path):
     (tmp_path / "file").touch()
     assert evaluation_config().image_root == ""  # of configurations from before there was the key

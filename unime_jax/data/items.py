@@ -12,9 +12,9 @@ import select
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
-from unime_jax.data import image_files, parquet_rows
+from unime_jax.data import image_files, parquet_rows, vector_files
 from unime_jax.types import UserError, reason
 
 # What Pillow takes the names of `pictures.FORMATS` to end in.
@@ -24,6 +24,8 @@ PICTURES = (
     ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".rgb", ".rgba", ".sgi", ".tga", ".tif",
     ".tiff", ".vda", ".vst", ".webp",
 )  # fmt: skip
+SHEET = ".search.png"  # what the name of a file of vectors ends in for the sheet of a search
+_SHEETS = tuple(suffix + SHEET for suffix in vector_files.SUFFIXES)
 _LINES = (".jsonl", ".ndjson")
 _WAIT = 0.5  # seconds between looks at whether to go on waiting for stdin
 LETTERS = 4096  # of an id or a path: .npz has strings of one length alone, that of the longest
@@ -134,13 +136,19 @@ class Input:
         return self._kind != "stdin" and (self.path.is_dir() or self.path.is_file())
 
     def count(self) -> int | None:
-        """Counts the rows without parsing them; None where only reading them all would tell."""
+        """Counts the rows without parsing them; None where only reading them all would tell.
+
+        Raises:
+          UserError: a folder without pictures, a damaged Parquet file or one of other columns.
+        """
         if not self.is_repeatable:
             return None
         if self._kind == "folder":
-            return sum(1 for _ in self._walk())
+            return sum(1 for _ in self._walk()) or self._no_pictures()
         if self._kind == "parquet":
-            return self._parquet().metadata.num_rows
+            file = self._parquet()
+            self._columns(file)
+            return file.metadata.num_rows
         with open(self.path, "rb") as file:
             return sum(1 for line in _bounded(file) if line.strip(_BLANK))
 
@@ -183,7 +191,8 @@ class Input:
             found = [entry for entry in found if not entry.name.startswith(".")]
             inner = [_is_folder(entry) for entry in found]
             for entry in itertools.compress(found, map(operator.not_, inner)):
-                if entry.name.lower().endswith(PICTURES):
+                name = entry.name.lower()
+                if name.endswith(PICTURES) and not name.endswith(_SHEETS):
                     yield entry.path, ""
                 else:
                     self.left_out += 1
@@ -199,8 +208,11 @@ class Input:
             else:
                 yield Entry(row, name, image=image_files.Named(path, self._images), label=name)
         if row < 0:
-            others = f"; its {self.left_out} files end otherwise" if self.left_out else ""
-            raise UserError(f"{self.name}: no pictures in this folder (.jpg, .png, ...){others}")
+            self._no_pictures()
+
+    def _no_pictures(self) -> NoReturn:
+        others = f"; its {self.left_out} files end otherwise" if self.left_out else ""
+        raise UserError(f"{self.name}: no pictures in this folder (.jpg, .png, ...){others}")
 
     # ---- JSON lines
 
@@ -240,10 +252,8 @@ class Input:
         except (OSError, ValueError, pyarrow.ArrowException) as error:
             raise UserError(f"{self.name}: cannot be read as Parquet ({reason(error)})") from None
 
-    def _table(self) -> Iterator[Entry]:
-        import pyarrow
-
-        file = self._parquet()
+    def _columns(self, file) -> list[str]:
+        """Returns the columns that are read."""
         try:
             there = file.schema_arrow.names
         except UnicodeDecodeError:
@@ -255,7 +265,13 @@ class Input:
                 f"{self.name}: neither a column {self._keys.text!r} nor {self._keys.image!r}; it "
                 f"has {', '.join(there)}: name them with --text-key and --image-key"
             )
-        batches = file.iter_batches(_ROWS, columns=columns)
+        return columns
+
+    def _table(self) -> Iterator[Entry]:
+        import pyarrow
+
+        file = self._parquet()
+        batches = file.iter_batches(_ROWS, columns=self._columns(file))
         count = itertools.count()
         try:
             for batch in batches:

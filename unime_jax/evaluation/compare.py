@@ -1,5 +1,7 @@
 """Sets evaluations side by side, with the published rows."""
 
+import contextlib
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,9 +46,14 @@ def compare(runs: Sequence[str], output) -> pathlib.Path:
       output: directory of the comparison.
 
     Raises:
-      UserError: a run without results, or of another benchmark than the first.
+      UserError: a run without results, or of another benchmark than the first; an output that
+        would replace an evaluation's.
     """
     runtime.check_output(output, "--output")
+    with contextlib.suppress(OSError, ValueError):
+        there = pathlib.Path(output).expanduser() / "report.json"
+        if "results" in json.loads(there.read_text()):
+            raise UserError(f"--output={output}: is the output of an evaluation; name another")
     found = _read(runs)
     kinds = {each["results"]["benchmark"] for each in found.values()}
     if len(kinds) > 1:
