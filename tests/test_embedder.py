@@ -148,6 +148,14 @@ def test_texts_that_are_no_strings_are_named(embedder):
         embedder._bucket(["a", 5], None, None)
 
 
+@pytest.mark.parametrize("fusion", embedder_lib.FUSIONS)
+def test_rows_may_come_from_generators(embedder, fusion):
+    expected = embedder.embed(["a red cat"])
+    for images in (None, iter([None])):
+        found = embedder.embed(iter(["a red cat"]), images, fusion=fusion)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_no_rows_are_an_array_of_no_rows(embedder):
     assert embedder.embed(texts=[]).shape == (0, embedder.embed(texts=["a"]).shape[1])
 

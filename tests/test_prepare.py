@@ -267,6 +267,8 @@ def test_wrong_arguments(tmp_path, registry, capsys):
         assert "give 1 to 30" in fails(capsys, "--cache", tmp_path, "--layers", layers)
     assert registry == [] and not list(tmp_path.iterdir()), "told before anything is fetched"
     assert "--layers is 9: give 1 to 3" in fails(capsys, "--cache", tmp_path, "--layers", "9")
+    with pytest.raises(UserError, match="^--sets ',' names no set"):
+        prepare.main("prepare mmeb --source x --images x --output x --sets ,".split())
     with pytest.raises(UserError, match="'large'.*unime_jax.prepare --help` lists the flags"):
         prepare.main(["prepare", "large"])
     with pytest.raises(SystemExit) as caught:

@@ -1,6 +1,7 @@
 """Exit codes and signals."""
 
 import errno
+import io
 import itertools
 import os
 import signal
@@ -273,6 +274,13 @@ def test_an_entry_keeps_warnings_of_large_pictures_from_the_screen(capsys):
         warnings.simplefilter("always")
         runtime.run_entry(main, ["x"])
     assert [str(warning.message) for warning in shown] == ["others are shown"]
+
+
+def test_tables_are_printed_where_the_screen_has_few_letters(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    runtime.run_entry(lambda argv: print("a \u2026 b"), ["x"])
+    assert screen.buffer.getvalue() == b"a ? b\n"
 
 
 def test_what_a_failed_save_tells_a_closed_loop_is_not_shown(monkeypatch):

@@ -152,6 +152,10 @@ def test_fingerprints_read_every_byte(tmp_path):
 def test_what_cannot_be_searched(root, tmp_path):
     with pytest.raises(UserError, match="give --text, --image or both"):
         find(tmp_path / "v.npz")
+    with pytest.raises(UserError, match="^--text is empty"):
+        find(tmp_path / "v.npz", "--text", " ")
+    with pytest.raises(UserError, match="^--image=nope.png: cannot be read"):
+        find(tmp_path / "v.npz", "--image", "nope.png")
     with pytest.raises(UserError, match="v.npz: no such file of vectors"):
         find(tmp_path / "v.npz", "--text", "a")
     (root / "none.jsonl").write_text("")
@@ -165,9 +169,10 @@ def test_sheets_that_cannot_be_written(root, tmp_path, capsys, monkeypatch):
     find(index, "--text", "a red cat")
     said = capsys.readouterr().out
     assert "1.000  cat" in said and "no sheet of the pictures: " in said and "--sheet" in said
-    with pytest.raises(OSError, match="directory"):
-        find(index, "--text", "a red cat", "--sheet", tmp_path / "v.npz.search.png")
     monkeypatch.setattr(embedder, "load_weights", None)
+    for sheet in ("v.npz.search.png", "out.jpg"):
+        with pytest.raises(UserError, match="^--sheet=.*: the sheet is a file, FILE.png$"):
+            find(index, "--text", "a red cat", "--sheet", tmp_path / sheet)
     with pytest.raises(UserError, match="^--sheet=.*v.npz is no directory"):
         find(index, "--text", "a red cat", "--sheet", index / "x.png")
 

@@ -114,7 +114,12 @@ def embed(args: argparse.Namespace) -> None:
         raise UserError(f"--dim {args.dim}: the vectors of {args.model} have {width} numbers")
     dtype = vector_files.DTYPES[args.dtype]
     job = embed_job.open_job(
-        output, settings, width=args.dim or width, dtype=dtype, process=process
+        output,
+        settings,
+        width=args.dim or width,
+        dtype=dtype,
+        process=process,
+        processes=processes,
     )
     with job as job:
         before = job.finished
@@ -265,7 +270,8 @@ def _run(
         before = job.finished - job.finished // processes  # what others have done
         progress = None
         if process == 0:
-            progress = report.Progress(share, "embedding", start=job.finished - before, unit="row")
+            start = job.finished - before if share is None else min(job.finished - before, share)
+            progress = report.Progress(share, "embedding", start=start, unit="row")
             stack.enter_context(progress)
 
         def show() -> None:

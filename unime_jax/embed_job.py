@@ -146,7 +146,8 @@ class Job:
         if errors:
             part = path.with_name(f".{path.name}.part")
             with _naming(path):
-                part.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in errors))
+                lines = (json.dumps(x, ensure_ascii=False) + "\n" for x in errors)
+                part.write_text("".join(lines), encoding="utf-8")
             os.replace(part, path)
         else:
             path.unlink(missing_ok=True)
@@ -266,7 +267,13 @@ class _Finished:
 
 @contextlib.contextmanager
 def open_job(
-    output: pathlib.Path, settings: dict[str, Any], *, width: int, dtype: np.dtype, process: int
+    output: pathlib.Path,
+    settings: dict[str, Any],
+    *,
+    width: int,
+    dtype: np.dtype,
+    process: int,
+    processes: int = 1,
 ) -> Iterator[Job]:
     """Begins a job, or goes on with the one that is there.
 
@@ -288,6 +295,10 @@ def open_job(
             part = directory / "job.json.part"
             part.write_text(json.dumps(settings, indent=2))
             os.replace(part, path)
+        if process == 0:  # the rows of processes that are no more are tried again by others
+            for old in directory.glob("errors-*.jsonl"):
+                if int(old.stem.removeprefix("errors-")) >= processes:
+                    old.unlink()
         job = Job(output, settings, width=width, dtype=dtype, process=process)
         try:
             yield job

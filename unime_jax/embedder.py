@@ -112,8 +112,8 @@ class Embedder:
 
     def preprocess(
         self,
-        texts: Sequence[str | prompts.Slotted | None] | None = None,
-        images: Sequence[Any] | None = None,
+        texts: Iterable[str | prompts.Slotted | None] | None = None,
+        images: Iterable[Any] | None = None,
         instruction: str | None = None,
     ) -> list[Inputs]:
         """Turns rows into groups of one shape each; `Inputs.index` remembers their order.
@@ -131,8 +131,8 @@ class Embedder:
 
     def embed(
         self,
-        texts: Sequence[str | prompts.Slotted | None] | None = None,
-        images: Sequence[Any] | None = None,
+        texts: Iterable[str | prompts.Slotted | None] | None = None,
+        images: Iterable[Any] | None = None,
         instruction: str | None = None,
         *,
         fusion: str | None = None,
@@ -162,6 +162,7 @@ class Embedder:
         if fusion == "together" or texts is None or images is None:
             return self._run(self._bucket(texts, images, instruction), progress)
         _check_lists(texts, images)
+        texts, images = list(texts), list(images)
         self._check(texts, images)
         count = len(texts)
         pairs = [i for i in range(count) if texts[i] is not None and images[i] is not None]
@@ -212,8 +213,9 @@ class Embedder:
         if texts is None and images is None:
             raise UserError("embed: give texts, images or both")
         _check_lists(texts, images)
-        texts = [None] * len(images) if texts is None else list(texts)
-        images = [None] * len(texts) if images is None else list(images)
+        texts, images = (None if rows is None else list(rows) for rows in (texts, images))
+        texts = [None] * len(images) if texts is None else texts
+        images = [None] * len(texts) if images is None else images
         self._check(texts, images)
         for row, (text, image) in enumerate(zip(texts, images, strict=True)):
             if text is None and image is None:

@@ -86,7 +86,9 @@ def run_mmeb(args: argparse.Namespace) -> None:
     source, images, output = (
         pathlib.Path(path).expanduser() for path in (args.source, args.images, args.output)
     )
-    names = config_values.split((args.sets or "",)) or mmeb_sets.NAMES
+    names = mmeb_sets.NAMES if args.sets is None else config_values.split((args.sets,))
+    if not names:
+        raise UserError(f"--sets {args.sets!r} names no set; without it all are prepared")
     for given, allowed, flag in (
         (names, mmeb_sets.NAMES, "--sets"),
         ([args.split], mmeb_sets.SPLITS, "--split"),

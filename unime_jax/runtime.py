@@ -58,6 +58,8 @@ def run_entry(main: Callable[[list[str]], None], argv: list[str] | None = None) 
     """
     # Pillow's, of pictures that `pictures.MAX_PIXELS` allows.
     warnings.filterwarnings("ignore", message=r"Image size .* could be decompression bomb")
+    if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # of tables, where it is not UTF-8
     try:
         main(cluster.take_flags(list(sys.argv if argv is None else argv)))
         sys.stdout.flush()

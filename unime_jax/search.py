@@ -39,12 +39,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Prints the nearest rows and draws their pictures."""
-    if args.text is None and args.image is None:
-        raise UserError("search: give --text, --image or both")
-    # What is missing is told before the model is loaded.
-    _faiss()
-    if args.sheet:
-        runtime.check_output(pathlib.Path(args.sheet).expanduser().parent, "--sheet")
+    _check(args)
     index = vector_files.read(pathlib.Path(args.index).expanduser())
     if not len(index.vectors):
         raise UserError(f"{args.index} holds no vectors")
@@ -71,6 +66,29 @@ def run(args: argparse.Namespace) -> None:
             print(f"no sheet of the pictures: {error}; --sheet FILE.png names another place")
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Tells what is missing or wrong before the model is loaded.
+
+    Raises:
+      UserError: what it is.
+    """
+    if args.text is None and args.image is None:
+        raise UserError("search: give --text, --image or both")
+    if args.text is not None and not args.text.strip():
+        raise UserError("--text is empty: say what to look for")
+    _faiss()
+    if args.sheet:
+        sheet = pathlib.Path(args.sheet).expanduser()
+        runtime.check_output(sheet.parent, "--sheet")
+        if sheet.suffix.lower() != ".png" or sheet.is_dir():
+            raise UserError(f"--sheet={args.sheet}: the sheet is a file, FILE.png")
+    if args.image is not None:
+        try:
+            pictures.load_rgb(args.image)
+        except UserError as error:
+            raise UserError(f"--image={error}") from None
+
+
 def _query(args: argparse.Namespace, about: dict[str, Any]) -> np.ndarray:
     """Embeds what is looked for with the model of the index.
 
@@ -93,12 +111,15 @@ def _query(args: argparse.Namespace, about: dict[str, Any]) -> np.ndarray:
         )
     model = embedder.load_weights(found, dtype=about["compute_dtype"])
     instruction = args.query_instruction
-    vector = model.embed(
-        texts=None if args.text is None else [args.text],
-        images=None if args.image is None else [args.image],
-        instruction=about["instruction"] if instruction is None else instruction or None,
-        fusion=about["fusion"],
-    )[0]
+    try:
+        vector = model.embed(
+            texts=None if args.text is None else [args.text],
+            images=None if args.image is None else [args.image],
+            instruction=about["instruction"] if instruction is None else instruction or None,
+            fusion=about["fusion"],
+        )[0]
+    except UserError as error:
+        raise UserError(f"search: {str(error).removeprefix('row 0: ')}") from None
     vector = vector[: about["dim"]]
     length = np.linalg.norm(vector)
     if not (np.isfinite(length) and length):

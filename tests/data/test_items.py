@@ -85,6 +85,9 @@ def test_stdin(tmp_path, monkeypatch):
         assert list(rows) == []  # does not wait for the rest of a line
         assert (a.text, b.image, b.label) == ("a", os.path.abspath("b.png"), "b.png")
     assert items.Input("-").count() is None and not items.Input("-").is_repeatable
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="^--input -: stdin is closed"):
+        items.Input("-")
 
 
 def test_a_folder_of_pictures(tmp_path):
@@ -183,6 +186,15 @@ def test_parquet(tmp_path):
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:-9])
     with pytest.raises(UserError, match="cut.parquet: cannot be read as Parquet"):
         read(tmp_path / "cut.parquet")
+
+
+def test_nan_is_no_value(tmp_path):
+    table = pa.table({"id": [1.5, float("nan")], "text": ["a", "b"], "image": [float("nan")] * 2})
+    pq.write_table(table, tmp_path / "in.parquet")
+    assert [(e.id, e.text, e.fault) for e in read(tmp_path / "in.parquet")] == [
+        ("1.5", "a", ""),
+        ("1", "b", ""),
+    ]
 
 
 def test_what_is_no_input(tmp_path):

@@ -248,6 +248,19 @@ def test_what_is_left_in_a_buffer_hides_no_error_before(tmp_path):
     assert raised.value.filename == str(tmp_path / "v.npz.job")
 
 
+def test_what_processes_that_are_no_more_left_out_is_forgotten(tmp_path):
+    """Their rows are tried again, by others."""
+    how = {"width": 2, "dtype": np.dtype("f4")}
+    for process in (1, 3):
+        with embed_job.open_job(tmp_path / "v.npz", {}, process=process, processes=4, **how) as job:
+            job.fail(process, "x", "no such file")
+    with embed_job.open_job(tmp_path / "v.npz", {}, process=0, processes=2, **how) as job:
+        job.fail(0, "é", "…")
+        assert job.write(complete=False)["bad_rows"] == 2
+    lines = map(json.loads, open(tmp_path / "v.npz.errors.jsonl", encoding="utf-8"))
+    assert [line["row"] for line in lines] == [0, 1]
+
+
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")

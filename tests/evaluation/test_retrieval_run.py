@@ -246,11 +246,18 @@ def test_a_comparison_replaces_no_evaluation(tmp_path):
 def test_directories_are_looked_for_before_any_work(captions, tmp_path):
     (tmp_path / "file").touch()
     assert evaluation_config().image_root == ""  # of configurations from before there was the key
-    for key in ("image_root", "images", "data.path", "output"):
+    for key in ("image_root", "images", "data.path", "output", "cache"):
         config = config_of(captions, tmp_path / "out")
         config.update_from_flattened_dict({key: str(tmp_path / "file")})
         with pytest.raises(UserError, match=f"^config.{key}=.*directory"):
             retrieval.validate(config)
+
+
+def test_commas_alone_name_no_sets(captions, tmp_path):
+    with pytest.raises(UserError, match="^config.sets=', ': names no set"):
+        retrieval.validate(config_of(captions, tmp_path / "out", sets=", "))
+    with pytest.raises(UserError, match="^config.before=x: is for MMEB"):
+        retrieval.validate(config_of(captions, tmp_path / "out", before="x"))
 
 
 def test_published_rows_are_the_papers():

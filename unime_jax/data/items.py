@@ -102,6 +102,8 @@ class Input:
 
     def _find_kind(self) -> str:
         if self.name == "-":
+            if sys.stdin is None:  # as `<&-` starts it
+                raise UserError("--input -: stdin is closed; pipe JSON lines into it")
             return "stdin"
         if not self.path.exists():
             raise UserError(f"{self.name}: no such file or folder")
@@ -285,7 +287,8 @@ class Input:
     # ---- a row
 
     def _read(self, row: int, content: dict[str, Any]) -> Entry:
-        """Checks a row, whatever it came from."""
+        """Checks a row, whatever it came from; NaN is what tables have where nothing is."""
+        content = {k: None if isinstance(v, float) and v != v else v for k, v in content.items()}
         id = content.get(self._keys.id)
         text = content.get(self._keys.text)
         image, label = content.get(self._keys.image), ""

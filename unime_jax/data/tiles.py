@@ -72,12 +72,13 @@ class PhiHD:
         self._size, self._features, self._crops = spec.size, spec.features, crops
 
     def _fit(self, width: int, height: int) -> tuple[int, int]:
-        """Returns the size that an image at least as wide as high is resized to.
+        """Returns the size, the long side first, that an image is resized to.
 
         Raises:
           UserError: the image is so thin that nothing would be left of its height.
         """
-        ratio = width / height
+        long, short = max(width, height), min(width, height)
+        ratio = long / short
         scale = 1
         while (scale + 1) * math.ceil((scale + 1) / ratio) <= self._crops:
             scale += 1
@@ -86,12 +87,12 @@ class PhiHD:
         if new_height == 0:
             raise UserError(
                 f"{width} x {height} pixels: too thin, its short side would be resized from "
-                f"{height} to 0; cut or pad the image"
+                f"{short} to 0; cut or pad the image"
             )
         return new_width, new_height
 
     def layout(self, width: int, height: int) -> Layout:
-        new_width, new_height = self._fit(max(width, height), min(width, height))
+        new_width, new_height = self._fit(width, height)
         grid = -(-new_height // self._size), new_width // self._size
         return _phi_layout(*(grid if width >= height else grid[::-1]), self._features)
 

@@ -18,7 +18,11 @@ def common(config, directory: str) -> None:
     """
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
     runtime.check_output(config.output, "config.output")
+    cache = config.cache or runtime.cache_directory() / "vectors"
+    runtime.check_output(cache, "config.cache")
     check(config.limit >= 0, f"config.limit={config.limit}: must not be negative; 0 means all")
+    named = not config.sets or bool(config.sets.strip(" ,"))
+    check(named, f'config.sets={config.sets!r}: names no set; "" means all')
     check(
         bool(config.model.path),
         "config.model.path is empty; give a model with --config.model.path=DIR",
