@@ -160,18 +160,18 @@ def test_embeddings_are_gathered_once_a_side_and_activations_stay():
         assert shape in embeddings or sizes[-2:] in weights, f"{shape} is no weight"
 
 
-def test_a_layer_is_gathered_at_a_time_in_the_loops_over_layers():
-    """FSDP. The last layer, which is computed for the last token alone, stands behind the loops."""
-    mesh = sharding.make_mesh(fsdp=8)
+def compiled_decoder(remat: str = "none", mesh=None):
+    """Compiles loss and gradients of 4 layers with adapters; returns the program's text and the
+    shapes of a layer's kernels."""
     graphdef, abstract = models.abstract(
-        {**llava_step.CONFIG["text_config"], "num_hidden_layers": 4}
+        {**llava_step.CONFIG["text_config"], "num_hidden_layers": 4}, remat=remat
     )
     zeros = jax.tree.map(lambda x: jnp.asarray(np.zeros(x.shape, x.dtype)), abstract)
     model = nnx.merge(graphdef, zeros)
     embedder.attach_adapters(model, {**llava_step.ADAPTERS, "dropout": 0.0}, seed=0)
     graphdef, state = nnx.split(model)
     parts = optim.split_trainable(flatten(nnx.to_pure_dict(state)), [optim.ADAPTER_PATTERN])
-    place = sharding.sharding_of(mesh)
+    place = (lambda path, shape: None) if mesh is None else sharding.sharding_of(mesh)
     trainable, frozen = (
         {
             p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(p, x.shape))
@@ -180,12 +180,27 @@ def test_a_layer_is_gathered_at_a_time_in_the_loops_over_layers():
         for t in parts
     )
     group, order = llava_step.group(8, 6, image=False, seed=0), np.arange(8, dtype=np.int32)
-    batch = steps.place_batch(Batch((group,), (), order, order, vectors=np.eye(8, 64)), mesh)
+    batch = Batch((group,), (), order, order, vectors=np.eye(8, 64))
+    batch = batch if mesh is None else steps.place_batch(batch, mesh)
     objective = steps.make_objective("align", temperature=0.1)
     run = jax.jit(steps.loss_and_gradients(graphdef, objective, mesh=mesh))
     text = run.lower(trainable, frozen, batch, jax.random.key(0)).compile().as_text()
-
     kernels = [x.shape[1:] for p, x in frozen.items() if p.endswith("kernel") and "/layers/" in p]
+    assert len(kernels) == 7
+    return text, kernels
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_frozen_layers_but_the_last_are_run_without_a_copy_of_them(remat):
+    text, kernels = compiled_decoder(remat)
+    for inputs, outputs in kernels:
+        assert f"f32[4,{inputs},{outputs}]" in text
+        assert f"f32[3,{inputs},{outputs}]" not in text, "a copy of all but the last"
+
+
+def test_a_layer_is_gathered_at_a_time_in_the_loops_over_layers():
+    """FSDP. The last layer, which is computed for the last token alone, stands behind the loops."""
+    text, kernels = compiled_decoder(mesh=sharding.make_mesh(fsdp=8))
     bodies = set(re.findall(r"body=%?([\w.\-]+)", text))
     inside, outside = 0, 0
     for computation in text.split("\n\n"):
@@ -196,7 +211,6 @@ def test_a_layer_is_gathered_at_a_time_in_the_loops_over_layers():
                 assert kind == "all-gather" and np.prod(front) == 1, f"{kind} of {shape}"
                 inside += name[1] in bodies
                 outside += name[1] not in bodies
-    assert len(kernels) == 7
     assert not re.search(r"infeed|outfeed|callback|\b(send|recv)\(", text), "the host is asked"
     # On the way out and once more on the way back; the last layer once.
     assert (inside, outside) == (2 * 7, 7)

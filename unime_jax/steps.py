@@ -260,7 +260,7 @@ def loss_and_gradients(
     graphdef, objective: Objective, *, chunk: int = 0, dropout: bool = False, mesh=None
 ):
     """Returns `(trainable, frozen, batch, key) -> ((loss, metrics), gradients)`, to be jitted."""
-    placement = None
+    placement = layers.Placement()
     if mesh is not None and mesh.size > 1:
         placement = layers.Placement(
             lambda x: _constrain(x, mesh, 0),
@@ -270,12 +270,14 @@ def loss_and_gradients(
 
     def loss_fn(trainable, frozen, batch, key):
         flat = {**frozen, **trainable}
-        if placement is not None:  # stacked layers gather theirs one by one
+        if placement.weights is not None:  # stacked layers gather theirs one by one
             flat = {p: x if "/layers/" in p else placement.weights(p, x) for p, x in flat.items()}
+        in_layers = frozenset(p.partition("/layers/")[2] for p in trainable if "/layers/" in p)
+        placed = dataclasses.replace(placement, trainable=in_layers)
         params = unflatten(flat)
 
         def encode(inputs, key):
-            with layers.placed(placement):
+            with layers.placed(placed):
                 return nnx.merge(graphdef, params).embed(inputs, key=key)
 
         # A frozen tower's features are kept: it runs once a step.

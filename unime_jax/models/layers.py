@@ -205,14 +205,16 @@ class Placement:
       rows: places an array of rows.
       weights: (path, array) -> the array as a layer uses it; None leaves all as they are.
       kernel: wraps (q, k, v, ...) -> rows that the compiler cannot divide over devices.
-      read_only: weights have no gradients: some layers of a stack are run without a copy of them,
-        and nothing is traced that only gradients need.
+      read_only: weights have no gradients: nothing is traced that only gradients need.
+      trainable: paths, within a layer, of what has gradients; None: any may have. Of the others
+        some layers of a stack are run without a copy of them.
     """
 
     rows: Callable[[Array], Array] = lambda x: x
     weights: Callable[[str, Array], Array] | None = None
     kernel: Callable[[Callable[..., Array]], Callable[..., Array]] = lambda run: run
     read_only: bool = False
+    trainable: frozenset[str] | None = None
 
 
 _PLACEMENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
@@ -234,6 +236,16 @@ def _read_only() -> bool:
     """Says whether there will be no gradients of weights."""
     placement = _PLACEMENT.get()
     return placement is not None and placement.read_only
+
+
+def _is_frozen(path: str) -> bool:
+    """Says whether a layer's parameter is known to have no gradient."""
+    placement = _PLACEMENT.get()
+    if placement is None:
+        return False
+    return placement.read_only or (
+        placement.trainable is not None and path not in placement.trainable
+    )
 
 
 def placed_kernel(run: Callable[..., Array]) -> Callable[..., Array]:
@@ -272,9 +284,9 @@ def _of_layer(leaf: Shaped[Array, "L *shape"], number: int | Array) -> Shaped[Ar
     return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False, allow_negative_indices=False)
 
 
-def _all_but_placed(primitive, *_, **params) -> bool:
-    """Keeps everything but gathered weights: of all layers, they would be the whole model."""
-    return primitive.name != "sharding_constraint"
+def _all_but_weights(primitive, *_, **params) -> bool:
+    """Keeps everything but a layer's weights: of all layers, they would be the whole model."""
+    return primitive.name not in ("sharding_constraint", "dynamic_slice", "squeeze")
 
 
 _REMAT_POLICIES = {
@@ -305,15 +317,16 @@ def scan_layers(
       count: of the first layers, which alone are run; None: all.
     """
     graphdef, stacked = nnx.split(layers)
+    stacked = flatten(nnx.to_pure_dict(stacked))
     numbers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0] if count is None else count)
     keys = None if key is None else jax.vmap(lambda n: fold(key, n))(numbers)
-    by_number = count is not None and _read_only()
-    states = stacked if count is None else jax.tree.map(lambda leaf: leaf[:count], stacked)
+    whole = {} if count is None else {p: leaf for p, leaf in stacked.items() if _is_frozen(p)}
+    split = {path: leaf[:count] for path, leaf in stacked.items() if path not in whole}
 
     def body(x, layer):
-        state, key = layer
-        state = jax.tree.map(lambda leaf: _of_layer(leaf, state), stacked) if by_number else state
-        layer = placed_weights(nnx.merge(graphdef, state))
+        number, state, key = layer
+        state = state | {path: _of_layer(leaf, number) for path, leaf in whole.items()}
+        layer = placed_weights(nnx.merge(graphdef, unflatten(state)))
         return placed_rows(apply(layer, placed_rows(x), key)), None
 
     if remat not in REMATS:
@@ -321,5 +334,5 @@ def scan_layers(
     if remat != "none":
         body = jax.checkpoint(body, policy=_REMAT_POLICIES[remat], prevent_cse=False)
     elif _PLACEMENT.get() is not None and not _read_only():
-        body = jax.checkpoint(body, policy=_all_but_placed, prevent_cse=False)
-    return jax.lax.scan(body, x, (numbers if by_number else states, keys))[0]
+        body = jax.checkpoint(body, policy=_all_but_weights, prevent_cse=False)
+    return jax.lax.scan(body, x, (numbers, split, keys))[0]
