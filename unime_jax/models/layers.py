@@ -248,6 +248,12 @@ def _is_frozen(path: str) -> bool:
     )
 
 
+def copied_share(layers: nnx.Module) -> float:
+    """Returns the share of a stack's weights that running some of its layers alone copies."""
+    sizes = {path: leaf.size for path, leaf in flatten(nnx.to_pure_dict(nnx.state(layers))).items()}
+    return sum(n for path, n in sizes.items() if not _is_frozen(path)) / sum(sizes.values())
+
+
 def placed_kernel(run: Callable[..., Array]) -> Callable[..., Array]:
     """Wraps a kernel that the compiler cannot divide over devices."""
     placement = _PLACEMENT.get()
