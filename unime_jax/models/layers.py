@@ -80,7 +80,7 @@ class Linear(nnx.Module):
             if drops:
                 x = dropout(x, key, self.lora_dropout)
             low = _named(self._product(x, self.lora_A))
-            y = y + self._product(low, self.lora_B) * self.lora_scale
+            y = y + self._product(low * self.lora_scale, self.lora_B)
         return _named(y)
 
     def _product(self, x: Array, weight: nnx.Param) -> Array:
