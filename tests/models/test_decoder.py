@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from unime_jax import models
-from unime_jax.models import decoder, hf
+from unime_jax.models import decoder, hf, layers
 from unime_jax.models.decoder import DecoderConfig, TextEmbedder
 from unime_jax.types import Inputs, UserError, flatten
 
@@ -164,7 +164,6 @@ def test_narrow_last_layer_changes_nothing(kind, causal, monkeypatch):
     inputs = parity.text_inputs()
     config = {**parity.TEXT, "model_type": kind, "num_hidden_layers": 2}
     parsed = DecoderConfig.from_hf(config, causal=causal)
-    assert parsed.narrow_last_layer
     model = nnx.eval_shape(lambda: TextEmbedder(parsed, rngs=nnx.Rngs(0)))
     graphdef, _ = parity.split(model)
     _, params = parity.split(parity.build(config))
@@ -179,6 +178,30 @@ def test_narrow_last_layer_changes_nothing(kind, causal, monkeypatch):
     tolerances.assert_near(narrow[0], whole[0], tolerances.EMBEDDING)
     own, expected = flatten(narrow[1]), flatten(whole[1])
     tolerances.assert_gradients_near(own, expected)
+
+
+@pytest.mark.parametrize(
+    ("placement", "narrow"),
+    [
+        (None, False),  # anything may be trained
+        (layers.Placement(trainable=frozenset({"mlp/down_proj/kernel"})), False),
+        (layers.Placement(trainable=frozenset({"input_layernorm/scale"})), True),
+        (layers.Placement(read_only=True), True),
+    ],
+    ids=["unknown", "trained", "frozen", "read only"],
+)
+def test_deep_models_narrow_their_last_layer_where_it_copies_little(placement, narrow, monkeypatch):
+    monkeypatch.setattr(decoder, "NARROW_LAYERS", 0)
+    graphdef, params = parity.split(parity.build(parity.TEXT))
+
+    def embed(params):
+        with layers.placed(placement):
+            return nnx.merge(graphdef, params).embed(parity.text_inputs())
+
+    program = str(jax.make_jaxpr(embed)(params))
+    inner = parity.TEXT["intermediate_size"]
+    rows = len(parity.text_inputs().lengths)
+    assert (f"f32[{rows},1,{inner}] = logistic" in program) == narrow
 
 
 def test_remat_changes_nothing():
