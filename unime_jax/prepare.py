@@ -15,8 +15,8 @@ mmeb reads a copy of TIGER-Lab/MMEB-train and its unpacked images, and writes th
 tensorflow-datasets (array_record), images encoded as they are and each stored once a set. Rows that
 cannot be used are left out and listed. The same command goes on where an earlier one stopped.
 
-What is prepared stays as it is; if a picture that was missing or damaged can be read by now, that
-is said, and --again prepares all anew.
+What is prepared stays as it is, smol's for the same flags; if a picture that was missing or damaged
+can be read by now, that is said, and --again prepares all anew.
 """
 
 import argparse
@@ -103,6 +103,8 @@ def run_mmeb(args: argparse.Namespace) -> None:
         args.split, args.rows_per_set, not args.trust_images, args.max_bad_share, args.image_root
     )
     files = {name: mmeb_prepare.parquet_files(source, name, args.split) for name in names}
+    for name, found in files.items() if not args.again else ():
+        mmeb_prepare.check_same(output / name, found, settings)
     total = sum(mmeb_prepare.count_rows(found, args.rows_per_set) for found in files.values())
     summaries = {}
     with report.Progress(total, "preparing MMEB", unit="row") as progress:

@@ -183,6 +183,9 @@ def test_a_set_stays_as_it_is_until_it_is_prepared_again(root, tmp_path, capsys)
     assert "NIGHTS: images missing or damaged then that can be read now: 2; --sets NIGHTS" in said
     rows, other, said = run("--again")
     assert rows == ROWS - 3 and other != mark and "now:" not in said
+    with pytest.raises(UserError, match=r"rows_per_set 50000 there, 3 now\): --again replaces it"):
+        run("--rows-per-set=3")
+    assert run()[:2] == (rows, other)
     with open(output / "NIGHTS" / mmeb_prepare.SKIPPED, "a") as file:
         file.write('3\n"x"\n{broken\n')
     assert run()[0] == ROWS - 3

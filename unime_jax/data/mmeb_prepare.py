@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -126,13 +127,7 @@ def prepare(
       UserError: files missing or not as published, more bad rows than the settings allow.
     """
     files = parquet_files(source, name, settings.split)
-    wanted = {
-        "format": FORMAT,
-        "files": [[path.name, path.stat().st_size] for path in files],
-        **{k: v for k, v in dataclasses.asdict(settings).items() if k != "max_bad_share"},
-    }
-    if root := wanted.pop("image_root"):  # sets of before the key was there lack it
-        wanted["image_root"] = os.path.realpath(pathlib.Path(root).expanduser())
+    wanted = _wanted(files, settings)
     done = None if again else _read_summary(output / name, wanted)
     if done is not None:
         progress(done.rows)
@@ -168,6 +163,35 @@ def prepare(
     os.replace(scratch, output / name)
     (output / f"{name}.{SKIPPED}").unlink(missing_ok=True)
     return summary
+
+
+def _wanted(files: list[pathlib.Path], settings: Settings) -> dict[str, Any]:
+    """Returns what a prepared set depends on; stored in it."""
+    wanted = {
+        "format": FORMAT,
+        "files": [[path.name, path.stat().st_size] for path in files],
+        **{k: v for k, v in dataclasses.asdict(settings).items() if k != "max_bad_share"},
+    }
+    if root := wanted.pop("image_root"):  # sets of before the key was there lack it
+        wanted["image_root"] = os.path.realpath(pathlib.Path(root).expanduser())
+    return wanted
+
+
+def check_same(directory: pathlib.Path, files: list[pathlib.Path], settings: Settings) -> None:
+    """Raises `UserError` where a whole set is there that was prepared in another way."""
+    try:
+        there = json.loads((directory / SUMMARY).read_text())["wanted"]
+        is_whole = there["format"] == FORMAT and bool(_read_summary(directory, there))
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = _wanted(files, settings)
+    if is_whole and (other := [key for key in now | there if now.get(key) != there.get(key)]):
+        told = [f"{key} {there.get(key)} there, {now.get(key)} now" for key in other]
+        told = ["other files" if key == "files" else x for key, x in zip(other, told, strict=True)]
+        raise UserError(
+            f"{directory} was prepared in another way ({'; '.join(told)}): --again replaces it, or "
+            "choose another --output"
+        )
 
 
 def _read_summary(directory: pathlib.Path, wanted: dict) -> Summary | None:
