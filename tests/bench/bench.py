@@ -4,15 +4,14 @@ import argparse
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import workers
 from workers import Worker, WorkerError
 
-VARIANTS = {
-    "cpu": ("eager", "compile"),
-    # Without checkpoints the chunks that fill a GPU do not fit.
-    "gpu": ("checkpoint", "checkpoint_compile"),
-}
+PLAIN = ("eager", "compile")
+# Without checkpoints the chunks that fill a GPU do not fit; the shorter rows of stage 1 may.
+CHECKPOINTS = ("checkpoint", "checkpoint_compile")
 COMPILE_LIMIT = {"cpu": 100.0, "gpu": 600.0}  # seconds until torch.compile's first step is done
 
 
@@ -38,7 +37,6 @@ class Bench:
         self.alone = False  # whether there is no other side in what runs now
         self.torch_device = "cuda" if args.device == "gpu" and not args.tiny else "cpu"
         self.compile_limit = args.compile_limit or COMPILE_LIMIT[args.device]
-        self.variants = VARIANTS[args.device][: 1 if args.quick else None]
         self._workers: list[Worker] = []
 
     def prepare(self, name: str, folder: pathlib.Path) -> None:
@@ -57,6 +55,14 @@ class Bench:
         if done.returncode:
             raise WorkerError(done.stderr[-3000:] or done.stdout[-3000:])
         return done.stdout
+
+    def variants(self, case: dict[str, Any]) -> tuple[str, ...]:
+        """Lists the ways in which PyTorch may take a step of a case; the fastest counts."""
+        if self.device == "cpu" or case["forward"]:
+            found = PLAIN
+        else:
+            found = CHECKPOINTS + (PLAIN if case["stage"] == "distill" else ())
+        return found[: 1 if self.quick else None]
 
     @property
     def platform(self) -> dict[str, str]:

@@ -12,7 +12,8 @@ On a GPU the large steps (gpu_phi, gpu_llava) take minutes each and are ours alo
 
 Both sides compute the same thing: same weights, rows, padding and dtype, and the losses and
 gradient norms of their first steps agree to 1e-4, or the run fails. PyTorch's side is transformers
-and peft with its fastest of eager and torch.compile. Each side is a process of its own with two
+and peft with its fastest of eager and torch.compile (on a GPU with gradient checkpointing in
+stage 2, with and without in stage 1). Each side is a process of its own with two
 threads; they take turns. Written to --output: results.json (machine, versions, every sample),
 results.md and results.png. Needs torch, transformers and peft (the extra `dev`).
 """

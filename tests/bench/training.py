@@ -21,13 +21,17 @@ def training(name: str, bench: Bench) -> list[Result]:
     settings = workers.read_json(folder / "case.json")
     case = settings["case"]
     bench.alone = not case["torch"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(bench.kept / "compiled" / name)}
+    compiled = bench.kept / "compiled" / name
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    known = compiled.exists()  # by an earlier run with the same --scratch
     ours = bench.worker("jax_side.py", str(folder), env=cache)
     if bench.alone:
-        return _alone(name, case, ours, bench)
-    cold = ours.ready | ours.close()
-    ours = bench.worker("jax_side.py", str(folder), env=cache)  # compiled before, as most runs are
-    variant, torch, tried, left_out = _fastest(folder, bench)
+        return _alone(name, case, ours, bench, known)
+    cold = None
+    if not known:
+        cold = ours.ready | ours.close()
+        ours = bench.worker("jax_side.py", str(folder), env=cache)  # as most runs are
+    variant, torch, tried, left_out = _fastest(folder, case, bench)
     difference = _parity(ours.ready["first"], torch.ready["first"])
     limit = PARITY if settings["model"]["dtype"] == "float32" else HALF_PARITY
     if not difference <= limit:  # so that NaN does not pass
@@ -49,10 +53,10 @@ def training(name: str, bench: Bench) -> list[Result]:
                            for side in found},
         "first step differs by": difference,
         f"step {bench.repeats + 3} by": last,
-        "first call, s": {"ours": cold["first_seconds"],
+        "first call, s": {**({"ours": cold["first_seconds"]} if cold else {}),
                           "ours, compiled before": ours.ready["first_seconds"],
                           **{key: value["first_seconds"] for key, value in tried.items()}},
-        "peak GiB": {"ours, when it compiles": cold["peak_gib"],
+        "peak GiB": {**({"ours, when it compiles": cold["peak_gib"]} if cold else {}),
                      **{key: one.get("peak_gib", peaks["torch"]) for key, one in tried.items()}},
         **_shares(ours, found["ours"]), **traced,
     }  # fmt: skip
@@ -63,7 +67,7 @@ def training(name: str, bench: Bench) -> list[Result]:
     ]
 
 
-def _alone(name: str, case, ours: Worker, bench: Bench) -> list[Result]:
+def _alone(name: str, case, ours: Worker, bench: Bench, known: bool) -> list[Result]:
     """Times a step that PyTorch's side does not have, after the one that compiled."""
     found = workers.take_turns({"ours": ours}, bench.repeats, warm=0)["ours"]
     traced = _traced(ours, bench)
@@ -71,7 +75,7 @@ def _alone(name: str, case, ours: Worker, bench: Bench) -> list[Result]:
     speeds = {"ours": [case["rows"] / x["seconds"] for x in found]}
     note = {
         "seconds a step": measure.median([x["seconds"] for x in found]),
-        "first call, s": ours.ready["first_seconds"],
+        f"first call{', compiled before' * known}, s": ours.ready["first_seconds"],
         **_shares(ours, found),
         **traced,
     }
@@ -100,12 +104,12 @@ def _traced(ours: Worker, bench: Bench) -> dict[str, Any]:
     return {key: shares for key, shares in found.items() if shares}  # none on CPU
 
 
-def _fastest(folder: pathlib.Path, bench: Bench):
+def _fastest(folder: pathlib.Path, case: dict[str, Any], bench: Bench):
     """Returns PyTorch's fastest way, its worker, and what each way took or why it was left out."""
     tried: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     running: dict[str, Worker] = {}
-    for variant in bench.variants:
+    for variant in bench.variants(case):
         limit = bench.compile_limit if variant.endswith("compile") else workers.LIMIT
         try:
             worker = bench.worker(

@@ -152,13 +152,20 @@ def serve(
         if line.strip() == "quit":
             break
         if line.strip() == "trace":
-            say(kernels.trace(act))
+            say(_traced(act))
             continue
         before = time.perf_counter(), time.process_time()
         found = act()
         wall, cpu = time.perf_counter() - before[0], time.process_time() - before[1]
         say({"seconds": wall, "cpu": cpu, **found})
     say({"peak_gib": (peak or process_peak)() / 2**30})
+
+
+def _traced(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return kernels.trace(act)
+    except Exception as error:  # a profiler's fault; what was timed is not lost for it
+        return {"not traced": f"{type(error).__name__}: {last_line(error)}"}
 
 
 def process_peak() -> float:
