@@ -44,11 +44,9 @@ _SIZES = (
     "num_attention_heads",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
-# The last layer is computed for the last token alone: it saves nearly a layer (15 % of a training
-# step at 6 layers, 3 % at 32) and costs a copy of what is trained in the other layers. Models
-# deeper than this do so where that is a small share of their weights: adapters, or nothing.
-NARROW_LAYERS = 12
-_COPIED = 0.1
+# The last layer is computed for the last token alone: it saves nearly a layer and costs a copy of
+# what is trained in the others. Models deeper than this do so where that is a small share.
+NARROW_LAYERS, _SMALL = 12, 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,8 +301,7 @@ class Decoder(nnx.Module):
 
     def _narrows(self) -> bool:
         depth = self.config.num_hidden_layers
-        few = depth <= NARROW_LAYERS or copied_share(self.model.layers) <= _COPIED
-        return depth > 1 and few
+        return depth > 1 and (depth <= NARROW_LAYERS or copied_share(self.model.layers) <= _SMALL)
 
     def _tables(self, embeds: Array, lengths: Array) -> tuple[Array, Array]:
         if self.config.su_rope is not None:
