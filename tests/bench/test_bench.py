@@ -1,5 +1,6 @@
 """The speed test itself: its statistics, its table, its files, and that both sides still run."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -12,6 +13,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import bench  # noqa: E402
 import kernels  # noqa: E402
 import measure  # noqa: E402
 import rows  # noqa: E402
@@ -113,3 +115,24 @@ def test_both_sides_run_and_compute_the_same(tmp_path):
     assert results[0]["notes"]["first step differs by"] < 1e-4
     assert all(one["samples"]["torch"] for one in results)
     assert (tmp_path / "results.png").is_file()
+
+
+def test_pytorch_may_take_plain_steps_where_they_may_fit():
+    def variants(device, stage, *, forward=False):
+        args = argparse.Namespace(
+            repeats=1, tiny=True, quick=False, device=device, compile_limit=None
+        )
+        case = {"stage": stage, "forward": forward}
+        return bench.Bench(args, pathlib.Path("unused")).variants(case)
+
+    assert variants("cpu", "contrast") == variants("gpu", "contrast", forward=True) == bench.PLAIN
+    assert variants("gpu", "contrast") == bench.CHECKPOINTS
+    assert {*variants("gpu", "distill")} == {*bench.CHECKPOINTS, *bench.PLAIN}
+
+
+def test_a_profiler_that_fails_loses_no_figures(monkeypatch):
+    def fail(act):
+        raise RuntimeError("no profiler\nhere")
+
+    monkeypatch.setattr(workers.kernels, "trace", fail)
+    assert workers._traced(dict) == {"not traced": "RuntimeError: here"}

@@ -96,7 +96,7 @@ _WHOLE = contextvars.ContextVar("whole", default=False)
 def without_kernels():
     """Takes the plain products of all queries with all keys in what is traced inside.
 
-    They are what is counted as attention's operations, whatever computes it.
+    They are what kernels are counted as, for nobody sees into these.
     """
     token = _WHOLE.set(True)
     try:
