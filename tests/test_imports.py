@@ -12,7 +12,7 @@ PACKAGE = ROOT / "unime_jax"
 
 ENTRIES = {"train", "evaluate", "embed", "teach", "convert", "prepare", "plan", "inspect"}
 ENTRIES |= {"ablate", "integrations", "__main__"}
-STEP = {"embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
+STEP = {"chunks", "embedder", "steps", "losses", "metrics", "optim", "checkpoint", "report"}
 STEP |= {"embed_job", "evaluation", "loop", "model_card", "planning", "search", "text_side"}
 STEP |= {"ablation", "initial", "predictions", "replay", "tiny", "tower_features", "train_data"}
 STEP |= {"runner", "train_checks", "weights"}

@@ -132,7 +132,8 @@ def test_a_plan_adds_up(capsys, monkeypatch):
         found["steps"] * found["estimate"]["seconds"]
     )
     best = found["recommended"]
-    assert best["fits"] and best["seconds"] <= min(one["seconds"] for one in found["search"]) + 1e-9
+    fastest = min(one["seconds"] for one in found["search"])  # scaled from probes
+    assert best["fits"] and best["seconds"] <= 1.01 * fastest
     assert {one["remat"] for one in found["search"]} == {"none", "full"}
     # More is kept, less is computed again.
     none, full = (

@@ -9,7 +9,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from unime_jax.types import UserError
+from unime_jax.types import Array, UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -202,3 +202,17 @@ def per_device(run, mesh: Mesh):
         )
 
     return divided
+
+
+def batch_devices(mesh) -> int:
+    """Counts the devices that the rows of a batch are spread over."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def constrain_rows(x: Array, mesh, axis: int | None) -> Array:
+    """Splits an axis over data x fsdp; None: the whole array goes to every device."""
+    if batch_devices(mesh) == 1:
+        return x
+    spec = [] if axis is None else [None] * axis + list(BATCH)
+    spec = jax.sharding.PartitionSpec(*spec)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))

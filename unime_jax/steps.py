@@ -1,9 +1,4 @@
-"""The training step of every stage, and chunked encoding.
-
-Encoding a batch chunk by chunk under `jax.checkpoint` keeps only embeddings alive between the
-forward and the backward pass: gradient caching (Gao et al. 2021), with gradients that are those
-of the full batch.
-"""
+"""The training step of every stage."""
 
 import dataclasses
 import functools
@@ -16,9 +11,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from unime_jax import losses, optim, sharding
+from unime_jax import chunks, losses, optim, sharding
 from unime_jax.models import layers
-from unime_jax.models.layers import fold
 from unime_jax.models.multimodal import FEATURES
 from unime_jax.sharding import BATCH, state_shardings
 from unime_jax.types import Array, Batch, Inputs, unflatten
@@ -72,7 +66,7 @@ def place_batch(batch: Batch, mesh, sizes: Mapping[str, Sequence[int]] | None = 
       mesh: of the devices.
       sizes: rows of the whole groups of each side.
     """
-    devices = _batch_devices(mesh)
+    devices = sharding.batch_devices(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, BATCH)
     orders, sides = {}, {}
@@ -100,96 +94,6 @@ def _pad_rows(group: Inputs, extra: int) -> Inputs:
     if not extra:
         return group
     return jax.tree.map(lambda x: np.concatenate([x, np.repeat(x[-1:], extra, axis=0)]), group)
-
-
-def _batch_devices(mesh) -> int:
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-
-
-def encode_groups(
-    encode,
-    groups: Sequence[Inputs],
-    *,
-    order=None,
-    chunk: int = 0,
-    key=None,
-    mesh=None,
-    keep: Sequence[str] = (),
-) -> Array:
-    """Encodes groups chunk by chunk; on several devices every row stays on its own until the end.
-
-    Chunking, grouping and the number of devices change no embedding, dropout included: a row's key
-    comes from its group and its place there.
-
-    Args:
-      encode: (inputs, keys of the rows or None) -> f32[rows, E].
-      groups: each of a number of rows that divides over the devices (see `place_batch`).
-      order: int32[B], which of the groups' rows the result has where; None: all as they stand.
-      chunk: rows of the longest group encoded at a time, of shorter ones in proportion more; they
-        are encoded again on the way back. 0: all rows at once, kept.
-      key: for dropout, or None.
-      mesh: of the devices.
-      keep: names (`checkpoint_name`) of values that are kept rather than computed again.
-
-    Returns:
-      f32[B, E], the same on every device: the one all-gather is here.
-    """
-    devices = _batch_devices(mesh)
-    longest = max(group.tokens.shape[1] for group in groups)
-    parts, places, width = [], [], sum(group.rows for group in groups) // devices
-    start = 0
-    for number, group in enumerate(groups):
-        if group.rows % devices:
-            raise ValueError(f"{group.rows} rows do not divide over {devices} devices")
-        size = chunk * longest // group.tokens.shape[1]
-        parts.append(_encode_chunks(encode, group, size, fold(key, number), mesh, keep))
-        # Devices hold blocks of rows: block, then group, then place in the group's block.
-        share = group.rows // devices
-        block, place = np.divmod(np.arange(group.rows), share)
-        places.append(block * width + start + place)
-        start += share
-    rows = _constrain(jnp.concatenate(parts, axis=1), mesh, None).reshape(devices * width, -1)
-    places = np.concatenate(places)
-    return rows[places if order is None else jnp.asarray(places)[order]]
-
-
-def _encode_chunks(encode, group: Inputs, chunk: int, key, mesh, keep) -> Array:
-    """Encodes one group of G rows; returns f32[devices, G / devices, E]."""
-    devices = _batch_devices(mesh)
-    share = group.rows // devices
-    size = max(1, chunk // devices) if chunk else share
-    count = -(-share // size)
-    size = -(-share // count)  # chunks of a device, as equal as can be
-
-    def call(part):
-        inputs, numbers = part
-        keys = None if key is None else jax.vmap(lambda n: fold(key, n))(numbers)
-        return encode(inputs, keys)
-
-    if count == 1:
-        out = call((group, jnp.arange(group.rows)))
-        return _constrain(out.reshape(devices, share, -1), mesh, 0)
-
-    def split(x):  # by stride, within each device's block: rows never leave their device
-        x = _constrain(x.reshape(devices, share, *x.shape[1:]), mesh, 0)
-        x = jnp.pad(x, [(0, 0), (0, count * size - share)] + [(0, 0)] * (x.ndim - 2), mode="edge")
-        x = jnp.moveaxis(x.reshape(devices, size, count, *x.shape[2:]), 2, 0)
-        return _constrain(x.reshape(count, devices * size, *x.shape[3:]), mesh, 1)
-
-    policy = jax.checkpoint_policies.save_only_these_names(*keep)
-    chunks = jax.tree.map(split, (group, jnp.arange(group.rows)))
-    out = jax.lax.map(jax.checkpoint(call, policy=policy), chunks)
-    out = jnp.moveaxis(out.reshape(count, devices, size, -1), 0, 2)
-    return _constrain(out.reshape(devices, count * size, -1)[:, :share], mesh, 0)
-
-
-def _constrain(x: Array, mesh, axis: int | None) -> Array:
-    """Splits an axis over data x fsdp; None: the whole array goes to every device."""
-    if _batch_devices(mesh) == 1:
-        return x
-    spec = [] if axis is None else [None] * axis + list(BATCH)
-    spec = jax.sharding.PartitionSpec(*spec)
-    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, spec))
 
 
 def make_objective(
@@ -263,7 +167,7 @@ def loss_and_gradients(
     placement = layers.Placement()
     if mesh is not None and mesh.size > 1:
         placement = layers.Placement(
-            lambda x: _constrain(x, mesh, 0),
+            lambda x: sharding.constrain_rows(x, mesh, 0),
             functools.partial(sharding.gathered, mesh=mesh),
             functools.partial(sharding.per_device, mesh=mesh),
         )
@@ -284,15 +188,7 @@ def loss_and_gradients(
         tower_trains = any(path.startswith("vision_tower/") for path in trainable)
         query_key, target_key, loss_key, negative_key = jax.random.split(key, 4)
         sides = [
-            encode_groups(
-                encode,
-                groups,
-                order=order,
-                chunk=chunk,
-                key=side_key if dropout else None,
-                mesh=mesh,
-                keep=() if tower_trains else (FEATURES,),
-            )
+            chunks.Side(groups, order, side_key if dropout else None)
             for groups, order, side_key in (
                 (batch.query, batch.query_order, query_key),
                 (batch.target, batch.target_order, target_key),
@@ -300,6 +196,8 @@ def loss_and_gradients(
             )
             if groups
         ]
+        keep = () if tower_trains else (FEATURES,)
+        sides = chunks.encode_sides(encode, sides, chunk=chunk, mesh=mesh, keep=keep)
         with jax.named_scope("loss"):  # for profiles and `plan`
             return objective(sides, batch, loss_key)
 

@@ -106,7 +106,7 @@ def forward(graphdef, flat, batch, chunk: int, mesh):
     import jax.numpy as jnp
     from flax import nnx
 
-    from unime_jax import steps
+    from unime_jax import chunks, steps
     from unime_jax.types import unflatten
 
     @functools.partial(jax.jit, static_argnums=2)
@@ -114,7 +114,8 @@ def forward(graphdef, flat, batch, chunk: int, mesh):
         def encode(inputs, key):
             return nnx.merge(graphdef, unflatten(flat)).embed(inputs)
 
-        vectors = steps.encode_groups(encode, getattr(batch, side), chunk=chunk, mesh=mesh)
+        sides = [chunks.Side(getattr(batch, side))]
+        (vectors,) = chunks.encode_sides(encode, sides, chunk=chunk, mesh=mesh)
         return jnp.mean(jnp.abs(vectors))
 
     def act():

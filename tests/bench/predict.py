@@ -141,7 +141,7 @@ class Steps:
         """Lists the pieces by kind, the one to compile first."""
         from unime_jax.planning import alike, pieces
 
-        found = pieces.divide(self.job.composition, self.chunk)
+        found = pieces.divide(self.job.composition, self.chunk, self.devices)
         if self.options.pieces:
             return [[piece] for piece in found]
         return alike.kinds(found, self.devices)
@@ -158,7 +158,7 @@ class Steps:
         costs = program.costs(rates(self.hardware.chip, self.options.mfu))
         found = sum(cost.operations for cost in costs if cost.kind == hlo.PRODUCTS)
         seconds = time.perf_counter() - started
-        factor = first.times + sum(one.times * _products(self._run(one)) / work for one in rest)
+        factor = 1 + sum(_products(self._run(one)) / work for one in rest)
         say(f"  compiled {first.describe()} in {seconds:.0f} s; like it: {len(rest)}")
         if abs(found - planned) > _CLOSE * planned:
             say(
@@ -172,7 +172,7 @@ class Steps:
             say(f"  WARNING: {program.unknown_loops} loops of unknown length are taken to run once")
         return Predicted(
             first.describe(),
-            sum(one.times for one in kind),
+            len(kind),
             [cost.scaled(factor) for cost in costs],
             planned,
             found,
@@ -186,7 +186,9 @@ class Steps:
         with compiled.quiet():
             devices = topologies.compile_devices(self.hardware)
             mesh = sharding.make_mesh(*self.job.mesh, devices=devices)
-            settings, made = pieces._alone(piece, self.job)
+            settings, made = pieces.alone(
+                piece, self.job.settings, self.job.composition, self.job.width
+            )
             if piece.group is None:
                 return abstract.loss(settings, made, self.job.width, mesh=mesh)
             model = settings["model"]

@@ -26,7 +26,7 @@ from unime_jax.types import Batch, UserError
 DEVICES = 4
 BATCH = composition.Composition(
     query=((24, 8, 0), (40, 12, 0), (60, 20, 1), (16, 24, 1)),
-    target=((24, 8, 0), (99, 16, 1), (17, 28, 1)),
+    target=((25, 8, 0), (99, 16, 1), (17, 28, 1)),
     negative=(),
     rows=140,
     steps=3,
@@ -36,25 +36,24 @@ BATCH = composition.Composition(
 
 
 def test_a_step_is_divided_by_the_shape_of_its_groups():
-    found = pieces.divide(BATCH, 16)
-    assert len(found) == 8 and found[-1].group is None
-    # Chunks of shorter groups have more rows, in proportion to the longest of their side.
+    found = pieces.divide(BATCH, 16, DEVICES)
+    assert len(found) == 7 and found[-1].group is None
+    # Groups of one shape are one, each padded to the devices before. Chunks of shorter groups have
+    # more rows, in proportion to the longest.
     assert [(*piece.group, piece.chunk) for piece in found[:-1]] == [
-        (24, 8, 0, 48), (40, 12, 0, 32), (60, 20, 1, 19), (16, 24, 1, 16),
-        (24, 8, 0, 56), (99, 16, 1, 28), (17, 28, 1, 16),
+        (24 + 28, 8, 0, 56), (40, 12, 0, 37), (60, 20, 1, 22), (16, 24, 1, 18),
+        (100, 16, 1, 28), (20, 28, 1, 16),
     ]  # fmt: skip
-    whole = pieces.divide(BATCH, 0)
-    assert [piece.times for piece in whole if piece.group == (24, 8, 0)] == [2]
-    assert sum(piece.times for piece in whole) == 7 + 1
+    assert [piece.group for piece in pieces.divide(BATCH, 0)][:2] == [(49, 8, 0), (40, 12, 0)]
 
 
 def test_pieces_of_a_kind_are_those_of_one_program():
-    """Texts at once, images at once, images chunk by chunk, and the loss."""
-    found = alike.kinds(pieces.divide(BATCH, 16), DEVICES)
+    """Images chunk by chunk and at once, texts at once and chunk by chunk, and the loss."""
+    found = alike.kinds(pieces.divide(BATCH, 16, DEVICES), DEVICES)
     named = [[piece.group and piece.group[:2] for piece in kind] for kind in found]
-    # A device has 7 rows of 16 at a time, 3 of 28, 4 of 20; 4 of 24; 5 of 12; 6 of 8.
-    images = [[(99, 16), (17, 28), (60, 20)], [(16, 24)]]
-    assert named == [*images, [(40, 12)], [(24, 8), (24, 8)], [None]]
+    # A device has 7 rows of 16 at a time, 5 of 20, 3 of 28; 13 of 8; 4 of 24; 5 of 12.
+    images = [(100, 16), (60, 20), (20, 28)]
+    assert named == [images, [(52, 8)], [(16, 24)], [(40, 12)], [None]]
 
 
 def gather(shape, loop, calls, size):
@@ -88,15 +87,15 @@ def test_pieces_add_up():
         program = compiled.Compiled(1.0, 100.0, beside, 100.0 + beside, list(moved))
         return pieces.Found(piece, "xla", program, 100.0, kept, chunked)
 
-    texts = made(pieces.Piece((8, 4, 0), times=2), 30.0, 20.0, moved=moved)
+    texts = made(pieces.Piece((8, 4, 0)), 30.0, 20.0, moved=moved)
     images = made(pieces.Piece((8, 9, 1), 2), 90.0, 5.0, chunked=True)
     loss = made(pieces.Piece(None), 1.0, 0.0)
     whole = pieces.together([texts, images, loss], arguments=300.0, gradients=7.0, seconds=3.0)
-    assert whole.temporaries == (90 - 5) + 5 + 7 * 2  # more than 2 * 20 + 10
+    assert whole.temporaries == (90 - 5) + 5 + 7  # more than 20 + 10
     assert whole.peak == 300 + whole.temporaries and whole.seconds == 3
-    assert [(one.calls, one.bytes) for one in whole.moved] == [(4, 20.0)]
-    many = dataclasses.replace(texts, piece=pieces.Piece((8, 4, 0), times=5))
-    assert pieces.together([many, images], 300.0, 7.0, 3.0).temporaries == 5 * 20 + 10 + 5 + 7 * 5
+    many = pieces.together([*[texts] * 5, images], 300.0, 7.0, 3.0)
+    assert many.temporaries == 5 * 20 + 10 + 5 + 7 * 5
+    assert [(one.calls, one.bytes) for one in many.moved] == [(10, 50.0)]
     program = dataclasses.replace(images.compiled, refusal="too large")
     refused = dataclasses.replace(images, compiled=program)
     assert pieces.together([texts, refused], 300.0, 7.0, 3.0).refusal == "too large"
@@ -188,7 +187,7 @@ def test_pieces_send_what_the_whole_step_sends(monkeypatch, tmp_path):
     )
     hardware = topology.parse("a100-80g:4")
     job = pieces.Job(settings, config, made, hardware, (1, DEVICES, 1), 256, False)
-    kinds = alike.kinds(pieces.divide(made, 16), DEVICES)
+    kinds = alike.kinds(pieces.divide(made, 16, DEVICES), DEVICES)
     assert sorted(map(len, kinds)) == [1, 1, 2]
     found = []
     for first, *rest in kinds:

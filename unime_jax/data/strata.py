@@ -101,6 +101,8 @@ def divide(
     has_image: dict[int, Sequence[bool]],
     per_source: Sequence[int],
     bins: int,
+    *,
+    joint: bool = False,
 ) -> tuple[list[Stratum], list[int]]:
     """Divides sources into strata.
 
@@ -109,25 +111,29 @@ def divide(
       has_image: of each source, whether its sides have images: they never share a bin with texts.
       per_source: rows that a batch takes of each source.
       bins: most bins of a side, for texts and for images each.
+      joint: the bins of all sides are the same: groups of either side have the same few shapes.
 
     Returns:
       The strata, and the rows that a batch takes of each, at least 1.
     """
     sides = next(iter(lengths.values())).shape[1]
+
+    def kind(number: int, side: int) -> tuple[int, bool, bool]:  # rows of one kind share bins
+        encoded = bool(lengths[number][:, side].any())
+        return 0 if joint else side, bool(has_image[number][side]), encoded
+
+    sharing = collections.defaultdict(list)  # kind -> lengths, and how often a batch has each
+    for number, measured in lengths.items():
+        often = np.full(len(measured), per_source[number] / len(measured))
+        for side in range(sides):
+            sharing[kind(number, side)].append((measured[:, side], often))
     edges = {}
-    for side in range(sides):
-        for image in (False, True):
-            users = [n for n in lengths if bool(has_image[n][side]) == image]
-            weights = [np.full(len(lengths[n]), per_source[n] / len(lengths[n])) for n in users]
-            if users:
-                edges[side, image] = mixture.bin_edges(
-                    np.concatenate([lengths[n][:, side] for n in users]),
-                    np.concatenate(weights),
-                    bins,
-                )
+    for key, found in sharing.items():
+        rows, often = (np.concatenate(column) for column in zip(*found, strict=True))
+        edges[key] = mixture.bin_edges(rows, often, bins)
     found, counts = [], []  # (source, members, bin of each side)
     for number, measured in lengths.items():
-        own = [edges[side, bool(has_image[number][side])] for side in range(sides)]
+        own = [edges[kind(number, side)] for side in range(sides)]
         least = -(-len(measured) // per_source[number])
         cells = _cells(np.arange(len(measured)), measured, own, least)
         found += [(number, members, places) for members, places in cells]
@@ -135,12 +141,12 @@ def divide(
     longest = collections.defaultdict(int)
     for number, members, places in found:
         for side, place in enumerate(places):
-            key = side, bool(has_image[number][side]), place
+            key = kind(number, side), place
             longest[key] = max(longest[key], int(lengths[number][members, side].max()))
     strata = []
     for number, members, places in found:
         tokens = tuple(
-            -(-longest[side, bool(has_image[number][side]), place] // mixture.ROUND) * mixture.ROUND
+            -(-longest[kind(number, side), place] // mixture.ROUND) * mixture.ROUND
             for side, place in enumerate(places)
         )
         strata.append(Stratum(number, members, tokens, lengths[number][members]))

@@ -66,6 +66,14 @@ class Composition:
     features: bool = False
     source: str = ""
 
+    def encoded(self, devices: int = 1) -> list[Shape]:
+        """Lists what a step encodes as one (`chunks.encode_sides`), its rows padded to devices."""
+        found = Counter()
+        for groups in (self.query, self.target, self.negative):
+            for rows, tokens, tiles in groups:
+                found[tokens, tiles] += -(-rows // devices) * devices
+        return [(rows, *shape) for shape, rows in found.items()]
+
     @property
     def padded_tokens(self) -> int:
         groups = (*self.query, *self.target, *self.negative)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from unime_jax.planning import abstract, flops, liveness, memory
-from unime_jax.planning.composition import SIDES, Composition
+from unime_jax.planning import abstract, flops, liveness, memory, pieces
+from unime_jax.planning.composition import Composition
 from unime_jax.planning.topology import GIB, Chip, Topology
 from unime_jax.types import flatten
 
@@ -144,8 +144,7 @@ class Estimator:
         number of rows the largest, and the configured one always.
         """
         train = self._settings["train"]
-        sides = (getattr(self._composition, side) for side in SIDES)
-        largest = max(rows for side in sides for rows, _, _ in side)
+        largest = max(rows for rows, _, _ in self._composition.encoded())
         batch = train["batch_size"]
         found = {
             max(1, chunk // self._devices): chunk
@@ -156,22 +155,21 @@ class Estimator:
 
     # ---- what a step is made of
 
-    def _groups(self):
-        for side in SIDES:
-            groups = getattr(self._composition, side)
-            longest = max((tokens for _, tokens, _ in groups), default=0)
-            for rows, tokens, tiles in groups:
-                yield -(-rows // self._devices), tokens, tiles, longest
+    @functools.cached_property
+    def _groups(self) -> list[tuple[int, int, int]]:
+        """Lists what is encoded as one: rows of a device, T and C."""
+        found = self._composition.encoded(self._devices)
+        return [(rows // self._devices, tokens, tiles) for rows, tokens, tiles in found]
 
-    def _size(self, chunk: int, share: int, tokens: int, longest: int) -> int:
-        """Counts the rows of a group that are encoded at a time, as `steps.encode_groups` does."""
+    def _size(self, chunk: int, share: int, tokens: int) -> int:
+        """Counts the rows of a group that are encoded at a time, as `chunks.encode_sides` does."""
+        longest = self._longest[1]
         return max(1, chunk * longest // tokens // self._devices) if chunk else share
 
     def _chunks(self, chunk: int) -> int:
         """Counts the passes over the layers."""
         return sum(
-            -(-share // self._size(chunk, share, tokens, longest))
-            for share, tokens, _, longest in self._groups()
+            -(-share // self._size(chunk, share, tokens)) for share, tokens, _ in self._groups
         )
 
     def rows_alive(self, chunk: int) -> float:
@@ -181,8 +179,8 @@ class Estimator:
         those in chunks come before and after them, a chunk at a time.
         """
         at_once, in_chunks = 0, 0
-        for share, tokens, _, longest in self._groups():
-            size = self._size(chunk, share, tokens, longest)
+        for share, tokens, _ in self._groups:
+            size = self._size(chunk, share, tokens)
             if size < share:
                 in_chunks = max(in_chunks, size * tokens)
             else:
@@ -191,8 +189,7 @@ class Estimator:
 
     @functools.cached_property
     def _longest(self) -> tuple[int, int, int]:
-        groups = [group for side in SIDES for group in getattr(self._composition, side)]
-        return max(groups, key=lambda group: group[1])
+        return max(self._groups, key=lambda group: group[1])
 
     @functools.cached_property
     def _model(self) -> nnx.Module:
@@ -217,7 +214,7 @@ class Estimator:
         spec = self._model.image_spec
         if spec is None or trained or self._composition.features:
             return 0.0
-        tiles = sum(share * tiles for share, _, tiles, _ in self._groups())
+        tiles = sum(share * tiles for share, _, tiles in self._groups)
         shape = jax.ShapeDtypeStruct((1, spec.size, spec.size, 3), jnp.uint8)
         found = nnx.eval_shape(lambda model, x: model.featurise(x), self._model, shape)
         return tiles * memory.size(found)
@@ -231,29 +228,11 @@ class Estimator:
     def _trace(self, remat: str, rows: int, chunked: bool) -> tuple[float, float]:
         """Returns temporaries and the share computed again of a step of one group."""
         _, tokens, tiles = self._longest
-        count = rows * (2 if chunked else 1)
-        composition = dataclasses.replace(
-            self._composition,
-            query=((count, tokens, tiles),),
-            target=((count, 8, 0),),
-            negative=((count * max(self._composition.judged, 1), 8, 0),)
-            if self._composition.negative
-            else (),
-            rows=count,
-        )
-        if self._composition.vectors is not None:
-            sides = 1 + bool(self._composition.target) + bool(self._composition.negative)
-            composition = dataclasses.replace(
-                composition,
-                target=composition.target if self._composition.target else (),
-                vectors=(count * sides, self._composition.vectors[1]),
-            )
-        settings = {
-            **self._settings,
-            "model": {**self._settings["model"], "remat": remat},
-            "train": {**self._settings["train"], "chunk": rows if chunked else 0},
-        }
-        run = abstract.run(settings, self._config, composition)
+        group = rows * (2 if chunked else 1), tokens, tiles
+        piece = pieces.Piece(group, rows if chunked else 0)
+        settings = {**self._settings, "model": {**self._settings["model"], "remat": remat}}
+        settings, made = pieces.alone(piece, settings, self._composition, self.width)
+        run = abstract.run(settings, self._config, made)
         jaxpr, _ = flops.trace(run.step, *run.arguments)
         counted = flops.count_jaxpr(jaxpr)
         return (

@@ -33,19 +33,17 @@ class Piece:
     Attributes:
       group: rows, T and C; None for the loss.
       chunk: config.train.chunk with which this group alone is encoded as among the others.
-      times: how many groups of a step are alike.
     """
 
     group: Shape | None
     chunk: int = 0
-    times: int = 1
 
     def share(self, devices: int) -> int:
         """Counts the rows of a device."""
         return -(-self.group[0] // devices) if self.group else 0
 
     def passes(self, devices: int) -> int:
-        """Counts the chunks, as `steps.encode_groups` makes them."""
+        """Counts the chunks, as `chunks.encode_sides` makes them."""
         size = max(1, self.chunk // devices)
         return -(-self.share(devices) // size) if self.group and self.chunk else 1
 
@@ -54,7 +52,7 @@ class Piece:
             return "the loss"
         rows, tokens, tiles = self.group
         images = f" with {tiles} tile(s)" if tiles else ""
-        return f"{rows} rows of {tokens}{images}" + (f", {self.times} times" * (self.times > 1))
+        return f"{rows} rows of {tokens}{images}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +116,6 @@ class Found:
             "piece": self.piece.describe(),
             "group": self.piece.group,
             "chunk": self.piece.chunk,
-            "times": self.piece.times,
             "like": self.like and self.like.describe(),
             "seconds": self.compiled.seconds,
             "temporaries": self.compiled.beside,
@@ -126,16 +123,11 @@ class Found:
         }
 
 
-def divide(composition: Composition, chunk: int) -> list[Piece]:
+def divide(composition: Composition, chunk: int, devices: int = 1) -> list[Piece]:
     """Lists the pieces of a step, the loss at the end."""
-    found: collections.Counter[tuple[Shape, int]] = collections.Counter()
-    for side in SIDES:
-        groups = getattr(composition, side)
-        longest = max((tokens for _, tokens, _ in groups), default=0)
-        for group in groups:
-            found[group, chunk * longest // group[1]] += 1
-    pieces = [Piece(group, size, times) for (group, size), times in found.items()]
-    return [*pieces, Piece(None)]
+    groups = composition.encoded(devices)
+    longest = max(tokens for _, tokens, _ in groups)
+    return [*(Piece(group, chunk * longest // group[1]) for group in groups), Piece(None)]
 
 
 def compile_all(pieces: list[Piece], job: Job) -> Iterator[Found]:
@@ -201,7 +193,7 @@ def compile_piece(piece: Piece, job: Job) -> Found:
 def _compile_piece(piece: Piece, job: Job) -> Found:
     devices = topologies.compile_devices(job.topology)
     mesh = sharding.make_mesh(*job.mesh, devices=devices)
-    settings, made = _alone(piece, job)
+    settings, made = alone(piece, job.settings, job.composition, job.width)
     model = settings["model"]
     attention = runtime.resolve_attention(model["attention"], model["dtype"], mesh)
     split = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -223,13 +215,20 @@ def _compile_piece(piece: Piece, job: Job) -> Found:
     return Found(piece, attention, found, arguments, kept, chunked)
 
 
-def _alone(piece: Piece, job: Job) -> tuple[dict[str, Any], Composition]:
+def alone(
+    piece: Piece, settings: dict[str, Any], made: Composition, width: int
+) -> tuple[dict[str, Any], Composition]:
     """Returns settings and batch of a step that encodes one group.
 
     Cached vectors stand for the other side of its loss, which is small; the batch's own loss is a
     piece by itself.
+
+    Args:
+      piece: which; what is the loss has the whole batch.
+      settings: the resolved configuration.
+      made: the whole batch.
+      width: of an embedding.
     """
-    settings, made = job.settings, job.composition
     if piece.group is None:
         return settings, made
     stage = "distill" if settings["stage"] == "distill" else "contrast"
@@ -240,7 +239,7 @@ def _alone(piece: Piece, job: Job) -> tuple[dict[str, Any], Composition]:
         "train": {**settings["train"], "chunk": piece.chunk},
     }
     rows = piece.group[0]
-    width = made.vectors[1] if stage == "distill" else job.width
+    width = made.vectors[1] if stage == "distill" else width
     made = dataclasses.replace(
         made,
         **{side: (piece.group,) if side == "query" else () for side in SIDES},
@@ -255,12 +254,12 @@ def _alone(piece: Piece, job: Job) -> tuple[dict[str, Any], Composition]:
 def _kept(piece: Piece, job: Job, devices: int) -> float:
     """Estimates what one device holds of a group between the way there and the way back."""
     rows, tokens, tiles = piece.group
-    alone = dataclasses.replace(
+    share = dataclasses.replace(
         piece,
         group=(-(-rows // devices), tokens, tiles),
         chunk=max(1, piece.chunk // devices) if piece.chunk else 0,
     )
-    settings, made = _alone(alone, job)
+    settings, made = alone(share, job.settings, job.composition, job.width)
     run = abstract.run(settings, job.config, made)
     jaxpr, _ = flops.trace(run.step, *run.arguments)
     return liveness.kept(jaxpr, flash=job.flash)
@@ -285,20 +284,20 @@ def together(
     at_once = [one for one in found if not one.chunked]
 
     def held(some: list[Found]) -> float:
-        return sum(one.piece.times * one.held for one in some)
+        return sum(one.held for one in some)
 
     def work(some: list[Found]) -> float:
         return max((one.work for one in some), default=0.0)
 
-    groups = sum(one.piece.times for one in found if one.piece.group)
+    groups = sum(one.piece.group is not None for one in found)
     temporaries = max(work(chunked), held(at_once) + work(at_once)) + held(chunked)
     temporaries += gradients * max(groups - 1, 0)
     calls: dict[tuple, list] = collections.defaultdict(lambda: [0, 0.0])
     for one in found:
         for moved in one.compiled.moved:
             total = calls[moved.kind, moved.shape, moved.group, moved.hosts, moved.loop]
-            total[0] += one.piece.times * moved.calls
-            total[1] += one.piece.times * moved.bytes
+            total[0] += moved.calls
+            total[1] += moved.bytes
     moved = [collectives.Collective(*kind, *total) for kind, total in calls.items()]
     return compiled.Compiled(
         seconds,

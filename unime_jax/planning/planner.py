@@ -90,8 +90,7 @@ class _Planner:
         """Says what is planned, for what, and what is assumed."""
         chip, found, train = self.topology.chip, self.composition, self.settings["train"]
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        groups = [*found.query, *found.target, *found.negative]
-        padded = sum(-(-rows // devices) * devices * tokens for rows, tokens, _ in groups)
+        padded = sum(rows * tokens for rows, tokens, _ in found.encoded(devices))
         return {
             "config": self.name,
             "topology": {
@@ -281,7 +280,7 @@ class _Planner:
         """Compiles pieces until all are done or it is clear that the step does not fit."""
         topologies.check_compiler(self.topology, kernel=self._flash())
         devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        kinds = [[piece] for piece in pieces.divide(self.composition, setting[0])]
+        kinds = [[piece] for piece in pieces.divide(self.composition, setting[0], devices)]
         if how == "kinds" and self.mesh.shape["tensor"] == 1:  # else rows are exchanged too
             kinds = alike.kinds([piece for (piece,) in kinds], devices)
         others = {first: rest for first, *rest in kinds}
