@@ -22,7 +22,7 @@ def get_config(arg: str = ""):
     c.data.path = "nli_for_simcse.csv"
     c.data.prompt = "phi35v_stage1"
     c.data.max_tokens = 64
-    c.data.length_bins = 4
+    c.data.length_bins = 5
     c.teacher.vectors = "nli_teacher"
     c.loss.temperature = 0.02
     # As the paper writes Eq. 2. Without the diagonal far more is left to learn from (`distill_kl`).

@@ -51,7 +51,8 @@ def base_config() -> ConfigDict:
     c.data.images = ""  # directory that image paths of own pairs start from; "": beside the file
     c.data.image_root = ""  # no image outside of it is read; "": data.images, or beside the file
     c.data.block = 0  # rows of a set come in multiples of it, one block or more; 0: any number
-    c.data.length_bins = 2  # quantile bins of text length, each with its own padded length
+    c.data.length_bins = 2  # most padded lengths of a batch's texts, and of its images' rows
+    c.data.joint_bins = True  # the same ones for queries, targets and negatives; else each its own
     c.data.directions = ("image_to_text",)  # of image-text pairs: image_to_text, text_to_image
     c.data.weights = ()  # (("set", share), ...) of the batch; empty: proportional to size
     c.data.temperature = 1.0  # shares ~ size ** (1 / temperature); inf would be equal shares

@@ -224,6 +224,7 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
             seed=settings["seed"],
             max_tokens=data["max_tokens"],
             bins=data["length_bins"],
+            joint=data.get("joint_bins", False),  # runs of old lack the key
             weights=[
                 weights.get(source.name, 0.0) * len(source) / whole[source.name] for source in found
             ]

@@ -242,8 +242,8 @@ def test_weights_choose_the_sets(smol):
     assert "2 a batch" in batches.info.strata[0] and "6 a batch" in batches.info.strata[1]
     alone = pipeline.Batches([make_pairs(50), make_pairs(5)], smol, batch_size=8, weights=[1, 0])
     assert len(alone.info.strata) == 1
-    with pytest.raises(UserError, match="length_bins=5"):
-        pipeline.Batches([make_pairs(9)], smol, batch_size=8, bins=5)
+    with pytest.raises(UserError, match="length_bins=9"):
+        pipeline.Batches([make_pairs(9)], smol, batch_size=8, bins=9)
 
 
 def test_padded_share_is_what_batches_have(smol):

@@ -9,8 +9,8 @@ from unime_jax.data import strata
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3))
-def test_every_stratum_gives_rows_and_holds_its_own(seed, bins, sources):
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_every_stratum_gives_rows_and_holds_its_own(seed, bins, sources, joint):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(3, 60, sources)
     per_source = [int(rng.integers(1, size + 1)) for size in sizes]
@@ -19,9 +19,11 @@ def test_every_stratum_gives_rows_and_holds_its_own(seed, bins, sources):
         n: np.column_stack([rng.integers(1, 50, (size, 2)), np.zeros(size, int)]).astype(np.int32)
         for n, size in enumerate(sizes)
     }
-    found, counts = strata.divide(lengths, has_image, per_source, bins)
-    shapes = {(side, has_image[s.source][side], s.tokens[side]) for s in found for side in (0, 1)}
-    assert len(shapes) <= 4 * bins
+    found, counts = strata.divide(lengths, has_image, per_source, bins, joint=joint)
+    shapes = {
+        (joint or side, has_image[s.source][side], s.tokens[side]) for s in found for side in (0, 1)
+    }
+    assert len(shapes) <= (2 if joint else 4) * bins
     for number, size in enumerate(sizes):
         own = [(s, c) for s, c in zip(found, counts, strict=True) if s.source == number]
         rows = np.concatenate([s.members for s, _ in own])
@@ -33,16 +35,28 @@ def test_every_stratum_gives_rows_and_holds_its_own(seed, bins, sources):
         assert stratum.tokens[2] == 0
 
 
-def test_sides_are_binned_one_by_one():
-    """Long queries with short targets and the reverse share no padding."""
+@pytest.mark.parametrize("joint", [True, False])
+def test_long_queries_with_short_targets_and_the_reverse_share_no_padding(joint):
     long, short = np.full((50, 1), 40, np.int32), np.full((50, 1), 8, np.int32)
     none = np.zeros((50, 1), np.int32)
     lengths = {0: np.hstack([long, short, none]), 1: np.hstack([short, long, none])}
-    found, _ = strata.divide(lengths, {0: (False,) * 3, 1: (False,) * 3}, [4, 4], 2)
+    found, _ = strata.divide(lengths, {0: (False,) * 3, 1: (False,) * 3}, [4, 4], 2, joint=joint)
     assert [s.tokens for s in found] == [(40, 8, 0), (8, 40, 0)]
     images = {0: (True, False, False), 1: (False, False, False)}
-    found, _ = strata.divide(lengths, images, [4, 4], 1)  # an image's side is another shape
-    assert [s.tokens for s in found] == [(40, 40, 0), (8, 40, 0)]
+    found, _ = strata.divide(lengths, images, [4, 4], 1, joint=joint)
+    # An image's side is another shape; of the others one text is short and one long on either side.
+    assert [s.tokens for s in found] == [(40, 40, 0), (40 if joint else 8, 40, 0)]
+
+
+def test_sides_share_their_bins():
+    """Two bins for three lengths, where sides of their own would have one and two."""
+    rows = np.array([[40, 8, 0]] * 20 + [[40, 12, 0]] * 20, np.int32)
+    found, _ = strata.divide({0: rows}, {0: (False,) * 3}, [8], 2)
+    assert {s.tokens for s in found} == {(40, 12, 0)}
+    found, _ = strata.divide({0: rows}, {0: (False,) * 3}, [8], 2, joint=False)
+    assert {s.tokens for s in found} == {(40, 8, 0), (40, 12, 0)}
+    found, _ = strata.divide({0: rows}, {0: (False,) * 3}, [8], 1)
+    assert {s.tokens for s in found} == {(40, 40, 0)}, "a side that is not encoded has no bin"
 
 
 def test_images_and_texts_have_bins_of_their_own():

@@ -45,7 +45,7 @@ FREE_KEYS = (
     "train.replay",
 )
 # Keys that runs of old lack, and what they did.
-NEW_KEYS = {"optim.spike_factor": 0.0, "optim.spike_window": 32}
+NEW_KEYS = {"data.joint_bins": False, "optim.spike_factor": 0.0, "optim.spike_window": 32}
 # Files that runs of old read as well and kept no hashes of.
 NEW_FILES = ("processor_config.json",)
 
@@ -156,7 +156,8 @@ def check_continues(path: str | os.PathLike, config: dict[str, Any]) -> None:
     if differing:
         raise UserError(
             f"{path} holds a run of another configuration ({'; '.join(differing)}); "
-            f"choose another config.output or remove that directory"
+            "go on with what it has (--config.KEY=VALUE), choose another config.output or remove "
+            "that directory"
         )
 
 

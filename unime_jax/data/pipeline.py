@@ -34,7 +34,8 @@ class Batches:
       batch_size: rows of a batch.
       seed: of the order of rows, augmentation and drawn texts.
       max_tokens: longest row, image features excluded; longer texts lose their end.
-      bins: most length bins of a side, for texts and for images each, 1 to 4.
+      bins: most length bins, for texts and for images each, 1 to 8.
+      joint: all sides share their bins; else each has its own.
       weights: share of each source instead of its size.
       temperature: shares are proportional to size ** (1 / temperature).
       block: rows of a set come in multiples of it, at least one block of each set; 0: any number.
@@ -64,6 +65,7 @@ class Batches:
         seed: int = 0,
         max_tokens: int = 64,
         bins: int = 1,
+        joint: bool = True,
         weights: Sequence[int | float] | None = None,
         temperature: int | float = 1.0,
         block: int = 0,
@@ -76,8 +78,8 @@ class Batches:
         cache: pathlib.Path | None = None,
         progress: Callable[[int], None] = lambda rows: None,
     ):
-        if not 1 <= bins <= 4:
-            raise UserError(f"config.data.length_bins={bins}: 1 to 4")
+        if not 1 <= bins <= 8:
+            raise UserError(f"config.data.length_bins={bins}: 1 to 8")
         self._data = list(data)
         self._preprocessor = preprocessor
         self._encoder = encoding.ItemEncoder(
@@ -109,9 +111,8 @@ class Batches:
             if count
         }
         lengths = {number: found[:, :SIDES] for number, found in measured.items()}
-        self._strata, counts = strata.divide(
-            lengths, {number: self._has_image(number) for number in measured}, per_source, bins
-        )
+        images = {number: self._has_image(number) for number in measured}
+        self._strata, counts = strata.divide(lengths, images, per_source, bins, joint=joint)
         sizes = [len(stratum.members) for stratum in self._strata]
         self._mixture = mixture.Mixture(sizes, batch_size, weights=counts, seed=seed)
         self.members = self._mixture.rows

@@ -2,7 +2,7 @@
 
 Each side of a row is put into one of a few length bins, chosen so that padding is least; rows with
 equal bins on all sides are a stratum, which gives a fixed number of rows to every batch. All
-sources share the bins of a side, so that a batch has few shapes.
+sources share the bins of a side, and all sides may, so that a batch has few shapes.
 """
 
 import collections
@@ -102,7 +102,7 @@ def divide(
     per_source: Sequence[int],
     bins: int,
     *,
-    joint: bool = False,
+    joint: bool = True,
 ) -> tuple[list[Stratum], list[int]]:
     """Divides sources into strata.
 
@@ -118,9 +118,11 @@ def divide(
     """
     sides = next(iter(lengths.values())).shape[1]
 
-    def kind(number: int, side: int) -> tuple[int, bool, bool]:  # rows of one kind share bins
-        encoded = bool(lengths[number][:, side].any())
-        return 0 if joint else side, bool(has_image[number][side]), encoded
+    def kind(number: int, side: int) -> tuple[int, bool]:  # of rows that share bins
+        if not joint:
+            return side, bool(has_image[number][side])
+        encoded = lengths[number][:, side].any()
+        return 0 if encoded else 1 + side, bool(has_image[number][side])
 
     sharing = collections.defaultdict(list)  # kind -> lengths, and how often a batch has each
     for number, measured in lengths.items():

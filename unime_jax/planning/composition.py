@@ -203,7 +203,11 @@ def _typical(settings: dict[str, Any], model, missing: str) -> Composition:
     )
     used = {n: lengths[n] for n, count in enumerate(per_source) if count}
     divided, counts = strata.divide(
-        used, {n: found[n].images for n in used}, per_source, data["length_bins"]
+        used,
+        {n: found[n].images for n in used},
+        per_source,
+        data["length_bins"],
+        joint=data["joint_bins"],
     )
     shapes, real = [Counter(), Counter(), Counter()], 0.0
     for stratum, count in zip(divided, counts, strict=True):
