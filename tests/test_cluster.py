@@ -1,6 +1,7 @@
 """How processes find each other: flags, what clusters export, proxies, one process alone."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -165,6 +166,25 @@ def test_faults_of_a_cluster_are_one_line(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(UserError, match="not found: no token"):
         cluster.join()
+
+
+def test_a_machine_that_does_not_know_its_own_name_is_told_so(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cpu': gloo/transport/tcp/device.cc -2")
+
+    def unknown(*_):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the cache of the tests stays
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(socket, "gethostname", lambda: "nobody")
+    with monkeypatch.context() as known:
+        known.setattr(socket, "getaddrinfo", lambda *_: [])
+        with pytest.raises(UserError, match="no such devices here .*gloo"):
+            runtime.start()
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(UserError, match="name, nobody, has no address.*not known.*etc/hosts"):
+        runtime.start()
 
 
 def test_a_child_is_on_its_own(monkeypatch):

@@ -11,6 +11,7 @@ import contextlib
 import glob
 import os
 import re
+import socket
 import sys
 import threading
 import warnings
@@ -87,6 +88,18 @@ def _announced() -> int:
 def _is_lone_pod() -> bool:
     """Says whether this is a Kubernetes pod of no indexed job: JAX would look for its job."""
     return "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ
+
+
+def check_own_name() -> None:
+    """Checks that this machine's own name has an address: others are given that to call back."""
+    name = socket.gethostname()
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError as error:
+        raise UserError(
+            f"this machine's name, {name}, has no address, at which the other processes would find "
+            f"it ({error.strerror}): add a line with both to /etc/hosts"
+        ) from None
 
 
 def environment_alone() -> dict[str, str]:

@@ -193,7 +193,8 @@ def start(*, preemptible: bool = False) -> None:
       preemptible: SIGTERM to one of several processes is kept for `StopRequest` from here on.
 
     Raises:
-      UserError: the others, or the devices that JAX_PLATFORMS asks for, are not there.
+      UserError: the others, the devices that JAX_PLATFORMS asks for, or an address of this machine
+        are not there.
     """
     import jax
 
@@ -213,6 +214,8 @@ def start(*, preemptible: bool = False) -> None:
     try:
         devices = jax.devices()
     except RuntimeError as error:
+        if "gloo" in str(error):  # what processes on CPUs talk through
+            cluster.check_own_name()
         asked = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split())[:200]
         raise UserError(

@@ -7,6 +7,7 @@ The number of an input stands in the last line of stderr if the process does not
 """
 
 import faulthandler
+import importlib.util
 import json
 import os
 import pathlib
@@ -35,6 +36,8 @@ def main(count: int, first: int, names: list[str]) -> None:
     from unime_jax.types import UserError
 
     warnings.simplefilter("ignore")
+    if importlib.util.find_spec("torch"):  # its CUDA build maps more than any file may take
+        import torch  # noqa: F401
     _limit_memory()
     signal.signal(signal.SIGALRM, _late)
     for name in names or list(readers.READERS):

@@ -98,8 +98,10 @@ def _inside(equation, flash: bool) -> float:
     for body, _ in flops.bodies(equation):
         own = peak(body, flash=flash)
         if name == "scan":  # one iteration's slices of what is scanned over
-            start = equation.params["num_consts"] + equation.params["num_carry"]
-            own += sum(_size(var, flash) for var in body.invars[start:])
+            pairs = zip(equation.invars, body.invars, strict=True)
+            own += sum(
+                _size(inner, flash) for outer, inner in pairs if outer.aval.ndim > inner.aval.ndim
+            )
         most = max(most, own)
     return most
 
