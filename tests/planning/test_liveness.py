@@ -50,6 +50,15 @@ def test_loops_keep_what_the_way_back_reads():
     assert found[False] >= 2 * kept  # and at least one value inside of each
 
 
+def test_a_loop_holds_the_slice_it_works_on_and_no_constant_twice():
+    def run(x, weights, kept):
+        return jax.lax.scan(lambda x, w: ((x @ w) @ kept, None), x, weights)[0]
+
+    shapes = (1, WIDTH), (DEPTH, WIDTH, WIDTH), (WIDTH, WIDTH)
+    # The result; inside both products, and one layer's weights.
+    assert peak(run, *shapes) == 4 * (WIDTH + 2 * WIDTH + WIDTH * WIDTH)
+
+
 def test_scores_of_pairs_are_held_unless_the_kernel_is_flash():
     def attend(q, k):
         return jnp.einsum("gnts,gnsh->gnth", jnp.tanh(jnp.einsum("gnth,gnsh->gnts", q, k)), k)
