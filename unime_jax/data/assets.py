@@ -245,8 +245,7 @@ def read_deb(path: pathlib.Path, wanted: Callable[[str], bool]) -> Iterator[tupl
         raise UserError(
             f"{path} is not a readable Debian package ({error}): delete it and run again"
         ) from None
-    finally:
-        process.kill()
+    finally:  # nobody reads what it writes: that ends it and the process that it unpacks with
         process.stdout.close()
         process.stderr.close()
         process.wait()
