@@ -14,7 +14,6 @@ import numpy as np
 
 from unime_jax import allocator, checkpoint, optim, report, runtime, steps
 from unime_jax.checkpoint.integrity import write_json
-from unime_jax.models.attention import without_kernels
 from unime_jax.planning import flops, topology
 from unime_jax.train_data import TrainData
 from unime_jax.types import Batch, UserError
@@ -119,11 +118,12 @@ class Loop:
             self._trace.before(step + 1)
             placed = steps.place_batch(batch, self._mesh, self._data.shared)
             if step == first:
-                self._flops = self._count(state, placed)
                 compile_ahead(self._train_step, state, self._frozen, placed)
                 # Gloo gives up on a process that still compiles after 30 s.
                 runtime.barrier(wait=_COMPILE_WAIT_MS)
             state, values = self._train_step(state, self._frozen, placed)
+            if step == first:  # while it runs
+                self._flops = flops.count(self._train_step, state, self._frozen, placed).model
             # Metrics of the step before are read while this one runs.
             if pending is not None:
                 self._record(*pending)
@@ -180,17 +180,6 @@ class Loop:
                 f"{', '.join(sorted(found))}"
             )
         return float(found[wanted])
-
-    def _count(self, state, batch) -> float:
-        """Returns the operations of a step."""
-        model, step = self._settings["model"], self._train_step
-        if runtime.resolve_attention(model["attention"], model["dtype"], self._mesh) == "xla":
-            return flops.count(step, state, self._frozen, batch).model
-        # Nobody sees into a kernel. A function of its own: jit would keep this trace for the step.
-        with without_kernels():
-            return flops.count(
-                lambda *args: step.__wrapped__(*args), state, self._frozen, batch
-            ).model
 
     def _record(self, step: int, values, waited: float) -> None:
         """Reads a step's metrics off the device, logs and shows them.

@@ -229,7 +229,8 @@ def _products(run) -> float:
     """Counts the operations of a piece as the plan does, but for those of attention kernels."""
     from unime_jax.planning import flops
 
-    return flops.count(run.step, *run.arguments).total
+    jaxpr, _ = flops.trace(run.step, *run.arguments, whole=False)
+    return flops.count_jaxpr(jaxpr).total
 
 
 def summarise(predicted: list[Predicted], top: int) -> dict[str, Any]:

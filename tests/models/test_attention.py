@@ -8,7 +8,7 @@ import tolerances
 
 from unime_jax import runtime, sharding
 from unime_jax.models import layers, splash
-from unime_jax.models.attention import attention, without_kernels
+from unime_jax.models.attention import attention
 from unime_jax.planning import flops
 from unime_jax.types import UserError
 
@@ -142,11 +142,13 @@ def test_every_device_runs_cudnn_on_its_heads(cudnn):
 
 
 def test_operations_are_those_of_the_reference():
-    args, counts = arrays(100), []
+    args, counts = arrays(400), []
     for name in ("xla", "splash_interpret"):
-        with without_kernels():
-            counts.append(flops.count(attend(name, causal=True), *args).model)
-    assert counts[0] == counts[1] == 2 * 2 * 2 * 100 * 100 * 2 * 16, "scores and their sum"
+        run = attend(name, causal=True)
+        counts.append(flops.count(run, *args).model)
+        jaxpr = str(run.trace(*args).jaxpr)
+        assert ("100,400]" in jaxpr) == (name == "xla"), "what runs is not what was counted"
+    assert counts[0] == counts[1] == 2 * 2 * 2 * 400 * 400 * 2 * 16, "scores and their sum"
 
 
 def test_cudnn_lowers_for_gpu_without_one(cudnn):

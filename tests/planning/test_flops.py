@@ -1,6 +1,7 @@
 """Operations counted from jaxprs: by hand on small programs, by XLA on an unrolled model."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import llava_step
 import pytest
 from flax import nnx
 
-from unime_jax.models import layers, quant
-from unime_jax.planning import abstract, flops
+from unime_jax.models import attention, layers, quant
+from unime_jax.planning import abstract, estimate, flops, memory, topology
 from unime_jax.planning.composition import Composition
 
 ROWS, WIDTH, DEPTH = 5, 128, 3
@@ -157,3 +158,27 @@ def test_xla_counts_the_same_on_an_unrolled_model(monkeypatch):
     by_xla = run.step.lower(*run.arguments).cost_analysis()["flops"]
     assert counted.total == pytest.approx(by_xla, rel=0.01)
     assert counted.again["decoder"] > counted.parts["decoder"] / 3
+
+
+def test_scores_that_a_kernel_never_holds_are_not_counted(monkeypatch):
+    """XLA's attention takes blocks of queries, whose scores are no square."""
+    made = Composition(((2, 400, 0),), ((2, 8, 0),), (), 2, 10, ("a",), 0.0)
+    settings = {**SETTINGS, "model": {"dtype": "float32", "remat": "none"}}
+
+    def row():
+        estimator = estimate.Estimator(
+            settings,
+            llava_step.CONFIG,
+            made,
+            memory.Arguments(1.0, 0.0, 0.0, 0.0),
+            1.0,
+            topology=topology.parse("v5e:1x1"),
+            mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1}),
+            mfu=0.5,
+            flash=True,
+        )
+        return estimator.probe("none", False).row
+
+    found = row()
+    monkeypatch.setattr(attention, "_BLOCKS", 1)
+    assert found == row() > 0

@@ -327,7 +327,9 @@ def scan_layers(
     numbers = jnp.arange(jax.tree.leaves(stacked)[0].shape[0] if count is None else count)
     keys = None if key is None else jax.vmap(lambda n: fold(key, n))(numbers)
     whole = {} if count is None else {p: leaf for p, leaf in stacked.items() if _is_frozen(p)}
-    split = {path: leaf[:count] for path, leaf in stacked.items() if path not in whole}
+    split = {p: leaf for p, leaf in stacked.items() if p not in whole}
+    if count is not None:
+        split = {path: leaf[:count] for path, leaf in split.items()}
 
     def body(x, layer):
         number, state, key = layer

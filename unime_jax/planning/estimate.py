@@ -235,6 +235,8 @@ class Estimator:
         run = abstract.run(settings, self._config, made)
         jaxpr, _ = flops.trace(run.step, *run.arguments)
         counted = flops.count_jaxpr(jaxpr)
+        if not self._flash:
+            jaxpr, _ = flops.trace(run.step, *run.arguments, whole=False)
         return (
             liveness.peak(jaxpr, flash=self._flash),
             sum(counted.again.values()) / counted.model,

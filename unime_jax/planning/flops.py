@@ -4,9 +4,13 @@ XLA's own count takes the body of a loop once, however often it runs; here a sca
 `length` times. Products and convolutions are counted, 2 M N K each; everything else is below one
 percent of a transformer and is left out. The program is the differentiated one, so what is computed
 again on the way back is in it, under the name that `jax.checkpoint` gives it.
+
+Attention counts as the products of all queries with all keys, as is the custom, whatever computes
+it: nobody sees into a kernel, and what a causal mask hides is computed by some and not by others.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -15,6 +19,8 @@ from typing import Any
 import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
+
+from unime_jax.models.attention import without_kernels
 
 PARTS = ("decoder", "vision", "loss", "other")
 _AGAIN = "rematted_computation"
@@ -48,12 +54,19 @@ def count(function, *arguments) -> Flops:
     return count_jaxpr(trace(function, *arguments)[0])
 
 
-def trace(function, *arguments) -> tuple[Any, list[bool]]:
+def trace(function, *arguments, whole: bool = True) -> tuple[Any, list[bool]]:
     """Returns the jaxpr of `function(*arguments)` without what nobody uses.
 
     The second is which leaves of the arguments are used: `jax.jit` passes these alone.
+
+    Args:
+      function, arguments: see `count`.
+      whole: attention as it is counted; else as the function computes it.
     """
-    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    if whole and hasattr(function, "lower"):  # jit would keep this trace for who runs the function
+        function = function.__wrapped__
+    with without_kernels() if whole else contextlib.nullcontext():
+        jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*arguments).jaxpr
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
 
 

@@ -39,7 +39,7 @@ def peak(jaxpr, *, flash: bool) -> float:
     """Estimates the most bytes that values of a program take at a time, arguments left out.
 
     Args:
-      jaxpr: a program of one device.
+      jaxpr: a program of one device; with `flash` one of whole attention (`flops.trace`).
       flash: whether attention never holds the scores of all pairs of positions.
     """
     return _levels(jaxpr, flash)[0]

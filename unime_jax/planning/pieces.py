@@ -261,7 +261,7 @@ def _kept(piece: Piece, job: Job, devices: int) -> float:
     )
     settings, made = alone(share, job.settings, job.composition, job.width)
     run = abstract.run(settings, job.config, made)
-    jaxpr, _ = flops.trace(run.step, *run.arguments)
+    jaxpr, _ = flops.trace(run.step, *run.arguments, whole=job.flash)
     return liveness.kept(jaxpr, flash=job.flash)
 
 
