@@ -1,5 +1,6 @@
 """Batches as files of arrays, which both sides read; neither jax nor torch is imported."""
 
+import collections
 import dataclasses
 import json
 import pathlib
@@ -40,6 +41,25 @@ class Rows:
     @property
     def count(self) -> int:
         return len(self.orders["query"])
+
+    def merged(self) -> list[tuple[Group, list[tuple[str, int, int]]]]:
+        """Puts groups of one shape together.
+
+        Each comes with the (side, number, rows) of the groups that it is made of, in order.
+        """
+        found: dict[Any, list[tuple[str, int, Group]]] = collections.defaultdict(list)
+        for side, groups in self.sides.items():
+            for number, group in enumerate(groups):
+                arrays = [getattr(group, name) for name in FIELDS]
+                shapes = tuple(x if x is None else x.shape[1:] for x in arrays)
+                found[shapes, group.picture].append((side, number, group))
+        merged = []
+        for (_, picture), members in found.items():
+            columns = [[getattr(group, name) for *_, group in members] for name in FIELDS]
+            arrays = [None if parts[0] is None else np.concatenate(parts) for parts in columns]
+            names = [(side, number, len(group.lengths)) for side, number, group in members]
+            merged.append((Group(*arrays, picture), names))
+        return merged
 
     @property
     def tokens(self) -> int:

@@ -45,6 +45,23 @@ def test_the_table_has_medians_quartiles_and_extremes():
     assert measure.notes([SPEED, TIME]) == "b: imports 1.5"
 
 
+def test_groups_of_one_shape_are_put_together_whatever_their_side():
+    def group(first, count, tokens, tiles=0):
+        ids = np.arange(first, first + count)[:, None] + np.zeros((1, tokens), int)
+        return rows.Group(ids, ids[:, 0], ids, np.zeros((count, tiles, 4, 4, 3)))
+
+    sides = {
+        "query": [group(0, 2, 8), group(2, 3, 8, 1)],
+        "target": [group(5, 1, 12), group(6, 4, 8)],
+    }
+    merged = rows.Rows(sides, {}).merged()
+    assert [(one.lengths.tolist(), parts) for one, parts in merged] == [
+        ([0, 1, 6, 7, 8, 9], [("query", 0, 2), ("target", 1, 4)]),
+        ([2, 3, 4], [("query", 1, 3)]),
+        ([5], [("target", 0, 1)]),
+    ]
+
+
 def test_files_hold_every_sample_and_the_machine(tmp_path):
     where = measure.machine()
     measure.write_json(tmp_path / "results.json", where, [SPEED, ALONE])

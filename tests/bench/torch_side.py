@@ -196,19 +196,15 @@ class Step:
             eps=1e-8,
             weight_decay=0.0,
         )
-        longest = {
-            side: max(group.tokens.shape[1] for group in groups)
-            for side, groups in rows.sides.items()
-        }
-        self.parts = []  # (side, group, rows) of every chunk
-        for side, groups in rows.sides.items():
-            for group in groups:
-                count = len(group.lengths)
-                size = rows_files.chunk_of(
-                    settings["train"]["chunk"], group.tokens.shape[1], longest[side]
-                )
-                for start in range(0, count, size or count):
-                    self.parts.append((side, group, slice(start, start + (size or count))))
+        # Groups of one shape are encoded as one, as ours are: fewer chunks, and fuller ones.
+        self.merged = rows.merged()
+        longest = max(group.tokens.shape[1] for group, _ in self.merged)
+        self.parts = []  # (group, rows) of every chunk
+        for group, _ in self.merged:
+            count = len(group.lengths)
+            size = rows_files.chunk_of(settings["train"]["chunk"], group.tokens.shape[1], longest)
+            for start in range(0, count, size or count):
+                self.parts.append((group, slice(start, start + (size or count))))
 
     def __call__(self) -> dict[str, float]:
         torch, model = self.torch, self.model
@@ -216,36 +212,45 @@ class Step:
             return self._forward()
         self.optimizer.zero_grad()
         if not self.settings["train"]["chunk"]:
-            found = [model.embed(group, chosen) for _, group, chosen in self.parts]
+            found = [model.embed(group, chosen) for group, chosen in self.parts]
             loss = self._loss(found)
             loss.backward()
         else:
             with torch.no_grad():
-                found = [model.embed(group, chosen) for _, group, chosen in self.parts]
+                found = [model.embed(group, chosen) for group, chosen in self.parts]
             found = [vectors.requires_grad_() for vectors in found]
             loss = self._loss(found)
             loss.backward()
-            for (_, group, chosen), vectors in zip(self.parts, found, strict=True):
+            for (group, chosen), vectors in zip(self.parts, found, strict=True):
                 (model.embed(group, chosen) * vectors.grad).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.trained, self.settings["optim"]["clip_norm"])
         self.optimizer.step()
         return {"loss": float(loss.detach()), "gradient_norm": float(norm)}
 
     def _forward(self) -> dict[str, float]:
-        found: dict[str, list] = {}
         with self.torch.no_grad():
-            for side, group, chosen in self.parts:
-                found.setdefault(side, []).append(self.model.embed(group, chosen))
-        means = [self.torch.cat(vectors).abs().mean() for vectors in found.values()]
+            found = [self.model.embed(group, chosen) for group, chosen in self.parts]
+        means = [vectors.abs().mean() for vectors in self._sides(found).values()]
         return {"loss": sum(map(float, means)), "gradient_norm": 1.0}
+
+    def _sides(self, found) -> dict:
+        """Returns the vectors of every side in order, from those of the chunks."""
+        by_group, start = {}, 0
+        vectors = self.torch.cat(found)
+        for _, members in self.merged:
+            for side, number, rows in members:
+                by_group[side, number] = vectors[start : start + rows]
+                start += rows
+        sides = {}
+        for side, groups in self.rows.sides.items():
+            vectors = self.torch.cat([by_group[side, number] for number in range(len(groups))])
+            order = self.torch.as_tensor(self.rows.orders[side], device=vectors.device).long()
+            sides[side] = vectors[order]
+        return sides
 
     def _loss(self, found):
         torch, settings = self.torch, self.settings["loss"]
-        sides = {}
-        for side in self.rows.sides:
-            vectors = [x for (name, _, _), x in zip(self.parts, found, strict=True) if name == side]
-            order = torch.as_tensor(self.rows.orders[side], device=vectors[0].device).long()
-            sides[side] = torch.cat(vectors)[order]
+        sides = self._sides(found)
         if self.settings["stage"] == "distill":
             return self._distill(torch.cat(list(sides.values())))
         query, target = sides["query"], sides["target"]
