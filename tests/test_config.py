@@ -103,6 +103,60 @@ def test_what_a_config_file_fails_at_is_told_with_its_line(tmp_path, body, said)
         parse(file=file)
 
 
+@pytest.mark.parametrize(
+    "body, said",
+    [
+        ("c.optim = {'learning_rate': 1e-3}", r"config\.optim lacks b1, .* and 5 more: set keys "
+         r"one by one \(--config\.optim\.learning_rate=VALUE; in a file c\.optim\.learning_rate"),
+        ("c.train.adapters = ConfigDict({'rank': 8})", r"config\.train\.adapters lacks alpha, "),
+        ("c.model = {'path': 'x'}", r"config\.model lacks attention, dtype, remat: set"),
+        ("c.log = ConfigDict()", r"config\.log lacks every_steps, .*\.log\.every_steps=VALUE"),
+        ("c = ConfigDict({'stage': 'align'})", r"config lacks checkpoint, .*8 more: .*c\.stage = "),
+        ("c = ConfigDict(c.to_dict()); c.lr = 3", r"config\.lr: no such key$"),
+        ("c = ConfigDict(c.to_dict()); c.optim.learning_rat = 3",
+         r"config\.optim\.learning_rat: .* mean config\.optim\.learning_rate\?$"),
+        ("c = ConfigDict({**c.to_dict(), 'loss': 3})", r"config\.loss=3: is a section"),
+        ("c.optim = ConfigDict({**c.optim.to_dict(), 'learning_rate': '1'})",
+         r"config\.optim\.learning_rate='1': give a number$"),
+        ("c.train.steps = None", r"config\.train\.steps=None: give an integer$"),
+        ("c.train.chunk = None", r"config\.train\.chunk=None: give an integer$"),
+        ("c.train.adapters.targets = None", r"config\.train\.adapters\.targets=None: .* string$"),
+        ("c.data.sets = None", r"config\.data\.sets=None: give a list$"),
+        ("c.loss.kl_diagonal = None", r"config\.loss\.kl_diagonal=None: give True or False$"),
+        ("c.data.directions = ()", r"config\.data\.directions is empty; name one or both$"),
+    ],
+)  # fmt: skip
+def test_keys_that_are_missing_new_or_none_are_named(tmp_path, body, said):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        "from unime_jax.config import base_config\n"
+        f"def get_config(arg=''):\n    c = base_config()\n    {body}\n    return c\n"
+    )
+    with pytest.raises(UserError, match=f"^{said}"):
+        config_lib.validate_values(parse(file=file))
+
+
+def test_a_section_replaced_by_a_flag_is_named():
+    with pytest.raises(UserError, match=r"^config\.loss lacks kl_diagonal, .* and 2 more: "):
+        config_lib.validate_values(parse("--config.loss={'k': 3}"))
+
+
+@pytest.mark.parametrize("key", ["loss.k", "model.path"])
+def test_a_key_without_a_value_is_named(key):
+    with pytest.raises(UserError, match=rf"^--config\.{key} needs a value, as in --config\.{key}="):
+        parse(f"--config.{key}", "--config.seed=3")
+    assert parse("--config.log.tensorboard", "--config.seed=3").seed == 3
+
+
+@pytest.mark.parametrize("words", [["--config="], ["--config", ""], ["--config", str(ROOT)]])
+def test_what_is_no_config_file_is_named(words):
+    with pytest.raises(
+        UserError, match=f"^--config={words[-1].removeprefix('--config=')}: give a file; "
+    ):
+        config_lib.parse(["train", *words], "doc")
+
+
 def test_a_config_file_that_is_no_python(tmp_path):
     (tmp_path / "c.py").write_text("def get_config(:\n")
     with pytest.raises(UserError, match=r"^config: invalid syntax \(c.py, line 1\)$"):
@@ -114,9 +168,11 @@ def test_a_config_file_that_is_no_python(tmp_path):
     [
         ("def get_config(a, b): pass", "TypeError: get_config.* missing 2 required .* 'a' and 'b'"),
         ("def get_config(): return 1", "get_config returns int, not a ConfigDict"),
+        ("from ml_collections import FrozenConfigDict\ndef get_config():\n"
+         "    return FrozenConfigDict()", "get_config returns a FrozenConfigDict, not .*"),
         ("def get_config(): pass", "get_config returns NoneType, not a ConfigDict"),
     ],
-)
+)  # fmt: skip
 def test_a_config_file_that_returns_none_is_named(tmp_path, text, said):
     file = tmp_path / "c.py"
     file.write_text(text)
@@ -133,6 +189,7 @@ def test_a_config_file_that_returns_none_is_named(tmp_path, text, said):
         ({"a": 1, "b": {"cc": 2}, "d": {}}, "config.b.cc: no such key; did you mean config.b.c?"),
         ({"a": 1, "b": {}, "d": {}}, "config.b.c is missing"),
         ({"a": 1, "b": {"c": 2}}, "config.d is missing"),
+        ({"a": 1, "b": {"c": None}, "d": {}}, "config.b.c=None: give a value"),
     ],
 )
 def test_keys_of_a_config_that_is_whole_in_itself(found, said):

@@ -252,3 +252,32 @@ def test_what_is_missing_is_said_in_one_line(root):
         file = miniature.ROOT / "configs" / "teacher_nv_embed.py"
         with pytest.raises(UserError, match=message):
             teach.main(["teach", f"--config={file}", *flags])
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        (
+            "eval_smol",
+            "output=x",
+            "^this is no configuration of a training run: it has no .*stage$",
+        ),
+        (
+            "eval_mmeb",
+            "output=x",
+            "^this is no configuration of a training run: it has no .*stage$",
+        ),
+        ("teacher_nv_embed", "stage=teech", "^config.stage='teech': choose one of .*teach$"),
+        ("teacher_nv_embed", "data.max_bad_share=7", "^config.data.max_bad_share=7.0: must be in"),
+        ("teacher_nv_embed", "teacher={}", "^config.teacher lacks instruction, path, vectors: set"),
+    ],
+)
+def test_configs_that_teach_nothing(file, change, message):
+    path = miniature.ROOT / "configs" / f"{file}.py"
+    with pytest.raises(UserError, match=message):
+        teach.main(["teach", f"--config={path}", f"--config.{change}"])
+
+
+def test_the_mesh_is_looked_at_before_the_teacher(root):
+    with pytest.raises(UserError, match="^config.mesh.data=0.*sizes are positive"):
+        teach.run(config(root, **{"mesh.data": 0, "teacher.path": root / "none"}))

@@ -222,6 +222,7 @@ def _load(argv: list[str]) -> tuple[list[str], ConfigDict | None]:
         if values["config"].present and not isinstance(config, ConfigDict):
             getattr(config, "keys", None)  # of a file that failed: raises at its first use
             config_errors.refuse(config, argv)
+        config_errors.check_swallowed(config, argv)
     except UserError:
         raise
     except Exception as error:  # absl, importlib and ml_collections each raise their own kinds
@@ -238,6 +239,12 @@ def check(condition: bool, message: str) -> None:
 def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
     """Checks that there is every key of those known, and no other."""
     problem = config_values.misnamed(config.to_dict(), known)
+    check(not problem, problem)
+
+
+def check_like(config: ConfigDict, known: ConfigDict) -> None:
+    """Checks that keys and kinds of values are those of another configuration."""
+    problem = config_values.unlike(config.to_dict(), known.to_dict())
     check(not problem, problem)
 
 
@@ -288,18 +295,28 @@ def validate_train(config: ConfigDict) -> None:
             check_path(config, "teacher.path")  # for the held-out sentences
 
 
+def validate_keys(config: ConfigDict) -> None:
+    """Checks keys and values that training and teaching share, whatever the stage.
+
+    Raises:
+      UserError: the first key or value that no run could use, named.
+    """
+    check("stage" in config, "this is no configuration of a training run: it has no config.stage")
+    check_like(config, base_config())
+    for key in ("sets", "directions"):
+        config.data[key] = config_values.split(config.data[key])
+    problem = config_values.problem(config.to_dict())
+    check(not problem, problem)
+
+
 def validate_values(config: ConfigDict) -> None:
     """Checks all that needs no file.
 
     Raises:
       UserError: the first impossible value, named with its key.
     """
-    check("stage" in config, "this is no configuration of a training run: it has no config.stage")
+    validate_keys(config)
     check_choice(config, "stage", STAGES)
-    for key in ("sets", "directions"):
-        config.data[key] = config_values.split(config.data[key])
-    problem = config_values.problem(config.to_dict())
-    check(not problem, problem)
     check_choice(config, "model.dtype", ("float32", "bfloat16"))
     check_choice(config, "model.attention", ("auto", "xla", "cudnn", "splash"))
     check_choice(config, "model.remat", ("none", "dots", "full"))
@@ -312,28 +329,6 @@ def validate_values(config: ConfigDict) -> None:
     if config.train.quantize is not None:
         check_choice(config, "train.quantize", ("nf4", "int8"))
     check_choice(config, "optim.schedule", ("linear", "cosine", "constant"))
-    for key in ("train.steps", "train.batch_size", "data.max_tokens", "data.length_bins",
-                "data.variants", "data.threads", "checkpoint.keep", "log.every_steps",
-                "optim.spike_window"):  # fmt: skip
-        check(lookup(config, key) >= 1, f"config.{key}={lookup(config, key)}: must be at least 1")
-    for key in ("loss.temperature", "optim.learning_rate", "data.temperature"):
-        check(lookup(config, key) > 0, f"config.{key}={lookup(config, key)}: must be above 0")
-    for key in ("loss.k", "train.chunk", "train.adapters.rank", "optim.warmup_steps",
-                "optim.clip_norm", "optim.weight_decay", "checkpoint.every_steps",
-                "checkpoint.every_seconds", "eval.every_steps", "data.image_size",
-                "data.image_crops", "data.set_rows", "data.block", "data.workers",
-                "train.epochs", "train.replay", "checkpoint.keep_best"):  # fmt: skip
-        value = lookup(config, key)
-        check(value >= 0, f"config.{key}={value}: must not be negative")
-    for key in (
-        "train.adapters.dropout",
-        "train.feature_dropout",
-        "optim.warmup_share",
-        "data.extra_texts",
-        "data.max_bad_share",
-    ):
-        value = lookup(config, key)
-        check(0 <= value < 1, f"config.{key}={value}: must be in [0, 1)")
     factor = config.optim.spike_factor
     check(
         factor == 0 or factor > 1,
@@ -347,6 +342,7 @@ def validate_values(config: ConfigDict) -> None:
             "config.checkpoint.best_metric, and config.eval.every_steps to measure it",
         )
     check_profile(config.log.profile)
+    check(len(config.data.directions) > 0, "config.data.directions is empty; name one or both")
     for direction in config.data.directions:
         check(
             direction in ("image_to_text", "text_to_image"),

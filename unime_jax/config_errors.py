@@ -1,8 +1,10 @@
 """What was wrong with a config file or an override, in one line."""
 
+import itertools
 import os
 import re
 import traceback
+from collections.abc import Iterator
 
 from unime_jax.types import UserError
 
@@ -29,6 +31,13 @@ def explain(error: BaseException, argv: list[str]) -> str:
         text = " ".join(str(error).split())
         return f"config: {kind}{f': {text}' if text else ''} ({file}:{line})"
     text = str(error if isinstance(error, SyntaxError) else message)
+    for word, following in _without_value(argv):
+        if f"{word}={following}" in text:
+            return f"{word} needs a value, as in {word}=VALUE"
+    if "FrozenConfigDict" in text:
+        return f"config: get_config returns a FrozenConfigDict, not a ConfigDict ({file})"
+    if not file or "Is a directory" in text:
+        return f"--config={file}: give a file; configs/ has one per run"
     if "Traceback (most" in text:  # of calling get_config, with what it is called with
         text = f"{text.strip().splitlines()[-1]} ({file})"
     text = " ".join(text.split())
@@ -43,9 +52,28 @@ def refuse(config, argv: list[str]) -> None:
     raise UserError(f"config: get_config returns {kind}, not a ConfigDict ({_file(argv)})")
 
 
+def check_swallowed(config, argv: list[str]) -> None:
+    """Raises `UserError` where a key without a value took the next flag for it."""
+    for word, following in _without_value(argv):
+        value = config
+        for part in word.split(".")[1:]:
+            value = value[part]
+        if value == following:
+            raise UserError(f"{word} needs a value, as in {word}=VALUE")
+
+
+def _without_value(argv: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields keys that a flag follows, not a value; those of True and False need none."""
+    for word, following in itertools.pairwise(argv):
+        if re.fullmatch(r"--config\.[\w.]+", word) and following.startswith("--"):
+            yield word, following
+
+
 def _file(argv: list[str]) -> str:
-    file = next((word for word in argv[1:] if ".py" in word), "--config")
-    return file.removeprefix("--config=").split(":")[0]
+    for word, following in itertools.pairwise([*argv, ""]):
+        if found := re.fullmatch(r"--?config(?:=(.*))?", word):
+            return (following if found[1] is None else found[1]).split(":")[0]
+    return "--config"
 
 
 def _origin(error: BaseException, file: str) -> tuple[BaseException, int]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from unime_jax import embedder, report, runtime, sharding, weights
-from unime_jax.config import check, check_choice, check_path, parse
+from unime_jax.config import STAGES, check, check_choice, check_path, parse, validate_keys
 from unime_jax.data import bad_rows, prompts, sources, teacher_vectors
 from unime_jax.types import UserError
 
@@ -27,6 +27,8 @@ SHARD_ROWS = 8192
 
 def main(argv: list[str]) -> None:
     config = parse(argv, __doc__)
+    validate_keys(config)
+    check_choice(config, "stage", (*STAGES, "teach"))
     check_choice(config, "model.dtype", ("float32", "bfloat16"))
     check_path(config, "teacher.path")
     check_path(config, "data.path")
@@ -55,6 +57,7 @@ def _sentences(config):
 def run(config) -> pathlib.Path:
     """Writes the vectors as `vectors-NNNNN.npy` (f32[rows, E], unit rows) and a manifest."""
     directory = pathlib.Path(_target(config)).expanduser()
+    mesh = sharding.make_mesh(**config.mesh.to_dict())
     sentences = _sentences(config)
     found = weights.find(config.teacher.path)
     manifest = {
@@ -78,7 +81,6 @@ def run(config) -> pathlib.Path:
         print(f"{directory}: all {len(sentences)} vectors are there")
         return directory
 
-    mesh = sharding.make_mesh(**config.mesh.to_dict())
     model = embedder.build(found, dtype=config.model.dtype, mesh=mesh)
     teacher = embedder.Embedder(model, directory=found.directory, mesh=mesh)
     del found  # with the files that it holds mapped

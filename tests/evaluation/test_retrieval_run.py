@@ -6,6 +6,7 @@ import pathlib
 
 import fake_models
 import pytest
+from ml_collections import ConfigDict
 
 from unime_jax import evaluate
 from unime_jax.benchmarks import mmeb
@@ -251,6 +252,24 @@ def test_directories_are_looked_for_before_any_work(captions, tmp_path):
         config.update_from_flattened_dict({key: str(tmp_path / "file")})
         with pytest.raises(UserError, match=f"^config.{key}=.*directory"):
             retrieval.validate(config)
+
+
+def test_keys_that_are_missing_new_or_none_are_named(captions, tmp_path):
+    config = config_of(captions, tmp_path / "out")
+    for changes, said in (
+        (
+            {"data": {"path": str(captions)}},
+            r"config\.data lacks fusion, .*, prompt: set keys one by",
+        ),
+        ({"mesh": {"data": 1}}, r"config\.mesh lacks fsdp, tensor: set keys one by one"),
+        ({"lmit": 3}, r"config\.lmit: no such key; did you mean config\.limit\?$"),
+        ({"limit": None}, r"config\.limit=None: give an integer$"),
+        ({"sets": None}, r"config\.sets=None: give a string$"),
+    ):
+        with pytest.raises(UserError, match=f"^{said}"):
+            retrieval.validate(ConfigDict({**config.to_dict(), **changes}))
+    with pytest.raises(UserError, match="^config lacks before, cache"):
+        retrieval.validate(ConfigDict({"benchmark": "retrieval"}))
 
 
 def test_commas_alone_name_no_sets(captions, tmp_path):

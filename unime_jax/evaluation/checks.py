@@ -2,8 +2,8 @@
 
 import pathlib
 
-from unime_jax import embedder, runtime, sharding
-from unime_jax.config import check, check_choice, check_path, lookup
+from unime_jax import embedder, runtime
+from unime_jax.config import check, check_choice, check_like, check_path, evaluation_config, lookup
 
 
 def common(config, directory: str) -> None:
@@ -16,6 +16,7 @@ def common(config, directory: str) -> None:
     Raises:
       UserError: the first impossible value, named with its key.
     """
+    check_like(config, evaluation_config())
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
     runtime.check_output(config.output, "config.output")
     cache = config.cache or runtime.cache_directory() / "vectors"
@@ -32,8 +33,6 @@ def common(config, directory: str) -> None:
     for key in ("image_size", "image_crops"):
         value = config.data[key]
         check(value is None or value >= 0, f"config.data.{key}={value}: must not be negative")
-    unknown = sorted(set(config.mesh) ^ set(sharding.AXES))
-    check(not unknown, f"config.mesh: the axes are {', '.join(sharding.AXES)}")
     directories = {"data.path": directory}
     if config.images:
         directories["images"] = "that the images' paths start from"
