@@ -1,5 +1,7 @@
 """The embedder: order, batch-mates, the pure function, faults."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import miniature
@@ -37,6 +39,14 @@ def test_rows_come_back_in_order_whatever_stands_beside_them(embedder):
         np.testing.assert_allclose(together[row], alone, atol=1e-5)
     np.testing.assert_allclose(together[4], embedder.embed(images=[image])[0], atol=1e-5)
     assert np.abs(together[4] - together[5]).max() > 1e-4
+
+
+def test_threads_may_embed_at_once(embedder):
+    calls = [[f"{'word ' * (n % 9)}{n}" for n in range(start, start + 5)] for start in range(12)]
+    wanted = [embedder.embed(texts=texts) for texts in calls]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda texts: embedder.embed(texts=texts), calls * 3))
+    np.testing.assert_allclose(found, wanted * 3, atol=1e-5)
 
 
 def test_the_function_is_pure_and_differentiable(embedder):

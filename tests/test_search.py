@@ -156,11 +156,17 @@ def test_what_cannot_be_searched(root, tmp_path):
         find(tmp_path / "v.npz", "--text", " ")
     with pytest.raises(UserError, match="^--image=nope.png: cannot be read"):
         find(tmp_path / "v.npz", "--image", "nope.png")
+    with pytest.raises(UserError, match="^--image is empty: name a picture"):
+        find(tmp_path / "v.npz", "--image", "")
+    with pytest.raises(UserError, match="v.jsonl: a file of vectors ends in .npz, .npy"):
+        find(tmp_path / "v.jsonl", "--text", "a")
     with pytest.raises(UserError, match="v.npz: no such file of vectors"):
         find(tmp_path / "v.npz", "--text", "a")
-    (root / "none.jsonl").write_text("")
+    (root / "bad.jsonl").write_text('{"caption": "a"}')
+    with pytest.raises(UserError, match="none of the 1 rows could be embedded"):
+        write(root, tmp_path / "v.npz", input="bad.jsonl")
     with pytest.raises(UserError, match="v.npz holds no vectors"):
-        find(write(root, tmp_path / "v.npz", input="none.jsonl"), "--text", "a")
+        find(tmp_path / "v.npz", "--text", "a")
 
 
 def test_sheets_that_cannot_be_written(root, tmp_path, capsys, monkeypatch):
@@ -175,6 +181,23 @@ def test_sheets_that_cannot_be_written(root, tmp_path, capsys, monkeypatch):
             find(index, "--text", "a red cat", "--sheet", tmp_path / sheet)
     with pytest.raises(UserError, match="^--sheet=.*v.npz is no directory"):
         find(index, "--text", "a red cat", "--sheet", index / "x.png")
+
+
+def test_a_sheet_replaces_no_picture(root, tmp_path, monkeypatch):
+    pairs = shutil.copytree(root / "pairs", tmp_path / "pairs")
+    index = write(root, tmp_path / "v.npz", input=pairs / "items.jsonl")
+    monkeypatch.setattr(embedder, "load_weights", None)  # nothing is embedded before it is told
+    (pairs / "link.png").hardlink_to(pairs / "1.png")
+    before = {path: path.read_bytes() for path in pairs.glob("*.png")}
+    for sheet in ("1.png", "link.png"):
+        with pytest.raises(UserError, match=f"^--sheet={pairs}/{sheet}: is a picture of .*v.npz; "):
+            find(index, "--text", "a red cat", "--sheet", pairs / sheet)
+    with pytest.raises(UserError, match="^--sheet=.*4.png: is the picture that is looked for; "):
+        find(index, "--image", pairs / "4.png", "--sheet", pairs / ".." / "pairs" / "4.png")
+    shutil.copy(pairs / "4.png", f"{index}.search.png")
+    with pytest.raises(UserError, match="search.png: is the picture that is looked for; n"):
+        find(index, "--image", f"{index}.search.png")
+    assert before == {path: path.read_bytes() for path in pairs.glob("*.png")}
 
 
 def test_the_search_is_exact():

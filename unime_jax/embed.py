@@ -215,8 +215,10 @@ def _check_finished(output: pathlib.Path, settings: dict[str, Any], source: item
 
 
 def _check_any(output: pathlib.Path, about: dict[str, Any]) -> None:
-    """Raises where there were rows and none of them could be embedded."""
-    if about["rows"] and not about["vectors"]:
+    """Raises where there were no rows or none of them could be embedded."""
+    if not about["rows"]:
+        raise UserError(f"--input {about['input']}: no rows came")
+    if not about["vectors"]:
         raise UserError(
             f"none of the {about['rows']} rows could be embedded: {embed_job.errors_of(output)} "
             "says why"

@@ -57,7 +57,7 @@ class Job:
         self._directory = directory_of(output)
         self._done = bytearray()  # 1: has a vector, 2: has none and will not get one
         self.finished = 0
-        for path in sorted(self._directory.glob("done-*.bin")):
+        for path in _of_processes(self._directory, "done-*.bin").values():
             content = path.read_bytes()
             for row in np.frombuffer(content[: len(content) // 8 * 8], np.int64):
                 self._mark(int(row), 1)
@@ -117,13 +117,13 @@ class Job:
     def write(self, *, complete: bool) -> dict[str, Any]:
         """Writes output and errors of all processes; returns what the output says of itself."""
         self.log.flush()
-        for path in self._directory.glob("done-*.bin"):  # of the other processes
+        for path in _of_processes(self._directory, "done-*.bin").values():
             content = path.read_bytes()
             for row in np.frombuffer(content[: len(content) // 8 * 8], np.int64):
                 self._mark(int(row), 1)
         errors = [
             line
-            for path in self._directory.glob("errors-*.jsonl")
+            for path in _of_processes(self._directory, "errors-*.jsonl").values()
             for line in _whole_lines(path)
             if self._done[line["row"] : line["row"] + 1] != b"\1"  # as it may be since
         ]
@@ -296,8 +296,8 @@ def open_job(
             part.write_text(json.dumps(settings, indent=2))
             os.replace(part, path)
         if process == 0:  # the rows of processes that are no more are tried again by others
-            for old in directory.glob("errors-*.jsonl"):
-                if int(old.stem.removeprefix("errors-")) >= processes:
+            for number, old in _of_processes(directory, "errors-*.jsonl").items():
+                if number >= processes:
                     old.unlink()
         job = Job(output, settings, width=width, dtype=dtype, process=process)
         try:
@@ -309,6 +309,14 @@ def open_job(
                 shutil.rmtree(directory, ignore_errors=True)  # no row was read
             raise
         job.close()
+
+
+def _of_processes(directory: pathlib.Path, pattern: str) -> dict[int, pathlib.Path]:
+    """Returns the files of processes by their numbers; files of other names are left alone."""
+    start, end = pattern.split("*")
+    paths = directory.glob(pattern)
+    numbers = {path.name.removeprefix(start).removesuffix(end): path for path in paths}
+    return {int(number): numbers[number] for number in sorted(numbers) if number.isdecimal()}
 
 
 def check_settings(place, there: dict[str, Any], now: dict[str, Any]) -> None:

@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
     index = vector_files.read(pathlib.Path(args.index).expanduser())
     if not len(index.vectors):
         raise UserError(f"{args.index} holds no vectors")
+    _check_sheet(args, index)
     runtime.start()
     query = _query(args, index.about)
     cosines, places = nearest(index.vectors, query, args.k)
@@ -82,11 +83,42 @@ def _check(args: argparse.Namespace) -> None:
         runtime.check_output(sheet.parent, "--sheet")
         if sheet.suffix.lower() != ".png" or sheet.is_dir():
             raise UserError(f"--sheet={args.sheet}: the sheet is a file, FILE.png")
+    if args.image == "":
+        raise UserError("--image is empty: name a picture")
     if args.image is not None:
         try:
             pictures.load_rgb(args.image)
         except UserError as error:
             raise UserError(f"--image={error}") from None
+
+
+def _sheet(args: argparse.Namespace) -> pathlib.Path:
+    return pathlib.Path(args.sheet or f"{args.index}{items.SHEET}").expanduser()
+
+
+def _place(index: vector_files.Vectors, name: str) -> str:
+    return os.path.join(index.about["folder"], os.path.expanduser(name))
+
+
+def _check_sheet(args: argparse.Namespace, index: vector_files.Vectors) -> None:
+    """Raises `UserError` where the sheet would replace a picture of the user's."""
+    sheet = _sheet(args)
+    if not sheet.exists():
+        return
+
+    def is_sheet(path) -> bool:
+        try:
+            return os.path.samefile(path, sheet)
+        except (OSError, ValueError):  # it is not there, or no name of a file
+            return False
+
+    what = ""
+    if args.image is not None and is_sheet(os.path.expanduser(args.image)):
+        what = "the picture that is looked for"
+    elif any(is_sheet(_place(index, name)) for name in index.images if name):
+        what = f"a picture of {args.index}"
+    if what:
+        raise UserError(f"--sheet={sheet}: is {what}; name another file")
 
 
 def _query(args: argparse.Namespace, about: dict[str, Any]) -> np.ndarray:
@@ -129,11 +161,10 @@ def _query(args: argparse.Namespace, about: dict[str, Any]) -> np.ndarray:
 
 def _draw(args, index: vector_files.Vectors, cosines, places) -> pathlib.Path:
     """Draws the pictures among the rows found."""
-    path = pathlib.Path(args.sheet or f"{args.index}{items.SHEET}").expanduser()
+    path = _sheet(args)
     pairs = zip(cosines.tolist(), places.tolist(), strict=True)
     hits = [(c, p) for c, p in pairs if index.images[p]]
-    folder = index.about["folder"]
-    found = {p: os.path.join(folder, os.path.expanduser(index.images[p])) for _, p in hits}
+    found = {p: _place(index, index.images[p]) for _, p in hits}
     # Of what an index names only files are opened, and shown alone where they are pictures.
     missing = {int(index.rows[p]): p for p, name in found.items() if not os.path.isfile(name)}
     found = {p: name for p, name in found.items() if os.path.isfile(name)}

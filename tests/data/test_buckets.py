@@ -1,7 +1,11 @@
 """Rows of any length in a few shapes, prepared one group ahead."""
 
+import copy
 import itertools
+import pickle
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -168,11 +172,37 @@ def test_equal_calls_get_equal_groups_whatever_came_between():
     assert all(shapes[29 - m][0] <= b.tokens for b in turned for m in b.members)
 
 
-def test_groups_of_old_calls_are_forgotten():
+def test_groups_of_old_calls_are_forgotten_the_newest_are_not():
     programs = buckets.Programs(8192)
-    for length in (16, 24, 32):
-        buckets.sort([(length, 0)] * 40_000, programs=programs)
-    assert [len(shapes) for _, shapes in programs._calls] == [40_000]
+    for rows, kept in ((40_000, [40_000]), (20_000, [40_000, 20_000]), (30_000, [20_000, 30_000]),
+                       (70_000, [70_000]), (70_000, [70_000]), (10, [10])):  # fmt: skip
+        buckets.sort([(16, 0)] * rows, programs=programs)
+        assert [len(shapes) for _, shapes in programs._calls] == kept
+    assert programs._rows == 10
+    again = copy.deepcopy(pickle.loads(pickle.dumps(programs)))
+    assert again._calls == programs._calls
+
+
+def test_threads_share_programs():
+    limits = buckets.Limits(rows=4, tokens=512, program=512)
+    programs = buckets.Programs(limits.program)
+    calls = [[(16 + 8 * (n % 7), 0) for n in range(call)] for call in range(1, 400)]
+
+    def work(turn: int) -> None:
+        for shapes in calls if turn else calls[::-1]:
+            found = buckets.sort(shapes, limits, programs=programs, content=turn)
+            rows = sorted(row for bucket in found for row in bucket.members)
+            assert rows == list(range(len(shapes)))
+            assert all(shapes[r][0] <= b.tokens for b in found for r in b.members)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert programs._rows == sum(len(shapes) for _, shapes in programs._calls)
 
 
 class Recorder:

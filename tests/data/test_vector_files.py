@@ -83,7 +83,7 @@ def test_int8_uses_its_whole_range():
 
 
 def test_files_of_others_and_damaged_ones(tmp_path):
-    with pytest.raises(UserError, match="v.csv: vectors go to a file in .npz, .npy, .parquet"):
+    with pytest.raises(UserError, match="v.csv: a file of vectors ends in .npz, .npy, .parquet"):
         vector_files.kind_of(tmp_path / "v.csv")
     with pytest.raises(UserError, match="no such file of vectors"):
         vector_files.read(tmp_path / "v.npz")

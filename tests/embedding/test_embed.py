@@ -6,6 +6,8 @@ import shutil
 import jax
 import numpy as np
 import processes
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tolerances
 from embedding_run import COUNT, ROW, distance, run
@@ -133,8 +135,11 @@ def test_vectors_that_are_not_finite_are_bad_rows(root, tmp_path, monkeypatch):
 
 def test_nothing_and_nothing_good(root, tmp_path, capsys):
     (tmp_path / "none.jsonl").write_text("\n")
-    run(root, tmp_path / "v.npz", input=tmp_path / "none.jsonl")
-    assert vector_files.read(tmp_path / "v.npz").vectors.shape == (0, 32)
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    for name in ("none.jsonl", "none.parquet"):
+        with pytest.raises(UserError, match=f"{name}: no rows in this file$"):
+            run(root, tmp_path / "v.npz", input=tmp_path / name)
+        assert not list(tmp_path.glob("v.npz*"))
     (tmp_path / "bad.jsonl").write_text('{"caption": "a"}\n{"caption": "b"}\n')
     with pytest.raises(
         UserError, match="none of the 2 rows could be embedded: .*errors.jsonl says"

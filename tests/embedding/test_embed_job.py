@@ -131,7 +131,7 @@ def test_outputs_of_others_are_kept(root, tmp_path):
     np.savez(tmp_path / "v.npz", mine=np.zeros(3))
     with pytest.raises(UserError, match="v.npz is there already and not written by this command"):
         run(root, tmp_path / "v.npz")
-    with pytest.raises(UserError, match="v.bin: vectors go to a file in"):
+    with pytest.raises(UserError, match="v.bin: a file of vectors ends in .npz"):
         run(root, tmp_path / "v.bin")
     with pytest.raises(UserError, match="--fsdp 3 does not divide the 8 devices"):
         run(root, tmp_path / "w.npz", "--fsdp", 3)
@@ -216,6 +216,7 @@ def test_rows_that_were_bad_are_tried_again_when_a_job_goes_on(root, tmp_path, m
         run(root, tmp_path / "v.npz", input=tmp_path / "in" / "x.jsonl")
     job = tmp_path / "v.npz.job"
     (job / "errors-0.jsonl").rename(job / "errors-1.jsonl")  # as of two processes
+    (job / "errors-old.jsonl").write_text("[]")  # whoever put it there
     for name in ("late.png", "broken.png"):
         shutil.copy(root / "pairs" / "0.png", tmp_path / "in" / name)
     run(root, tmp_path / "v.npz", input=tmp_path / "in" / "x.jsonl")

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -20,6 +21,7 @@ LENGTHS = (
 )
 _STEP = 256  # of longer ones
 _REMEMBERED = 1 << 16  # rows of past calls whose groups are known
+_SORTS = threading.Lock()  # threads may share programs, which are copied and pickled without one
 _AGAIN = 8  # a shape that was compiled before costs so many times less than a new one
 
 
@@ -146,6 +148,7 @@ class Programs:
     def __init__(self, cost: int, known: Iterable[tuple[int, int, int]] = ()):
         self.cost = cost
         self._calls: dict[Call, list[Bucket]] = {}
+        self._rows = 0  # of all these calls
         self._lengths: dict[tuple[int, int], list[int]] = collections.defaultdict(list)
         # Positions that rows of a shape (T, C) were padded by.
         self._padding: collections.Counter[tuple[int, int]] = collections.Counter()
@@ -176,10 +179,13 @@ class Programs:
         return self._calls.get(call)
 
     def remember(self, call: "Call", groups: list[Bucket]) -> None:
-        """Keeps the groups of a call's rows; the oldest calls are forgotten."""
+        """Keeps the groups of a new call's rows; the oldest calls are forgotten, this one never."""
         self._calls[call] = groups
-        while sum(len(shapes) for _, shapes in self._calls) > _REMEMBERED:
-            del self._calls[next(iter(self._calls))]
+        self._rows += len(call[1])
+        while self._rows > _REMEMBERED and len(self._calls) > 1:
+            oldest = next(iter(self._calls))
+            del self._calls[oldest]
+            self._rows -= len(oldest[1])
 
     def best(self, tokens: int, tiles: int, rows: int) -> tuple[int, int]:
         """Returns what a group costs at least, and its length then."""
@@ -201,18 +207,20 @@ def sort(
     Args:
       shapes: (T, C) of each row, in any order.
       limits, longest, programs: see `Sorter`.
-      content: tells rows of the same shapes apart; the same rows get the same groups again.
+      content: tells rows of the same shapes apart. The same rows in the same order get the same
+        groups again, unless many others came between; in another order, groups of the same shapes.
     """
     programs = Programs(limits.program) if programs is None else programs
     order = sorted(range(len(shapes)), key=shapes.__getitem__)
     ordered = tuple(shapes[place] for place in order)
-    found = programs.remembered((content, ordered))
-    if found is None:
-        sorter = Sorter(limits, longest, programs)
-        full = [sorter.add(shape, place) for place, shape in enumerate(ordered)]
-        found = [*filter(None, full), *sorter.rest()]
-        found.sort(key=lambda bucket: (bucket.tokens, bucket.tiles))
-        programs.remember((content, ordered), found)
+    with _SORTS:
+        found = programs.remembered((content, ordered))
+        if found is None:
+            sorter = Sorter(limits, longest, programs)
+            full = [sorter.add(shape, place) for place, shape in enumerate(ordered)]
+            found = [*filter(None, full), *sorter.rest()]
+            found.sort(key=lambda bucket: (bucket.tokens, bucket.tiles))
+            programs.remember((content, ordered), found)
     return [
         dataclasses.replace(bucket, members=tuple(order[place] for place in bucket.members))
         for bucket in found

@@ -141,7 +141,8 @@ class Input:
         """Counts the rows without parsing them; None where only reading them all would tell.
 
         Raises:
-          UserError: a folder without pictures, a damaged Parquet file or one of other columns.
+          UserError: a folder without pictures, a file without rows, a Parquet file that is damaged
+            or has other columns.
         """
         if not self.is_repeatable:
             return None
@@ -150,9 +151,9 @@ class Input:
         if self._kind == "parquet":
             file = self._parquet()
             self._columns(file)
-            return file.metadata.num_rows
+            return file.metadata.num_rows or self._no_rows()
         with open(self.path, "rb") as file:
-            return sum(1 for line in _bounded(file) if line.strip(_BLANK))
+            return sum(1 for line in _bounded(file) if line.strip(_BLANK)) or self._no_rows()
 
     def __iter__(self) -> Iterator[Entry]:
         return self.read()
@@ -215,6 +216,9 @@ class Input:
     def _no_pictures(self) -> NoReturn:
         others = f"; its {self.left_out} files end otherwise" if self.left_out else ""
         raise UserError(f"{self.name}: no pictures in this folder (.jpg, .png, ...){others}")
+
+    def _no_rows(self) -> NoReturn:
+        raise UserError(f"{self.name}: no rows in this file")
 
     # ---- JSON lines
 

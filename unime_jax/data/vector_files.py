@@ -77,7 +77,7 @@ def kind_of(path) -> str:
     """
     suffix = pathlib.Path(path).suffix.lower()
     if suffix not in SUFFIXES:
-        raise UserError(f"{path}: vectors go to a file in {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: a file of vectors ends in {', '.join(SUFFIXES)}")
     return suffix
 
 
