@@ -160,25 +160,40 @@ def test_xla_counts_the_same_on_an_unrolled_model(monkeypatch):
     assert counted.again["decoder"] > counted.parts["decoder"] / 3
 
 
+def estimator(settings, made, config=llava_step.CONFIG):
+    return estimate.Estimator(
+        settings,
+        config,
+        made,
+        memory.Arguments(1.0, 0.0, 0.0, 0.0),
+        1.0,
+        topology=topology.parse("v5e:1x1"),
+        mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1}),
+        mfu=0.5,
+        flash=True,
+    )
+
+
 def test_scores_that_a_kernel_never_holds_are_not_counted(monkeypatch):
     """XLA's attention takes blocks of queries, whose scores are no square."""
     made = Composition(((2, 400, 0),), ((2, 8, 0),), (), 2, 10, ("a",), 0.0)
     settings = {**SETTINGS, "model": {"dtype": "float32", "remat": "none"}}
-
-    def row():
-        estimator = estimate.Estimator(
-            settings,
-            llava_step.CONFIG,
-            made,
-            memory.Arguments(1.0, 0.0, 0.0, 0.0),
-            1.0,
-            topology=topology.parse("v5e:1x1"),
-            mesh=types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 1}),
-            mfu=0.5,
-            flash=True,
-        )
-        return estimator.probe("none", False).row
-
-    found = row()
+    found = estimator(settings, made).probe("none", False).row
     monkeypatch.setattr(attention, "_BLOCKS", 1)
-    assert found == row() > 0
+    assert found == estimator(settings, made).probe("none", False).row > 0
+
+
+def test_few_rows_take_a_layers_floats_and_many_their_activations():
+    text = {**llava_step.CONFIG["text_config"], "hidden_size": 512, "intermediate_size": 1024}
+    settings = {
+        **SETTINGS,
+        "model": {"dtype": "bfloat16", "remat": "full"},
+        "train": {**SETTINGS["train"], "quantize": "nf4", "adapters": llava_step.ADAPTERS},
+    }
+    made = Composition(((900, 16, 0),), ((900, 8, 0),), (), 900, 10, ("a",), 0.0)
+    found = estimator(settings, made, {**llava_step.CONFIG, "text_config": text})
+    probe = found.probe("full", False)
+    for rows in (1, 900):
+        known, _ = found._trace("full", rows, False)
+        assert probe.temporaries(rows) == pytest.approx(known, rel=0.05)
+    assert known > 4 * probe.least

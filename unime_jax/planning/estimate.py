@@ -1,7 +1,7 @@
 """Estimates of a step's time and memory, fast enough to compare many settings.
 
-Two probes, steps of the longest group of one device alone with one and with two rows a chunk, say
-what a row takes and what is computed again; everything else of a step is in proportion.
+Probes, steps of the longest group of one device alone with one row, with some and with twice as
+many, say what a row takes and what is computed again; everything else of a step is in proportion.
 """
 
 import dataclasses
@@ -18,21 +18,28 @@ from unime_jax.planning.topology import GIB, Chip, Topology
 from unime_jax.types import flatten
 
 REMATS = ("none", "dots", "full")
+_POSITIONS = 4096  # of a probe: their activations take more than the floats of a layer's weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """What one row of the longest group takes.
+    """What rows of the longest group take.
 
     Attributes:
-      fixed: bytes of temporaries whatever the rows.
-      row: bytes of temporaries for each row that is encoded at a time.
+      least: bytes of temporaries of one row: at least the floats of a layer's weights.
+      rows: so many need `some` bytes, where each more needs `row`.
       again: operations computed again, as a share of those that the mathematics needs.
     """
 
-    fixed: float
+    least: float
+    rows: int
+    some: float
     row: float
     again: float
+
+    def temporaries(self, rows: int | float) -> float:
+        """Returns the bytes of temporaries of rows that are encoded at a time."""
+        return max(self.least, self.some + (rows - self.rows) * self.row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +126,7 @@ class Estimator:
         operations = self._model_flops * (1 + probe.again) if exact is None else exact
         rows = self.rows_alive(chunk)
         kept = self._features + self._arguments.batch if chunk else 0.0
-        peak = self._arguments.total + probe.fixed + rows * probe.row + kept
+        peak = self._arguments.total + probe.temporaries(rows) + kept
         seconds = self.compute_seconds(operations) + self.weight_seconds(chunk, remat)
         return Setting(chunk, remat, operations, seconds, peak, peak <= self.limit)
 
@@ -220,10 +227,12 @@ class Estimator:
         return tiles * memory.size(found)
 
     def _probe(self, remat: str, chunked: bool) -> Probe:
-        one, again = self._trace(remat, 1, chunked)
-        two, _ = self._trace(remat, 2, chunked)
-        row = max(two - one, 0.0)
-        return Probe(max(one - row, 0.0), row, again)
+        least, again = self._trace(remat, 1, chunked)
+        # Short rows must be many for the peak to stand where their activations are.
+        rows = max(1, _POSITIONS // self._longest[1])
+        some = least if rows == 1 else self._trace(remat, rows, chunked)[0]
+        twice, _ = self._trace(remat, 2 * rows, chunked)
+        return Probe(least, rows, some, max(twice - some, 0.0) / rows, again)
 
     def _trace(self, remat: str, rows: int, chunked: bool) -> tuple[float, float]:
         """Returns temporaries and the share computed again of a step of one group."""

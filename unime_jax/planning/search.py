@@ -38,7 +38,7 @@ def _whole_may_fit(estimator: estimate.Estimator, arguments: float, remat: str) 
     """Says whether a probe of the batch without chunks is worth its time."""
     chunked = estimator.probe(remat, True)
     rows = estimator.rows_alive(0)
-    return arguments + _OPTIMISM * rows * chunked.row < estimator.limit
+    return arguments + _OPTIMISM * chunked.temporaries(rows) < estimator.limit
 
 
 def compile_in_turn(
