@@ -12,7 +12,12 @@ from workers import Worker, WorkerError
 PLAIN = ("eager", "compile")
 # Without checkpoints the chunks that fill a GPU do not fit; the shorter rows of stage 1 may.
 CHECKPOINTS = ("checkpoint", "checkpoint_compile")
-COMPILE_LIMIT = {"cpu": 100.0, "gpu": 600.0}  # seconds until torch.compile's first step is done
+# Shares of a card for ours: where it is alone there, and beside another process.
+ALONE, LEAST = 0.92, 0.1
+ROOM = 1.05  # of what either side held: its allocator's blocks do not fall twice alike
+CONTEXTS = 3.0  # GiB that two processes hold beside: CUDA's contexts, kernels, libraries
+COMPILED = ", compiled before"
+COMPILE_LIMIT = {"cpu": 400.0, "gpu": 600.0}  # seconds until torch.compile's first step is done
 
 
 class Missing(Exception):
@@ -34,7 +39,7 @@ class Bench:
         self.scratch, self.kept = scratch, kept or scratch
         self.repeats, self.tiny = args.repeats, args.tiny
         self.quick, self.device = args.quick, args.device
-        self.alone = False  # whether there is no other side in what runs now
+        self.share = ALONE  # of a card, for ours
         self.torch_device = "cuda" if args.device == "gpu" and not args.tiny else "cpu"
         self.compile_limit = args.compile_limit or COMPILE_LIMIT[args.device]
         self._workers: list[Worker] = []
@@ -68,9 +73,27 @@ class Bench:
     def platform(self) -> dict[str, str]:
         found = {workers.REPORTS: "1"} if self.device == "gpu" else {}
         if self.torch_device == "cpu":
-            return found | {"JAX_PLATFORMS": "cpu"}
-        # Where PyTorch's side is on the same card, it gets the rest.
-        return found | {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".92" if self.alone else ".55"}
+            return found | workers.TWO_THREADS | {"JAX_PLATFORMS": "cpu"}
+        return found | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{self.share:.3f}"}
+
+    def side(self, name: str, variant: str = "", limit: float = workers.LIMIT) -> Worker:
+        """Starts a side of a training step: ours, or PyTorch's in one of its ways.
+
+        What it says when it is ready has `known`: whether its compiled programs were there.
+        """
+        folder, cache = str(self.scratch / name), self.kept / "compiled" / name
+        if variant:
+            cache = cache / variant
+            env = {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+            arguments = ("torch_side.py", folder, variant, self.torch_device)
+        else:
+            cache = cache / "ours"
+            env = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+            arguments = ("jax_side.py", folder)
+        before = _programs(cache)
+        worker = self.worker(*arguments, env=env, limit=limit)
+        worker.ready["known"] = known(before, _programs(cache))
+        return worker
 
     def worker(
         self,
@@ -87,3 +110,30 @@ class Bench:
         """Ends those that a part which failed has left."""
         while self._workers:
             self._workers.pop().kill()
+
+
+def _programs(cache: pathlib.Path) -> set[pathlib.Path]:
+    """Returns the files of compiled programs in a directory; those written at each use are none."""
+    files = (path for path in cache.rglob("*") if path.is_file())
+    return {path for path in files if not path.name.endswith((".lock", "-atime"))}
+
+
+def known(before: set, after: set) -> str:
+    """Says whether a process found its compiled programs; "": it has none.
+
+    Args:
+      before, after: programs that were kept then.
+    """
+    if after <= before:
+        return COMPILED if before else ""
+    return f", partly{COMPILED[1:]}" if before else ", nothing compiled"
+
+
+def share(card: float, ours: float, torch: float) -> float | None:
+    """Returns the share of a card for ours while PyTorch is on it too; None: both do not fit.
+
+    Args:
+      card, ours, torch: GiB of the card, and that each side held when it was alone there.
+    """
+    left = card - ROOM * torch - CONTEXTS
+    return None if left < ROOM * ours else min(ALONE, left / card)

@@ -187,14 +187,17 @@ def prepare(case: Case, folder: pathlib.Path, models: pathlib.Path) -> None:
         rows = draw_rows(case, np.random.default_rng(0))
     rows_files.save(folder / "rows.npz", rows)
     np.savez(folder / "first.npz", **_first(settings))
-    # Stage 1 counts sentences: those of all sides.
-    count = rows.count if rows.vectors is None else len(rows.vectors)
+    count, unit = rows.count, "pairs/s"
+    if case.forward or rows.vectors is not None:  # those of all sides
+        count = sum(map(len, rows.orders.values()))
+        unit = "rows/s" if case.forward else "sentences/s"
     settings["case"] = {
         "title": case.title,
         "stage": case.stage,
         "forward": case.forward,
         "torch": case.torch,
         "rows": count,
+        "unit": unit,
         "tokens": rows.tokens,
     }
     (folder / "case.json").write_text(json.dumps(settings))

@@ -25,7 +25,7 @@ class Full:
     Attributes:
       config: configuration file, for all that is not said here.
       backbone: one of `planning.backbones`.
-      rows: of a batch; 0: the configuration's.
+      rows: of a batch (pairs, or sentences in stage 1); 0: the configuration's.
       chunks: rows at a time, on cards of 80 GB and on larger ones: by `plan --compile`, what they
         hold beside weights stays under what is left.
       more: further settings.
@@ -66,6 +66,8 @@ def case(name: str) -> Case:
     settings = _settings(full.config) | {"train.quantize": None, "train.adapters.dropout": 0.0}
     settings |= {"train.chunk": full.chunks[card_memory() > LARGE], **full.more}
     settings["train.batch_size"] = full.rows or settings["train.batch_size"]
+    if full.forward:
+        settings["train.adapters.rank"] = 0  # merged, as whoever embeds has them
     # Random sentences are like no others: with each row's likeness to itself there is no loss.
     settings["loss.kl_diagonal"] = settings["stage"] != "distill"
     if small:
@@ -81,7 +83,8 @@ def case(name: str) -> Case:
         config = {"phi35v": backbones.PHI35V, "llava16": backbones.LLAVA16}[full.backbone]
     stage = settings.pop("stage")
     size = 0 if stage == "distill" else settings["data.image_size"]
-    words = [full.config, f"{settings['train.batch_size']} rows"]
+    count, unit = settings["train.batch_size"], "sentences" if stage == "distill" else "pairs"
+    words = [full.config, f"{2 * count} rows" if full.forward else f"{count} {unit}"]
     words += ["nf4"] if settings["train.quantize"] else []
     dropout = settings["train.adapters.dropout"]
     words += [f"dropout {dropout}"] if dropout else []

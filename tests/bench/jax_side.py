@@ -3,6 +3,7 @@
 What is timed is a step from arrays on the host to a finished state.
 """
 
+import operator
 import os
 import pathlib
 import sys
@@ -41,13 +42,12 @@ def setup(folder: pathlib.Path):
     del model, state
     with np.load(folder / "first.npz") as file:
         trainable = {path: jax.numpy.asarray(file[path]) for path in trainable}
-    optimizer, step = steps.from_settings(settings, graphdef, steps=1000, mesh=mesh)
-    state = steps.create_state(trainable, optimizer, mesh=mesh)
     batch = as_batch(rows_files.load(folder / "rows.npz"))
     if settings["case"]["forward"]:
-        act = forward(graphdef, {**frozen, **trainable}, batch, settings["train"]["chunk"], mesh)
+        act = forward(graphdef, frozen, batch, mesh)
         return _said(act, load_seconds), act
-
+    optimizer, step = steps.from_settings(settings, graphdef, steps=1000, mesh=mesh)
+    state = steps.create_state(trainable, optimizer, mesh=mesh)
     ahead = False
 
     def act():
@@ -98,30 +98,29 @@ def _said(act, load_seconds: float):
     }  # fmt: skip
 
 
-def forward(graphdef, flat, batch, chunk: int, mesh):
-    """Returns what embeds all rows, and says the mean of their sizes, for comparison."""
-    import functools
-
+def forward(graphdef, flat, batch, mesh):
+    """Returns what embeds all rows as `unime_jax.embed` does, in groups of the library's size."""
     import jax
-    import jax.numpy as jnp
-    from flax import nnx
 
-    from unime_jax import chunks, steps
+    from unime_jax import runner
     from unime_jax.types import unflatten
 
-    @functools.partial(jax.jit, static_argnums=2)
-    def embed(flat, batch, side):
-        def encode(inputs, key):
-            return nnx.merge(graphdef, unflatten(flat)).embed(inputs)
+    size = sum(leaf.size for leaf in flat.values())
+    run, params = runner.Runner(graphdef, size=size, mesh=mesh), unflatten(flat)
 
-        sides = [chunks.Side(getattr(batch, side))]
-        (vectors,) = chunks.encode_sides(encode, sides, chunk=chunk, mesh=mesh)
-        return jnp.mean(jnp.abs(vectors))
+    def groups(side):
+        for group in getattr(batch, side):
+            step = run.limits.full(group.tokens.shape[1], group.tiles.shape[1])
+            for start in range(0, group.rows, step):
+                part = slice(start, start + step)
+                yield jax.tree.map(operator.itemgetter(part), group), None
 
     def act():
-        placed = steps.place_batch(batch, mesh)
-        found = [embed(flat, placed, side) for side in ("query", "target")]
-        return {"loss": sum(map(float, found)), "gradient_norm": 1.0}
+        found = {}
+        for side in ("query", "target"):
+            vectors = [vectors for _, vectors in run.run(params, groups(side))]
+            found[side] = np.concatenate(vectors)[getattr(batch, f"{side}_order")]
+        return rows_files.fingerprint(found)
 
     return act
 
@@ -138,11 +137,11 @@ def as_batch(rows: rows_files.Rows):
     return Batch(**{**empty, **sides, **orders}, vectors=rows.vectors, target_ids=rows.target_ids)
 
 
-def peak() -> float:
+def peak() -> dict[str, float]:
     import jax
 
     stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else workers.process_peak()
+    return {"peak": stats["peak_bytes_in_use"] if stats else workers.process_peak()}
 
 
 if __name__ == "__main__":

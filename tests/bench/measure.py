@@ -8,12 +8,14 @@ import os
 import pathlib
 import platform
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 SIDES = ("ours", "torch")
+LEFT_OUT, FAILED = "left out", "failed"  # keys of notes
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft")
 
 
@@ -38,6 +40,13 @@ class Result:
     @property
     def larger_is_better(self) -> bool:
         return self.unit.endswith("/s")
+
+    @property
+    def remark(self) -> str:
+        """Says which of PyTorch's ways did not run, and why, or why all of it failed."""
+        said = [f"PyTorch's {way}: {why}" for way, why in self.notes.get(LEFT_OUT, {}).items()]
+        said += [self.notes[FAILED]] if FAILED in self.notes else []
+        return "; ".join(textwrap.shorten(one, 90) for one in said)
 
     def ratio(self) -> tuple[float, float, float] | None:
         """How many times better ours is: of the medians, and the extremes over the rounds."""
@@ -75,13 +84,19 @@ def short(number: float) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Returns the results as Markdown: medians with quartiles, ratios with extremes."""
-    rows = [("what", "unit", "ours", "PyTorch", "ours is better by")]
+    """Returns the results as Markdown: medians with quartiles, ratios with extremes.
+
+    Where something of PyTorch was left out, another column says what and why.
+    """
+    rows = [["what", "unit", "ours", "PyTorch", "ours is better by"]]
+    if any(result.remark for result in results):
+        rows[0].append("left out, failed")
     for result in results:
         ratio = result.ratio()
         better = "" if ratio is None else "x {:.2f} ({:.2f} to {:.2f})".format(*ratio)
         ours, torch = (cell(result.samples.get(side)) for side in SIDES)
-        rows.append((result.title, result.unit, ours, torch, better))
+        row = [result.title, result.unit, ours, torch, better, result.remark]
+        rows.append(row[: len(rows[0])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)) + " |"
@@ -167,6 +182,7 @@ def plot(path: pathlib.Path, results: Sequence[Result], where: dict[str, Any]) -
         axes.plot([low, high], [place, place], color="black", linewidth=1.2)
         ours, torch = (short(median(result.samples[side])) for side in SIDES)
         text = f"x {middle:.2f}   {ours} against {torch} {result.unit}"
+        text += f"\nleft out: {result.remark}" if result.remark else ""
         beside = axes.get_yaxis_transform()
         axes.text(1.02, place, text, va="center", fontsize=9, color=color, transform=beside)
     axes.axvline(1, color="grey", linewidth=1, linestyle="--")

@@ -100,6 +100,13 @@ def load(path: pathlib.Path) -> Rows:
     return Rows(sides, orders, arrays.get("vectors"), arrays.get("target_ids"))
 
 
+def fingerprint(sides: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Returns numbers that tell vectors apart, a few of each row: f32[N, E] of every side."""
+    vectors = np.concatenate([sides[side] for side in SIDES if side in sides])
+    directions = np.random.default_rng(0).standard_normal((vectors.shape[1], 4), np.float32)
+    return {"rows": (vectors @ directions).ravel().tolist()}
+
+
 def read_case(folder: pathlib.Path) -> dict[str, Any]:
     return json.loads((folder / "case.json").read_text())
 

@@ -72,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--compile-limit",
         type=float,
         metavar="SECONDS",
-        help="until torch.compile's first step is done, else it is left out (CPU 100, GPU 600)",
+        help="until torch.compile's first step is done, else it is left out (CPU 400, GPU 600)",
     )
     parser.add_argument("--quick", action="store_true", help="one round, PyTorch without compile")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: does the bench run?")
@@ -100,7 +100,7 @@ def run_part(name: str, bench: Bench) -> tuple[list[Result], bool]:
         return [], True
     except (Exception, SystemExit) as error:
         print(f"  failed: {error}", flush=True)
-        why = {"failed": f"{type(error).__name__}: {workers.last_line(error)}"}
+        why = {measure.FAILED: f"{type(error).__name__}: {workers.last_line(error)}"}
         return [Result(name, f"{name}: FAILED", "-", {}, why)], False
     finally:
         bench.end_workers()

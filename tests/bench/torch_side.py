@@ -97,6 +97,8 @@ class Model:
 
         for parameter in self.language.parameters():
             parameter.requires_grad_(False)
+        if not adapters["rank"]:
+            return
         root = self.language if self.whole is None else self.whole
         config = peft.LoraConfig(
             r=adapters["rank"],
@@ -189,12 +191,16 @@ class Step:
 
         self.torch, self.model, self.rows, self.settings = torch, model, rows, settings
         optim = settings["optim"]
-        self.optimizer = torch.optim.AdamW(
-            model.trained,
-            lr=optim["learning_rate"],
-            betas=(optim["b1"], optim["b2"]),
-            eps=1e-8,
-            weight_decay=0.0,
+        self.optimizer = (
+            None
+            if settings["case"]["forward"]
+            else torch.optim.AdamW(
+                model.trained,
+                lr=optim["learning_rate"],
+                betas=(optim["b1"], optim["b2"]),
+                eps=1e-8,
+                weight_decay=0.0,
+            )
         )
         # Groups of one shape are encoded as one, as ours are: fewer chunks, and fuller ones.
         self.merged = rows.merged()
@@ -227,11 +233,11 @@ class Step:
         self.optimizer.step()
         return {"loss": float(loss.detach()), "gradient_norm": float(norm)}
 
-    def _forward(self) -> dict[str, float]:
+    def _forward(self) -> dict[str, list[float]]:
         with self.torch.no_grad():
             found = [self.model.embed(group, chosen) for group, chosen in self.parts]
-        means = [vectors.abs().mean() for vectors in self._sides(found).values()]
-        return {"loss": sum(map(float, means)), "gradient_norm": 1.0}
+        sides = self._sides(found)
+        return rows_files.fingerprint({side: x.cpu().numpy() for side, x in sides.items()})
 
     def _sides(self, found) -> dict:
         """Returns the vectors of every side in order, from those of the chunks."""
@@ -302,16 +308,21 @@ def setup(folder: pathlib.Path, variant: str, device: str):
     return {**said, "first": first}, act
 
 
-def peak() -> float:
+def peak(device: str) -> dict[str, float]:
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return workers.process_peak()
+    if device == "cpu":
+        return {"peak": workers.process_peak()}
+    return {
+        "peak": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),  # as the allocator cuts it up
+        "card": torch.cuda.get_device_properties(0).total_memory,
+    }
 
 
 if __name__ == "__main__":
     device = sys.argv[3] if len(sys.argv) > 3 else "cpu"
     if device == "cpu":
         workers.keep_to_two_cores()
-    workers.serve(lambda: setup(pathlib.Path(sys.argv[1]), sys.argv[2], device), peak)
+    folder = pathlib.Path(sys.argv[1])
+    workers.serve(lambda: setup(folder, sys.argv[2], device), lambda: peak(device))

@@ -4,6 +4,7 @@ The child calls `serve`; the parent holds a `Worker`. They speak JSON, a line ea
 was the child's stdout and stdin; what else a child prints goes to its stderr.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,12 +18,22 @@ from collections.abc import Callable
 from typing import Any
 
 import kernels
+from process_memory import TreePeak
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 THREADS = 2
 REPORTS = "UNIME_BENCH_REPORTS"  # environment: the step's operations and planned peak are said
+OUT_OF_MEMORY = "out of memory"
 LIMIT = 1800.0  # seconds that a child may take for an answer
+TRACE_LIMIT = 300.0  # the same, under the profiler
+END_LIMIT = 60.0  # until it has ended
+# Both sides' on CPU, whatever library makes threads; a GPU's host has its cores for itself.
+TWO_THREADS = {
+    "OMP_NUM_THREADS": str(THREADS),
+    "MKL_NUM_THREADS": str(THREADS),
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+}
 
 
 class WorkerError(Exception):
@@ -36,7 +47,8 @@ class Worker:
       limit: seconds within which it has to be ready.
 
     Attributes:
-      ready: what the child said when it was set up.
+      ready: what the child said when it was set up, and `start_gib`, the most that it and its own
+        children held until then (None: not known).
     """
 
     def __init__(
@@ -56,7 +68,9 @@ class Worker:
             env=environment(env),
         )
         try:
-            self.ready = self._answer(limit)
+            with TreePeak(self._process.pid) as held:
+                said = self._answer(limit)
+            self.ready = {**said, "start_gib": held.gib}
         except BaseException:
             self.kill()
             raise
@@ -66,13 +80,18 @@ class Worker:
 
     def trace(self) -> dict[str, Any]:
         """Does it once more under the profiler; returns what `kernels.trace` found."""
-        return self._ask("trace")
+        return self._ask("trace", TRACE_LIMIT)
+
+    def memory(self) -> dict[str, float]:
+        """Returns its peak memory until now."""
+        return self._ask("memory")
 
     def close(self) -> dict[str, Any]:
         """Ends the child; returns its peak memory."""
         found = self._ask("quit")
-        self._process.wait()
-        self._errors.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_LIMIT)
+        self.kill()
         return found
 
     def kill(self) -> None:
@@ -80,32 +99,31 @@ class Worker:
         self._process.wait()
         self._errors.close()
 
-    def _ask(self, word: str) -> dict[str, Any]:
-        self._process.stdin.write(word + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+    def _ask(self, word: str, limit: float = LIMIT) -> dict[str, Any]:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and `_answer` says why
+            self._process.stdin.write(word + "\n")
+            self._process.stdin.flush()
+        return self._answer(limit)
 
     def _answer(self, limit: float = LIMIT) -> dict[str, Any]:
         if not select.select([self._process.stdout], [], [], limit)[0]:
             self.kill()
             raise WorkerError(f"no answer within {limit:.0f} s")
         line = self._process.stdout.readline()
-        if line:
+        if line.endswith("\n"):
             return json.loads(line)
-        self._process.wait()
+        code = self._process.wait()
         self._errors.seek(0)
-        raise WorkerError(self._errors.read()[-3000:])
+        said = self._errors.read()[-3000:]
+        raise WorkerError(said if code > 0 else f"{said}\nended by signal {-code}")
 
 
 def environment(more: dict[str, str] | None = None) -> dict[str, str]:
-    """Returns that of a child: two threads on CPU, whatever library makes them."""
+    """Returns that of a child."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": str(THREADS),
-        "MKL_NUM_THREADS": str(THREADS),
         "TOKENIZERS_PARALLELISM": "false",
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
         **(more or {}),
     }
 
@@ -129,14 +147,20 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
+def why(error: BaseException) -> str:
+    """Returns why something did not run, in a few words."""
+    return OUT_OF_MEMORY if OUT_OF_MEMORY in str(error).lower() else last_line(error)
+
+
 def serve(
-    setup: Callable[[], tuple[dict[str, Any], Callable[[], dict[str, Any]]]], peak=None
+    setup: Callable[[], tuple[dict[str, Any], Callable[[], dict[str, Any]]]],
+    peak: Callable[[], dict[str, float]] | None = None,
 ) -> None:
     """Sets up, answers, and then does one thing each time it is asked.
 
     Args:
       setup: returns what to say and the thing to do, whose time is taken here.
-      peak: returns the most bytes held; None: of the process.
+      peak: returns what to say of the memory, in bytes; None: of the process.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -145,20 +169,25 @@ def serve(
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
+    def memory() -> dict[str, float]:
+        held = peak() if peak else {"peak": process_peak()}
+        return {f"{name}_gib": size / 2**30 for name, size in held.items()}
+
     start = time.perf_counter()
     found, act = setup()
+    also = {"trace": lambda: _traced(act), "memory": memory}
     say({"setup_seconds": time.perf_counter() - start, **found})
     for line in sys.stdin:
         if line.strip() == "quit":
             break
-        if line.strip() == "trace":
-            say(_traced(act))
+        if line.strip() in also:
+            say(also[line.strip()]())
             continue
         before = time.perf_counter(), time.process_time()
         found = act()
         wall, cpu = time.perf_counter() - before[0], time.process_time() - before[1]
         say({"seconds": wall, "cpu": cpu, **found})
-    say({"peak_gib": (peak or process_peak)() / 2**30})
+    say(memory())
 
 
 def _traced(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -169,6 +198,13 @@ def _traced(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def process_peak() -> float:
+    """Returns the most bytes that this process held."""
+    # getrusage counts what the parent held when it started this one.
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        for line in lines:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

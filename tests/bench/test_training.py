@@ -1,0 +1,232 @@
+"""How the speed test shares a GPU between two sides, and what it says of a side that fails."""
+
+import argparse
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import bench  # noqa: E402
+import jax_side  # noqa: E402
+import measure  # noqa: E402
+import process_memory  # noqa: E402
+import rows  # noqa: E402
+import training  # noqa: E402
+import workers  # noqa: E402
+
+CASE = {"stage": "contrast", "forward": False, "torch": True, "rows": 8, "title": "t", "unit": "u"}
+
+
+def new_bench(device="gpu", *, tiny=False) -> bench.Bench:
+    args = argparse.Namespace(repeats=2, tiny=tiny, quick=False, device=device, compile_limit=None)
+    return bench.Bench(args, pathlib.Path("unused"))
+
+
+class Card:
+    """A card of 80 GiB and the workers that would run there; `bench.side` starts them."""
+
+    def __init__(self, monkeypatch, device, **held):
+        self.bench, self.held, self.running, self.log = new_bench(device), held, [], []
+        monkeypatch.setattr(self.bench, "side", self.side)
+        monkeypatch.setattr(self.bench, "end_workers", self.running.clear)
+
+    def side(self, name, variant="", limit=None):
+        who = variant or "ours"
+        self.running.append(who)
+        self.log.append((*self.running, round(self.bench.share, 2)))
+        if sum(map(self.held.get, self.running)) > 80:
+            self.running.remove(who)
+            raise workers.WorkerError("torch.OutOfMemoryError: CUDA out of memory. Tried\nto")
+        ready = {"first": {}, "first_seconds": 1.0, "start_gib": 2.0, "known": ""}
+        memory = {f"{key}_gib": self.held[who] for key in ("peak", "reserved")} | {"card_gib": 80.0}
+
+        def end():
+            self.running.remove(who)
+            return memory
+
+        def trace():
+            self.log.append((*self.running, "traced"))
+            raise workers.WorkerError("CUPTI\nended by signal 11")
+
+        return types.SimpleNamespace(
+            ready=ready, step=lambda: {"seconds": self.held[who] / 10}, memory=lambda: memory,
+            close=end, kill=end, trace=trace,
+        )  # fmt: skip
+
+
+def test_each_way_of_pytorch_has_the_card_for_itself(monkeypatch):
+    card = Card(monkeypatch, "gpu", checkpoint=60, checkpoint_compile=50, compile=90, eager=85)
+    ways = training._ways("x", CASE | {"stage": "distill"}, card.bench)
+    assert (ways.best, card.running) == ("checkpoint_compile", [])
+    assert {len(running) for *running, _ in card.log} == {1} and len(card.log) == 4
+    assert ways.left_out == {"eager": "out of memory", "compile": "out of memory"}
+    result = measure.Result("a", "step", "pairs/s", {"ours": [1.0], "torch": [1.0]}, ways.notes)
+    said = "PyTorch's eager: out of memory; PyTorch's compile: out of memory"
+    heading, _, line, plain = measure.table([result, measure.Result("b", "b", "s", {})]).split("\n")
+    assert said in line and "left out" in heading and len(plain) == len(line)
+    assert "left out" not in measure.table([measure.Result("b", "b", "s", {})])
+
+
+def test_ours_is_timed_alone_where_pytorch_has_no_memory_and_not_where_it_fails(monkeypatch):
+    card = Card(monkeypatch, "gpu", checkpoint=90, checkpoint_compile=90)
+    ways = training._ways("x", CASE, card.bench)
+    assert not ways.best and set(ways.left_out) == {*bench.CHECKPOINTS}
+
+    def side(*_, **__):
+        raise workers.WorkerError("No module named peft")
+
+    monkeypatch.setattr(card.bench, "side", side)
+    with pytest.raises(workers.WorkerError, match="no way of PyTorch runs"):
+        training._ways("x", CASE, card.bench)
+
+
+@pytest.mark.parametrize(
+    ("device", "ours", "torch", "log"),
+    [
+        ("gpu", 30, 40, [("ours", 0.44), ("ours", "eager", 0.44), ("ours", "traced")]),
+        ("gpu", 40, 40, [("ours", 0.92), ("ours", "traced"), ("eager", 0.92)]),
+        ("cpu", 40, 40, [("ours", 0.92), ("ours", "eager", 0.92)]),
+    ],
+)
+def test_both_sides_share_a_card_by_what_they_held_alone(monkeypatch, device, ours, torch, log):
+    card = Card(monkeypatch, device, ours=ours, eager=torch)
+    ways = training.Ways("eager", {"eager": {"reserved_gib": torch, "card_gib": 80.0}})
+    timed = training._timed("x", {"peak_gib": ours}, ways, card.bench)
+    assert card.log == log and card.running == []
+    assert {side: len(steps) for side, steps in timed.found.items()} == {"ours": 2, "torch": 2}
+    assert timed.said["torch"]["peak_gib"] == torch
+    if device == "gpu":  # what the profiler's end took with it was said before
+        assert timed.notes["not traced"] == "ended by signal 11"
+        assert timed.notes["memory of the card"]["held alone"] == {"ours": ours, "torch": torch}
+
+
+def test_sides_that_do_not_fit_after_all_act_one_after_the_other(monkeypatch):
+    card = Card(monkeypatch, "gpu", ours=50, eager=40)
+    ways = training.Ways("eager", {"eager": {"reserved_gib": 40.0, "card_gib": 80.0}})
+    timed = training._timed("x", {"peak_gib": 10.0}, ways, card.bench)
+    assert [entry for entry in card.log if len(entry) == 3] == [("ours", "eager", 0.44)]
+    assert "alone" in timed.notes["memory of the card"]["turns"] and len(timed.found["torch"]) == 2
+
+
+def test_starts_are_told_by_what_was_compiled():
+    assert bench.known(set(), set()) == ""
+    assert bench.known(set(), {1}) == ", nothing compiled"
+    assert bench.known({1}, {1}) == bench.COMPILED
+    assert bench.known({1}, {1, 2}) == ", partly compiled before"  # of other code, or cut short
+
+    def said(number, known):
+        return {"first_seconds": number, "peak_gib": number, "start_gib": None, "known": known}
+
+    ways = training.Ways("compile", {"eager": said(1, ""), "compile": said(2, ", x")})
+    ours, torch = said(3, bench.COMPILED), said(4, bench.COMPILED)
+    found = training._starts(said(5, ", nothing compiled"), {"ours": ours, "torch": torch}, ways)
+    assert found["peak GiB"] == {
+        "ours, nothing compiled": 5, "ours, compiled before": 3,
+        "eager": 1, "compile, x": 2, "compile, compiled before": 4,
+    }  # fmt: skip
+
+
+def test_two_threads_are_the_rule_on_cpu_alone():
+    assert new_bench("cpu").platform["OMP_NUM_THREADS"] == "2"
+    assert new_bench(tiny=True).platform["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
+    assert not {*workers.TWO_THREADS} & {*new_bench().platform}
+    assert not {*workers.TWO_THREADS} & ({*workers.environment({})} - {*workers.os.environ})
+
+
+def test_vectors_that_differ_are_told_apart():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((6, 32)).astype(np.float32)
+    same, mixed = ({"query": x} for x in (vectors[:4], vectors[3::-1]))
+    target = {"target": vectors[4:]}
+    first, other = (rows.fingerprint(sides | target) for sides in (same, mixed))
+    assert training._parity(first, first) < 1e-12 and training._parity(first, other) > 0.1
+    assert np.isnan(
+        training._parity({"loss": np.nan, "gradient_norm": 1}, {"loss": 1, "gradient_norm": 1})
+    )
+
+
+def test_ours_embeds_as_the_library_does(monkeypatch):
+    """In its groups, and through `Runner`, which narrows the last layer."""
+    from unime_jax import runner
+
+    class Runner:
+        limits = types.SimpleNamespace(full=lambda tokens, tiles: 2)
+
+        def __init__(self, graphdef, *, size, mesh):
+            assert (graphdef, size) == ("model", 3)
+
+        def run(self, params, groups):
+            assert [*params] == ["a"]
+            for group, places in groups:
+                sizes.append(len(group.tokens))
+                yield places, group.tokens[:, :1].astype(np.float32)
+
+    monkeypatch.setattr(runner, "Runner", Runner)
+    sizes = []
+
+    def side(count):
+        tokens = np.arange(count)[:, None] + np.zeros((1, 4), int)
+        return [rows.Group(tokens, np.full(count, 4), tokens, np.zeros((count, 0, 2, 2, 3)))]
+
+    orders = {"query": np.array([4, 3, 2, 1, 0]), "target": np.arange(1)}
+    batch = jax_side.as_batch(rows.Rows({"query": side(5), "target": side(1)}, orders))
+    found = jax_side.forward("model", {"a/b": np.zeros(3)}, batch, None)()
+    wanted = {"query": np.arange(5.0)[::-1, None], "target": np.zeros((1, 1))}
+    wanted = {side: x.astype(np.float32) for side, x in wanted.items()}
+    assert found == rows.fingerprint(wanted) and sizes == [2, 2, 1, 1]
+
+
+CHILD = """
+import os, signal, subprocess, sys, time
+sys.path.insert(0, {here!r})
+import workers
+
+def setup():
+    subprocess.run([sys.executable, "-SEc", "x = b'1' * (200 << 20); import time; time.sleep(0.4)"])
+    return {{}}, act
+
+def act():
+    {act}
+
+workers.serve(setup)
+"""
+
+
+@pytest.fixture
+def child(tmp_path):
+    def start(act: str) -> workers.Worker:
+        path = tmp_path / "child.py"
+        path.write_text(CHILD.format(here=str(HERE), act=act))
+        return workers.Worker(str(path))
+
+    return start
+
+
+def test_a_childs_own_children_count_until_it_is_ready(child):
+    worker = child("return {'peak': 1}")
+    assert 0.2 < worker.ready["start_gib"] < 0.5
+    assert worker.memory()["peak_gib"] < 0.1  # its own
+    assert worker.step()["peak"] == 1 and worker.close()["peak_gib"] > 0
+    text = "5-7 ---p 0 [rollup]\nPss: 9 kB\nShared_Clean: 3 kB\nShared_Dirty: 1 kB\n"
+    text += "Private_Clean: 4 kB\nPrivate_Dirty: 2 kB\nShared_Hugetlb: 8 kB"
+    assert process_memory._rollup(text) == (6 << 10, 4 << 10)
+    worker.kill()  # what has ended may be ended again
+    assert process_memory.tree(2**22 + 1) is None  # no such process
+
+
+def test_a_child_that_is_killed_or_hangs_is_an_error_with_a_reason(child, monkeypatch):
+    worker = child("print('so far', file=sys.stderr); os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(workers.WorkerError, match="so far\n*ended by signal 9"):
+        worker.step()
+    with pytest.raises(workers.WorkerError, match="signal 9"):  # nobody reads what is asked
+        worker.step()
+    worker.kill()
+    worker = child("time.sleep(60)")
+    monkeypatch.setattr(workers, "TRACE_LIMIT", 0.2)
+    with pytest.raises(workers.WorkerError, match="no answer within 0 s"):
+        worker.trace()
