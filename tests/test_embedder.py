@@ -105,7 +105,7 @@ def test_token_rows(embedder):
 
 
 def test_parameters_and_rows_spread_over_a_mesh(root, embedder):
-    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = jax.make_mesh((2, 2, 2), sharding.AXES)  # as JAX makes it
     spread = embedder_lib.load(root / "student", dtype="float32", mesh=mesh)
     kernel = spread.params["language_model"]["model"]["layers"]["mlp"]["up_proj"]["kernel"]
     assert len(kernel.addressable_shards) == 8 and not kernel.sharding.is_fully_replicated

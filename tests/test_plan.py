@@ -88,7 +88,7 @@ def test_bytes_are_those_of_the_compiled_program():
     # Ids and places of images are not read by this loss, and the columns of the tiles are empty.
     assert 0 < idle < counted.batch
     assert min(counted.base, counted.adapters, counted.optimiser, counted.batch) > 0
-    shape = jax.sharding.AbstractMesh((4, 2, 1), sharding.AXES)
+    shape = sharding.abstract_mesh(4, 2, 1)
     assert memory.arguments(abstract.run(settings, config, made, mesh=shape)) == counted
 
 
@@ -268,7 +268,7 @@ def test_compiling_a_setting(monkeypatch):
     made = object.__new__(planner._Planner)
     made.settings = {"model": {"attention": "auto", "dtype": "bfloat16"}}
     made.topology = topology.parse("a100-80g:2x2")
-    made.mesh = jax.sharding.AbstractMesh((1, 4, 1), sharding.AXES)
+    made.mesh = sharding.abstract_mesh(1, 4, 1)
     made._idle, made.estimator = 64.0, types.SimpleNamespace(limit=1e6)
     made._arguments = memory.Arguments(64 * 64 * 4 / 4, 64.0, 4.0, 16 * 64 * 4 / 4)
 

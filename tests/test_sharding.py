@@ -15,6 +15,19 @@ def test_minus_one_takes_what_is_left():
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
 
 
+def test_programs_are_traced_for_devices_that_nobody_has():
+    mesh = sharding.abstract_mesh(2, 16, 2)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 16, "tensor": 2}
+
+    def program(kernel, rows):
+        return sharding.gathered("layers/q_proj/kernel", kernel, mesh), sharding.constrain_rows(
+            rows, mesh, 0
+        )
+
+    shapes = [jax.ShapeDtypeStruct(shape, np.float32) for shape in [(3, 32, 4), (64, 5)]]
+    assert [x.shape for x in jax.eval_shape(program, *shapes)] == [(3, 32, 4), (64, 5)]
+
+
 @pytest.mark.parametrize("sizes", [(3, -1, 1), (2, 2, 1), (-1, -1, 1), (0, -1, 1)])
 def test_sizes_that_do_not_fit_are_named(sizes):
     with pytest.raises(UserError, match="config.mesh.data"):

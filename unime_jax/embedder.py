@@ -263,8 +263,7 @@ def load(path, *, adapter=None, dtype: str = "bfloat16", mesh=None) -> Embedder:
     dtype = str(getattr(dtype, "__name__", dtype))  # jnp.bfloat16 as well
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype} is not built; give one of {', '.join(DTYPES)}")
-    if mesh is not None and set(mesh.axis_names) != set(sharding.AXES):
-        raise UserError(f"mesh has axes {mesh.axis_names}; make it with sharding.make_mesh")
+    mesh = None if mesh is None else sharding.checked(mesh)
     return load_weights(weights.find(path, adapter), dtype=dtype, mesh=mesh)
 
 

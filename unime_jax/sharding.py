@@ -6,13 +6,14 @@ import re
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from unime_jax.types import Array, UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
+_AUTO = (AxisType.Auto,) * len(AXES)  # JAX is about to make Explicit the default of every mesh
 
 # (regex on the parameter's path, spec of its last axes). Every parameter matches exactly one. Axes
 # in front (the layer axis of stacked layers) stay whole. Kernels are [inputs, outputs]; scales of
@@ -61,10 +62,26 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, *, devices=None) -
             "print(jax.devices())'"
         )
     if devices[0].platform == "tpu":
-        return Mesh(
-            mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True), AXES
-        )
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        placed = np.asarray(devices).reshape(sizes)
+    return Mesh(placed, AXES, axis_types=_AUTO)
+
+
+def abstract_mesh(data: int, fsdp: int, tensor: int) -> AbstractMesh:
+    """Returns a mesh of so many devices that nobody has."""
+    return AbstractMesh((data, fsdp, tensor), AXES, axis_types=_AUTO)
+
+
+def checked(mesh: Mesh) -> Mesh:
+    """Returns a mesh that a caller made, with the axes that are worked with here.
+
+    Raises:
+      UserError: its axes have other names.
+    """
+    if set(mesh.axis_names) != set(AXES):
+        raise UserError(f"mesh has axes {mesh.axis_names}; make it with sharding.make_mesh")
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=_AUTO)
 
 
 def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules=None) -> P:

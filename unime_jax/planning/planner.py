@@ -83,7 +83,7 @@ class _Planner:
         model = abstract.model(settings, self.backbone.config, "xla")
         self.composition = composition.find(settings, self.backbone, model)
         sizes = topologies.mesh_shape(topology, **settings["mesh"])
-        self.mesh = jax.sharding.AbstractMesh(sizes, sharding.AXES)
+        self.mesh = sharding.abstract_mesh(*sizes)
         self.setting = settings["train"]["chunk"], settings["model"]["remat"]
 
     def head(self) -> dict[str, Any]:
