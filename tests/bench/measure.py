@@ -165,29 +165,32 @@ def write_json(path: pathlib.Path, where: dict[str, Any], results: Sequence[Resu
 
 
 def plot(path: pathlib.Path, results: Sequence[Result], where: dict[str, Any]) -> None:
-    """Draws how many times better ours is in every test that has another side."""
+    """Draws how many times better ours is in every test that has another side, or had to have."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     found = [(result, result.ratio()) for result in results]
-    found = [(result, ratio) for result, ratio in found if ratio is not None][::-1]
+    found = [(result, ratio) for result, ratio in found if ratio or result.remark][::-1]
     if not found:
         return
     figure, axes = pyplot.subplots(figsize=(11, 1.2 + 0.45 * len(found)), layout="constrained")
-    for place, (result, (middle, low, high)) in enumerate(found):
-        color = "#2a6f97" if middle >= 1 else "#b5651d"
-        axes.barh(place, middle, color=color, height=0.6)
-        axes.plot([low, high], [place, place], color="black", linewidth=1.2)
-        ours, torch = (short(median(result.samples[side])) for side in SIDES)
-        text = f"x {middle:.2f}   {ours} against {torch} {result.unit}"
-        text += f"\nleft out: {result.remark}" if result.remark else ""
-        beside = axes.get_yaxis_transform()
+    beside = axes.get_yaxis_transform()
+    for place, (result, ratio) in enumerate(found):
+        color, words = "grey", []
+        if ratio is not None:
+            middle, low, high = ratio
+            color = "#2a6f97" if middle >= 1 else "#b5651d"
+            axes.barh(place, middle, color=color, height=0.6)
+            axes.plot([low, high], [place, place], color="black", linewidth=1.2)
+            ours, torch = (short(median(result.samples[side])) for side in SIDES)
+            words = [f"x {middle:.2f}   {ours} against {torch} {result.unit}"]
+        text = "\n".join([*words, *textwrap.wrap(result.remark, 60)])
         axes.text(1.02, place, text, va="center", fontsize=9, color=color, transform=beside)
     axes.axvline(1, color="grey", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(found)), [result.title for result, _ in found])
-    axes.set_xlim(0, 1.05 * max(ratio[2] for _, ratio in found))
+    axes.set_xlim(0, 1.05 * max([1.0, *(ratio[2] for _, ratio in found if ratio)]))
     axes.set_xlabel("times better than PyTorch (line: the extremes of all rounds)")
     axes.set_title(f"{where['gpu'] or where['processor']}, {where['cores']} cores", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

@@ -31,8 +31,9 @@ class TreePeak:
         self._thread.join()
 
     def _look(self) -> None:
-        wait = 0.0
-        while not self._over.wait(wait):
+        wait, over = 0.0, False
+        while not over:
+            over = self._over.wait(wait)  # the last look is at the end
             start = time.perf_counter()
             held = tree(self._pid)
             if held is not None:

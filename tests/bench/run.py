@@ -1,14 +1,25 @@
 """Speed, memory and start-up of unime_jax beside PyTorch: `python tests/bench/run.py`.
 
-    python tests/bench/run.py                              # all of it on CPU, some 12 minutes
+    python tests/bench/run.py                              # all of it on CPU, some 15 minutes
     python tests/bench/run.py --only stage2_llava embed    # a part
     python tests/bench/run.py --quick                      # fewer rounds, to see that it runs
     python tests/bench/run.py --device gpu                 # full-size models on an H100 or H200,
                                                            # an hour; not yet run anywhere
     python tests/bench/run.py --device gpu --tiny          # the same code on tiny shapes, on CPU
 
-On a GPU the large steps (gpu_phi, gpu_llava) take minutes each and are ours alone: name them with
-`--only`, with `--repeats 1` or 2, and give `--scratch DIR` to write the 15 GB of weights once.
+On a GPU each of PyTorch's ways is tried alone; then both sides take turns in shares of the card by
+what they held, or one acts after the other where it does not hold both. How to run it on a machine
+that is lent by the minute, with minutes as they are expected, of an H100 (a command that is cut
+short loses the figures of the part it was in; weights, 24 GB, and programs stay in DIR, and the
+next command finds them; results are those of one command, so give each its `--output`):
+
+    run.py --device gpu --scratch DIR --quick --only gpu_llava_pairs attention     # 9, writes 15 GB
+    run.py --device gpu --scratch DIR --repeats 1 --only gpu_phi                   # 6
+    run.py --device gpu --scratch DIR --repeats 1 --only gpu_llava                 # 8, two steps
+    run.py --device gpu --scratch DIR --quick --only gpu_llava_embed               # 4
+
+`--quick` is without torch.compile, which takes PyTorch minutes at these shapes, each time it
+starts; with it, gpu_llava_pairs and gpu_llava_stage1 take some 20 minutes each.
 
 Both sides compute the same thing: same weights, rows, padding and dtype, and the losses and
 gradient norms of their first steps agree to 1e-4, or the run fails. PyTorch's side is transformers
@@ -25,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import gpu_cases
 import measure
@@ -108,6 +120,15 @@ def run_part(name: str, bench: Bench) -> tuple[list[Result], bool]:
     return found, True
 
 
+def write(output: pathlib.Path, results: list[Result], where: dict[str, Any]) -> None:
+    """Writes results.json, results.md and, if there is something to draw, results.png."""
+    measure.write_json(output / "results.json", where, results)
+    text = f"{measure.table(results)}\n\n{measure.notes(results)}\n"
+    (output / "results.md").write_text(text)
+    (output / "results.png").unlink(missing_ok=True)  # of an earlier run
+    measure.plot(output / "results.png", results, where)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     # Where it is not installed, for this process and its children.
@@ -125,12 +146,10 @@ def main(argv: list[str] | None = None) -> None:
             found, fine = run_part(name, bench)
             results += found
             failed += [] if fine else [name]
-            measure.write_json(args.output / "results.json", where, results)
-    text = f"{measure.table(results)}\n\n{measure.notes(results)}\n"
-    print(f"\n{text}")
-    (args.output / "results.md").write_text(text)
-    measure.plot(args.output / "results.png", results, where)
-    print(f"written: {args.output}/results.json, results.md, results.png")
+            write(args.output, results, where)  # what follows may be cut short
+    print(f"\n{measure.table(results)}\n\n{measure.notes(results)}\n")
+    names = [path.name for path in sorted(args.output.glob("results.*"))]
+    print(f"written to {args.output}: {', '.join(names)}")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -1,6 +1,7 @@
 """The speed test itself: its statistics, its table, its files, and that both sides still run."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ import bench  # noqa: E402
 import kernels  # noqa: E402
 import measure  # noqa: E402
 import rows  # noqa: E402
+import run  # noqa: E402
 import workers  # noqa: E402
 
 SPEED = measure.Result(
@@ -70,6 +72,20 @@ def test_files_hold_every_sample_and_the_machine(tmp_path):
     assert found["machine"]["packages"]["jax"] and found["machine"]["cores"]
     measure.plot(tmp_path / "results.png", [SPEED, TIME, ALONE], where)
     assert (tmp_path / "results.png").stat().st_size > 5000
+
+
+def test_what_was_left_out_is_drawn_and_an_old_plot_goes(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    said = []
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **_: said.append(text))
+    left = {measure.LEFT_OUT: {"compile": "out of memory"}}
+    alone = dataclasses.replace(ALONE, notes=left)
+    run.write(tmp_path, [dataclasses.replace(SPEED, notes=left), alone], measure.machine())
+    assert said[0] == "PyTorch's compile: out of memory" and said[1].endswith(f"pairs/s\n{said[0]}")
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md", ".png"}
+    run.write(tmp_path, [ALONE], measure.machine())
+    assert not (tmp_path / "results.png").exists()
 
 
 def test_shares_of_a_traced_step_are_of_its_whole_time():

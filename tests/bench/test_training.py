@@ -105,6 +105,13 @@ def test_both_sides_share_a_card_by_what_they_held_alone(monkeypatch, device, ou
         assert timed.notes["memory of the card"]["held alone"] == {"ours": ours, "torch": torch}
 
 
+def test_long_steps_are_not_traced(monkeypatch):
+    card = Card(monkeypatch, "gpu", ours=30)
+    monkeypatch.setattr(training, "TRACED", 2.0)
+    timed = training._steps("x", (("ours",),), "", card.bench)
+    assert "more than 2 s" in timed.notes["not traced"] and card.log == [("ours", 0.92)]
+
+
 def test_sides_that_do_not_fit_after_all_act_one_after_the_other(monkeypatch):
     card = Card(monkeypatch, "gpu", ours=50, eager=40)
     ways = training.Ways("eager", {"eager": {"reserved_gib": 40.0, "card_gib": 80.0}})
@@ -186,8 +193,14 @@ import os, signal, subprocess, sys, time
 sys.path.insert(0, {here!r})
 import workers
 
+held = None
+
 def setup():
-    subprocess.run([sys.executable, "-SEc", "x = b'1' * (200 << 20); import time; time.sleep(0.4)"])
+    global held
+    code = "x = b'1' * (200 << 20); print(flush=True); import sys; sys.stdin.read()"
+    pipes = {{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}}
+    held = subprocess.Popen([sys.executable, "-SEc", code], **pipes)
+    held.stdout.readline()
     return {{}}, act
 
 def act():

@@ -13,6 +13,7 @@ from workers import Worker, WorkerError
 
 PARITY = 1e-4  # see _parity
 HALF_PARITY = 2e-2  # the same in bfloat16
+TRACED = 60.0  # seconds of the longest step that is traced: smaller ones have the same kernels
 TOGETHER = (measure.SIDES,)
 APART = tuple((side,) for side in measure.SIDES)
 
@@ -169,15 +170,17 @@ def _steps(name: str, turns, best: str, bench: Bench, warm: int = 1) -> Timed:
         pair = {side: bench.side(name, best if side == "torch" else "") for side in sides}
         timed.found |= workers.take_turns(pair, bench.repeats, warm=warm)
         for side in reversed(sides):  # what is traced comes last and has the card for itself
-            traced = bench.device == "gpu" and side == "ours"
             timed.said[side] = pair[side].ready | pair[side].memory()
-            timed.notes |= _traced(pair[side]) if traced else {}
+            if bench.device == "gpu" and side == "ours":
+                timed.notes |= _traced(pair[side], timed.found[side])
             pair[side].kill()
     return timed
 
 
-def _traced(worker: Worker) -> dict[str, Any]:
+def _traced(worker: Worker, found) -> dict[str, Any]:
     """Says what a step's time goes to, on a GPU; a profiler's faults lose no figures."""
+    if found[-1]["seconds"] > TRACED:
+        return {"not traced": f"a step takes more than {TRACED:.0f} s"}
     try:
         return {key: shares for key, shares in worker.trace().items() if shares}  # none on CPU
     except WorkerError as error:
