@@ -44,7 +44,9 @@ class Result:
     @property
     def remark(self) -> str:
         """Says which of PyTorch's ways did not run, and why, or why all of it failed."""
-        said = [f"PyTorch's {way}: {why}" for way, why in self.notes.get(LEFT_OUT, {}).items()]
+        said = [
+            f"without PyTorch's {way}: {why}" for way, why in self.notes.get(LEFT_OUT, {}).items()
+        ]
         said += [self.notes[FAILED]] if FAILED in self.notes else []
         return "; ".join(textwrap.shorten(one, 90) for one in said)
 

@@ -1,6 +1,6 @@
 """Speed, memory and start-up of unime_jax beside PyTorch: `python tests/bench/run.py`.
 
-    python tests/bench/run.py                              # all of it on CPU, some 15 minutes
+    python tests/bench/run.py                              # all of it on CPU, some 17 minutes
     python tests/bench/run.py --only stage2_llava embed    # a part
     python tests/bench/run.py --quick                      # fewer rounds, to see that it runs
     python tests/bench/run.py --device gpu                 # full-size models on an H100 or H200,

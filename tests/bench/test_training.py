@@ -66,7 +66,7 @@ def test_each_way_of_pytorch_has_the_card_for_itself(monkeypatch):
     assert {len(running) for *running, _ in card.log} == {1} and len(card.log) == 4
     assert ways.left_out == {"eager": "out of memory", "compile": "out of memory"}
     result = measure.Result("a", "step", "pairs/s", {"ours": [1.0], "torch": [1.0]}, ways.notes)
-    said = "PyTorch's eager: out of memory; PyTorch's compile: out of memory"
+    said = "without PyTorch's eager: out of memory; without PyTorch's compile: out of memory"
     heading, _, line, plain = measure.table([result, measure.Result("b", "b", "s", {})]).split("\n")
     assert said in line and "left out" in heading and len(plain) == len(line)
     assert "left out" not in measure.table([measure.Result("b", "b", "s", {})])
