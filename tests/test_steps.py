@@ -65,10 +65,12 @@ def test_chunking_changes_nothing(chunk):
 
 
 def test_own_rows_are_placed_as_whole_batches_are():
-    """Of one process all rows are its own; groups hold 7 and 9, on eight devices."""
+    """Of one process all rows are its own; groups hold 7 + 9, 9 and 7, on eight devices."""
     mesh, batch = sharding.make_mesh(data=2, fsdp=4), toy.batch(16)
-    sizes = {"query": [7, 9], "target": [9, 7], "negative": []}
-    whole, own = steps.place_batch(batch, mesh), steps.place_batch(batch, mesh, sizes)
+    batch = dataclasses.replace(batch, target=(toy.inputs(9, 4, seed=5), batch.target[1]))
+    shapes = {"query": [(7, 4, 0), (9, 7, 0)], "target": [(9, 4, 0), (7, 3, 0)], "negative": []}
+    whole, own = steps.place_batch(batch, mesh), steps.place_batch(batch, mesh, shapes)
+    assert [group.rows for group in whole.query] == [16, 16, 8] and whole.target == ()
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, whole, own))
     jax.tree.map(np.testing.assert_array_equal, whole, own)
 
@@ -164,7 +166,7 @@ def test_every_stage_learns(stage):
     if stage != "contrast":
         vectors = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        batch = dataclasses.replace(batch, target=(), vectors=vectors)
+        batch = dataclasses.replace(batch, target=(), target_order=None, vectors=vectors)
     history = []
     for _ in range(60):
         state, metrics = step(state, frozen, batch)

@@ -55,39 +55,41 @@ def create_state(trainable: dict[str, Array], optimizer, *, mesh=None) -> TrainS
     return jax.jit(create, out_shardings=placed)(trainable)
 
 
-def place_batch(batch: Batch, mesh, sizes: Mapping[str, Sequence[int]] | None = None) -> Batch:
-    """Puts a batch on the mesh, the rows of every group split over data x fsdp.
+def place_batch(
+    batch: Batch, mesh, shapes: Mapping[str, Sequence[chunks.Shape]] | None = None
+) -> Batch:
+    """Puts a batch on the mesh, its groups merged and their rows split over data x fsdp.
 
     A group whose rows do not divide gets copies of its last one, which nobody asks for: orders name
     the same rows as before. Whatever is no group is small and goes to every device.
 
     Args:
-      batch: the whole, or with `sizes` groups of this process's rows alone (`sharding.own_rows`).
+      batch: the whole, or with `shapes` groups of this process's rows alone (`sharding.own_rows`).
       mesh: of the devices.
-      sizes: rows of the whole groups of each side.
+      shapes: of the whole groups of each side (see `chunks.merge`).
     """
     devices = sharding.batch_devices(mesh)
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     split = jax.sharding.NamedSharding(mesh, BATCH)
-    orders, sides = {}, {}
-    for side in ("query", "target", "negative"):
-        groups, order = getattr(batch, side), getattr(batch, f"{side}_order")
-        rows = np.array([group.rows for group in groups] if sizes is None else sizes[side], int)
-        padded = -(-rows // devices) * devices
+    batch, counts = chunks.merge(batch, shapes)
+    rows = np.array(counts, int)
+    padded = -(-rows // devices) * devices
+    shift = np.cumsum(padded) - padded - (np.cumsum(rows) - rows)
+    orders = {}
+    for side in chunks.SIDES:
+        order = getattr(batch, f"{side}_order")
         if order is not None and (rows != padded).any():
-            shift = np.cumsum(padded) - padded - (np.cumsum(rows) - rows)
             group_of = np.searchsorted(np.cumsum(rows), order, side="right")
             orders[f"{side}_order"] = (order + shift[group_of]).astype(np.int32)
-        if sizes is None:
-            whole = tuple(map(_pad_rows, groups, (padded - rows).tolist()))
-            sides[side] = sharding.put(whole, split)
-        else:
-            sides[side] = tuple(
-                jax.tree.map(lambda x, count=count: sharding.put_own(x, count, mesh), group)
-                for group, count in zip(groups, rows.tolist(), strict=True)
-            )
-    rest = dataclasses.replace(batch, **orders, **dict.fromkeys(sides, ()))
-    return dataclasses.replace(sharding.put(rest, everywhere), **sides)
+    if shapes is None:
+        groups = sharding.put(tuple(map(_pad_rows, batch.query, (padded - rows).tolist())), split)
+    else:
+        groups = tuple(
+            jax.tree.map(lambda x, count=count: sharding.put_own(x, count, mesh), group)
+            for group, count in zip(batch.query, counts, strict=True)
+        )
+    rest = sharding.put(dataclasses.replace(batch, **orders, query=()), everywhere)
+    return dataclasses.replace(rest, query=groups)
 
 
 def _pad_rows(group: Inputs, extra: int) -> Inputs:
@@ -186,18 +188,18 @@ def loss_and_gradients(
 
         # A frozen tower's features are kept: it runs once a step.
         tower_trains = any(path.startswith("vision_tower/") for path in trainable)
-        query_key, target_key, loss_key, negative_key = jax.random.split(key, 4)
-        sides = [
-            chunks.Side(groups, order, side_key if dropout else None)
-            for groups, order, side_key in (
-                (batch.query, batch.query_order, query_key),
-                (batch.target, batch.target_order, target_key),
-                (batch.negative, batch.negative_order, negative_key),
-            )
-            if groups
-        ]
-        keep = () if tower_trains else (FEATURES,)
-        sides = chunks.encode_sides(encode, sides, chunk=chunk, mesh=mesh, keep=keep)
+        encode_key, loss_key = jax.random.split(key)
+        batch, _ = chunks.merge(batch)
+        rows = chunks.encode_groups(
+            encode,
+            batch.query,
+            chunk=chunk,
+            key=encode_key if dropout else None,
+            mesh=mesh,
+            keep=() if tower_trains else (FEATURES,),
+        )
+        orders = (getattr(batch, f"{side}_order") for side in chunks.SIDES)
+        sides = [rows[order] for order in orders if order is not None]
         with jax.named_scope("loss"):  # for profiles and `plan`
             return objective(sides, batch, loss_key)
 

@@ -79,9 +79,11 @@ class Batch:
     """What one training step consumes.
 
     Attributes:
-      query: groups; concatenated and then permuted by `query_order` they are rows 0..B-1.
+      query: groups; concatenated and then permuted by `query_order` they are rows 0..B-1. None: a
+        group of which this process has no row (`data.shares`).
       target: groups, likewise; () where `vectors` stand for the other side.
-      query_order, target_order: int32[B]; row i of the batch is row order[i] of the groups.
+      query_order, target_order: int32[B]; row i of the batch is row order[i] of the side's groups,
+        or of the query's for a side without any (`chunks.merge`). None: there is no such side.
       vectors: f32[N, E] or None: embeddings of the teacher for the rows of query, target and
         negative, one side after the other (stage 1), or cached ones of the targets (alignment).
       target_ids: int32[B] or None; equal ids mean the same target.
@@ -92,13 +94,13 @@ class Batch:
       sets: int32[B] or None: the data set of each row, by number.
     """
 
-    query: tuple[Inputs, ...]
-    target: tuple[Inputs, ...]
+    query: tuple[Inputs | None, ...]
+    target: tuple[Inputs | None, ...]
     query_order: Any
     target_order: Any
     vectors: Any = None
     target_ids: Any = None
-    negative: tuple[Inputs, ...] = ()
+    negative: tuple[Inputs | None, ...] = ()
     negative_order: Any = None
     negative_ids: Any = None
     scores: Any = None

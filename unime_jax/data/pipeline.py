@@ -299,7 +299,7 @@ class Batches:
             return dataclasses.replace(example, query_text=text)
         return dataclasses.replace(example, target_text=text, target_id=text_keys.compact_key(text))
 
-    def _groups(self, sides: list[tuple]) -> tuple[tuple[Inputs, ...], np.ndarray]:
+    def _groups(self, sides: list[tuple]) -> tuple[tuple[Inputs | None, ...], np.ndarray]:
         """Packs one side of a batch into groups, and says where each row went."""
         by_shape = collections.defaultdict(list)
         for place, (shape, _) in enumerate(sides):
@@ -307,7 +307,7 @@ class Batches:
         groups, placed = [], []
         for shape, places in sorted(by_shape.items()):
             rows = [sides[place][1] for place in places if sides[place][1] is not None]
-            groups.append(self.group(rows, shape))
+            groups.append(self.group(rows, shape) if rows else None)  # all are of other processes
             placed += places
         return tuple(groups), np.argsort(np.array(placed)).astype(np.int32)
 

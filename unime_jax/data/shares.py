@@ -25,16 +25,18 @@ _Fault = tuple[int, int, tuple[int, int], tuple[str, str]]
 class SharedBatches:
     """Batches of which this process makes its own rows; together they are those of `Batches`.
 
-    Groups hold the process's rows alone, in order; all else of a batch is whole. A row that any
-    process cannot read gives way to the next one everywhere, as if one process made all.
+    Groups hold the process's rows alone, in order, and are None where it has none; all else of a
+    batch is whole. A row that any process cannot read gives way to the next one everywhere, as if
+    one process made all.
 
     Args:
       batches: whole ones.
-      own: rows of a group -> bool[rows], those that this process holds, one at least.
+      own: rows of a group -> bool[rows], those that this process holds, one at least. Groups of one
+        shape are one, whatever side they are of, the query's rows first (`chunks.merge`).
       exchange: text -> what every process gives, in their order; all processes call it alike.
 
     Attributes:
-      sizes: rows of the groups of each side, of all processes together.
+      sizes: rows, T and C of the groups of each side, of all processes together.
     """
 
     def __init__(
@@ -45,23 +47,29 @@ class SharedBatches:
     ):
         self._batches, self._exchange = batches, exchange
         shapes = batches.shapes()
-        self.sizes: dict[str, list[int]] = {}
+        self.sizes: dict[str, list[tuple[int, int, int]]] = {}
         self._wanted: list[list[list[bool]]] = [[[] for _ in range(SIDES)] for _ in shapes]
         # Of every item that is made here: its group and its place among the group's rows here.
         self._spots: dict[tuple[int, int, int], tuple[int, int]] = {}
-        for side, name in enumerate(NAMES):
-            items = collections.defaultdict(list)
-            for place, sides in enumerate(shapes):
+        items = [collections.defaultdict(list) for _ in NAMES]
+        for place, sides in enumerate(shapes):
+            for side in range(SIDES):
                 for number, shape in enumerate(sides[side]):
-                    items[shape].append((place, number))
-            self.sizes[name] = [len(items[shape]) for shape in sorted(items)]
-            for group, shape in enumerate(sorted(items)):
-                mine = own(len(items[shape]))
-                for here, (place, number) in zip(np.cumsum(mine) - 1, items[shape], strict=True):
-                    self._spots[side, place, number] = group, int(here)
-                held = dict(zip(items[shape], mine.tolist(), strict=True))
-                for place, number in items[shape]:
-                    self._wanted[place][side].append(held[place, number])
+                    items[side][shape].append((place, number))
+        rows = sum(
+            (collections.Counter({k: len(v) for k, v in one.items()}) for one in items),
+            collections.Counter(),
+        )
+        left = {shape: own(count) for shape, count in rows.items()}
+        for side, name in enumerate(NAMES):
+            groups = sorted(items[side].items())
+            self.sizes[name] = [(len(found), *shape) for shape, found in groups]
+            for group, (shape, found) in enumerate(groups):
+                mine, left[shape] = np.split(left[shape], [len(found)])
+                here = (np.cumsum(mine) - 1).tolist()
+                for spot, held, (place, number) in zip(here, mine.tolist(), found, strict=True):
+                    self._spots[side, place, number] = group, spot
+                    self._wanted[place][side].append(held)
 
     def __getstate__(self):
         """Leaves the way to other processes behind: workers make rows and ask nobody."""

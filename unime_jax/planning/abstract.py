@@ -136,8 +136,7 @@ def batch(composition: Composition, spec: ImageSpec | None, width: int, mesh=Non
         return Leaf(shape, dtype, sharding=everywhere)
 
     def group(shape: Shape) -> Inputs:
-        count, tokens, tiles = shape
-        rows = -(-count // devices) * devices
+        rows, tokens, tiles = shape
 
         def array(*rest: int, dtype=jnp.int32) -> Leaf:
             return Leaf((rows, *rest), dtype, sharding=split)
@@ -155,16 +154,16 @@ def batch(composition: Composition, spec: ImageSpec | None, width: int, mesh=Non
             grid=grid,
         )
 
-    groups = {side: tuple(map(group, getattr(composition, side))) for side in SIDES}
     orders = {
         f"{side}_order": whole(sum(count for count, _, _ in getattr(composition, side)))
-        if groups[side]
+        if getattr(composition, side)
         else None
         for side in SIDES
     }
     rows, vectors = composition.rows, composition.vectors
     return Batch(
-        **groups,
+        tuple(map(group, composition.encoded(devices))),
+        (),
         **orders,
         vectors=None if vectors is None else whole(*vectors, dtype=jnp.float32),
         target_ids=whole(rows),

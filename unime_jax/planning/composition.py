@@ -67,12 +67,12 @@ class Composition:
     source: str = ""
 
     def encoded(self, devices: int = 1) -> list[Shape]:
-        """Lists what a step encodes as one (`chunks.encode_sides`), its rows padded to devices."""
+        """Lists the groups of a batch as they are merged (`chunks.merge`) and padded to devices."""
         found = Counter()
         for groups in (self.query, self.target, self.negative):
             for rows, tokens, tiles in groups:
-                found[tokens, tiles] += -(-rows // devices) * devices
-        return [(rows, *shape) for shape, rows in found.items()]
+                found[tokens, tiles] += rows
+        return [(-(-rows // devices) * devices, *shape) for shape, rows in found.items()]
 
     @property
     def padded_tokens(self) -> int:

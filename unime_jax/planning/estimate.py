@@ -169,7 +169,7 @@ class Estimator:
         return [(rows // self._devices, tokens, tiles) for rows, tokens, tiles in found]
 
     def _size(self, chunk: int, share: int, tokens: int) -> int:
-        """Counts the rows of a group that are encoded at a time, as `chunks.encode_sides` does."""
+        """Counts the rows of a group that are encoded at a time, as `chunks.encode_groups` does."""
         longest = self._longest[1]
         return max(1, chunk * longest // tokens // self._devices) if chunk else share
 

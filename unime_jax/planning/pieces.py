@@ -43,7 +43,7 @@ class Piece:
         return -(-self.group[0] // devices) if self.group else 0
 
     def passes(self, devices: int) -> int:
-        """Counts the chunks, as `chunks.encode_sides` makes them."""
+        """Counts the chunks, as `chunks.encode_groups` makes them."""
         size = max(1, self.chunk // devices)
         return -(-self.share(devices) // size) if self.group and self.chunk else 1
 
