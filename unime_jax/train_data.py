@@ -44,12 +44,12 @@ class TrainData:
       counts: rows and positions of a batch.
       sets: names of the data sets.
       info: what batches are made of.
-      shared: rows of the groups of each side, where batches have this process's rows alone
+      shared: rows, T and C of the groups of each side, where batches have this process's rows alone
         (`shares.SharedBatches`); None where they are whole.
       fingerprint: tells what the rows are, see `data.fingerprint`.
     """
 
-    shared: dict[str, list[int]] | None = None
+    shared: dict[str, list[tuple[int, int, int]]] | None = None
 
     def __init__(
         self,
