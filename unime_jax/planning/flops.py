@@ -64,7 +64,7 @@ def trace(function, *arguments, whole: bool = True) -> tuple[Any, list[bool]]:
       whole: attention as it is counted; else as the function computes it.
     """
     if whole and hasattr(function, "lower"):  # jit would keep this trace for who runs the function
-        function = function.__wrapped__
+        function = getattr(function, "__wrapped__", function)
     with without_kernels() if whole else contextlib.nullcontext():
         jaxpr = jax.make_jaxpr(lambda *args: function(*args))(*arguments).jaxpr
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
