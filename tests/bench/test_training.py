@@ -105,6 +105,15 @@ def test_both_sides_share_a_card_by_what_they_held_alone(monkeypatch, device, ou
         assert timed.notes["memory of the card"]["held alone"] == {"ours": ours, "torch": torch}
 
 
+def test_ours_alone_is_a_row_of_its_own(monkeypatch):
+    card = Card(monkeypatch, "gpu", ours=30)
+    speed, memory = training._alone("x", CASE, training.Ways(), card.bench)
+    assert speed.samples == {"ours": [8 / 3.0] * 2} and memory.samples == {"ours": [30]}
+    assert speed.notes == {
+        "seconds a step": 3.0, "first call, s": 1.0, "not traced": "ended by signal 11"
+    }  # fmt: skip
+
+
 def test_long_steps_are_not_traced(monkeypatch):
     card = Card(monkeypatch, "gpu", ours=30)
     monkeypatch.setattr(training, "TRACED", 2.0)
@@ -121,10 +130,12 @@ def test_sides_that_do_not_fit_after_all_act_one_after_the_other(monkeypatch):
 
 
 def test_starts_are_told_by_what_was_compiled():
-    assert bench.known(set(), set()) == ""
-    assert bench.known(set(), {1}) == ", nothing compiled"
-    assert bench.known({1}, {1}) == bench.COMPILED
-    assert bench.known({1}, {1, 2}) == ", partly compiled before"  # of other code, or cut short
+    step, small = {"step": 90}, {"small": 9}
+    assert bench.known({}, {}) == ""
+    assert bench.known({}, step) == ", nothing compiled"
+    assert bench.known(step, step) == bench.known(step, step | small) == bench.COMPILED
+    assert bench.known(small, step | small) == ", partly compiled before"  # it was cut short
+    assert bench.known(step, step | {"changed": 90}) == ", partly compiled before"
 
     def said(number, known):
         return {"first_seconds": number, "peak_gib": number, "start_gib": None, "known": known}
