@@ -56,6 +56,8 @@ def test_another_alpha_keeps_what_the_adapters_do(root):
 
 
 def test_what_does_not_fit_is_named(root):
+    with pytest.raises(UserError, match="^config.init_from=.*gone, which the run .*: put it back$"):
+        read(root, "gone")
     path = "language_model/model/layers/self_attn/q_proj/lora_A"
     with pytest.raises(UserError, match="trained there, not here"):
         read(root, "first", drop=[path, path.replace("_A", "_B")])
@@ -153,6 +155,19 @@ def test_a_run_stands_for_its_newest_checkpoint_until_this_one_has_begun(root, t
         said = f"goes on from its own checkpoint, not from {asked}" in capsys.readouterr().out
         assert said == bool(asked)
     checkpoint.check_continues(output, {"init_from": first, "seed": 1})
+
+
+def test_a_base_that_was_moved_is_its_checkpoint_of_then(root, tmp_path):
+    output, moved = tmp_path / "run", shutil.copytree(root / "first", tmp_path / "moved")
+    checkpoint.open_run(output, {"model": {"path": "/gone/first/checkpoints/1"}})
+    (output / "checkpoints" / "2").mkdir(parents=True)
+    shutil.copytree(moved / "checkpoints" / "1", moved / "checkpoints" / "9")
+    assert initial.base(output, str(moved)) == f"{moved}/checkpoints/1"
+    assert initial.base(output, f"{moved}/checkpoints/9") == f"{moved}/checkpoints/9"
+    output = tmp_path / "other"
+    checkpoint.open_run(output, {"model": {"path": f"{root}/first/checkpoints/1"}})
+    (output / "checkpoints" / "2").mkdir(parents=True)
+    assert initial.base(output, str(moved)) == str(moved), "the other one is still there"
 
 
 def test_a_step_taken_again_before_the_first_checkpoint_is_of_the_run_that_was(

@@ -1,6 +1,7 @@
 """The directory of a run: the files that it began with, checkpoints that other runs need."""
 
 import os
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -103,6 +104,76 @@ def test_what_a_failed_start_was_to_be_built_on_goes_what_a_moved_run_needs_stay
     assert marks() == ["2", "4", "5"]
 
 
+def test_marks_of_a_start_that_was_killed_before_it_kept_its_settings_go(tmp_path):
+    first, output = tmp_path / "first", tmp_path / "run"
+    output.mkdir()  # as its lock makes it
+
+    def start(step):
+        path = first / "checkpoints" / str(step)
+        path.mkdir(parents=True)
+        assert checkpoint.keep(path, output)
+
+    start(1), start(2), start(3)
+    assert (first / "kept" / "3").is_file() and not (first / "kept" / "1").exists()
+    assert not (first / "kept" / "2").exists()
+    checkpoint.open_run(output, {"init_from": str(first / "checkpoints" / "3")})
+    assert sorted(path.name for path in output.iterdir()) == ["run.json"]
+    begin(output)
+    output.rename(tmp_path / "moved")
+    output.mkdir()
+    start(4), start(5)
+    marks = sorted(path.name for path in (first / "kept").iterdir() if path.name != "lock")
+    assert marks == ["3", "5"], "the moved run needs its own"
+
+
+def test_a_removal_that_was_cut_short_is_undone_where_the_checkpoint_is_needed(tmp_path):
+    saves = checkpoint.Checkpoints(tmp_path, config={}, keep=2)
+    for step in (1, 2):
+        saves.save(steps.TrainState(jnp.int32(step), {"a": jnp.zeros(3)}, {}), force=True)
+        saves._settle()
+    saves.close()
+    assert checkpoint.keep(tmp_path / "checkpoints" / "1", tmp_path / "run")
+    for step in (1, 2):  # killed before it looked whether it is needed
+        (tmp_path / "checkpoints" / str(step)).rename(tmp_path / "checkpoints" / f"{step}.removed")
+    checkpoint.Checkpoints(tmp_path, config={}, keep=2).close()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_run_goes_on_where_its_base_and_its_data_were_moved(tmp_path, monkeypatch):
+    run, there = tmp_path / "run", {"model.path": "/gone/model", "data.path": "gone/pairs.jsonl"}
+    monkeypatch.chdir(tmp_path)
+
+    def settings(**changes):
+        model, data = ({**there, **changes}[key] for key in ("model.path", "data.path"))
+        return {
+            "model": {"path": model},
+            "data": {"path": data, "images": changes.get("images", "")},
+        }
+
+    checkpoint.open_run(run, settings())
+    begin(run)
+    moved = {"model.path": str(tmp_path), "data.path": str(tmp_path / "pairs.jsonl")}
+    for key in moved:  # nothing tells what lay there
+        with pytest.raises(UserError, match=f"of another configuration .{key}: "):
+            checkpoint.check_continues(run, settings(**{key: moved[key]}))
+    checkpoint.check_continues(run, settings(**{"data.path": f"{tmp_path}/gone/x/../pairs.jsonl"}))
+    checkpoint.check_files(run, lambda: FILES)
+    checkpoint.check_data(run, {"pairs": {"rows": 2, "digest": "a"}})
+    checkpoint.check_continues(run, settings(**moved))
+    with pytest.raises(UserError, match="of another configuration .data.images: '' there, 'x' now"):
+        checkpoint.check_continues(run, settings(**moved, images="x"))
+    with pytest.raises(UserError, match="of another configuration .data.path: .* there, '' now"):
+        checkpoint.check_continues(run, settings(**{"data.path": ""}))
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone" / "pairs.jsonl").touch()  # it was not moved: these are others
+    with pytest.raises(UserError, match="of another configuration .data.path: "):
+        checkpoint.check_continues(run, settings(**moved))
+    with pytest.raises(
+        UserError, match="not the rows that .*pairs: 2 rows .a. then, 2 rows .b. now"
+    ):
+        checkpoint.check_data(run, {"pairs": {"rows": 2, "digest": "b"}}, keep=False)
+
+
 def test_marks_are_of_any_name_and_whole_or_not_there(tmp_path, monkeypatch):
     path, other = tmp_path / "first" / "checkpoints" / "1", tmp_path / "\udcff"
     path.mkdir(parents=True)
@@ -139,7 +210,7 @@ def test_a_checkpoint_that_is_marked_while_it_is_removed_comes_back(tmp_path, mo
     saves.close()
     assert said == [True] and capsys.readouterr().out == ""
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["1", "3"]
-    (tmp_path / "run").rmdir()
+    shutil.rmtree(tmp_path / "run")
     checkpoint.Checkpoints(tmp_path, config={}, keep=2).close()
     assert capsys.readouterr().out == "", "the newest are kept in any case"
     checkpoint.Checkpoints(tmp_path, config={}, keep=1).close()

@@ -39,8 +39,13 @@ def _base(output: str | os.PathLike, name: str, replays: bool) -> str:
     if replays or _has_begun(output):
         model = checkpoint.read_run(output).get("model")
         recorded = model.get("path") if isinstance(model, dict) else None
-        same = isinstance(recorded, str) and checkpoint.locate(recorded)[0] == run
-        return recorded if same and step is None else name
+        if step is not None or not isinstance(recorded, str):
+            return name
+        then, number = checkpoint.locate(recorded)
+        if then == run:
+            return recorded
+        moved = run / pathlib.Path(recorded).relative_to(then)  # its checkpoint of then
+        return str(moved) if number is not None and not then.exists() and moved.is_dir() else name
     found = _pinned(output, name)
     if step is None:
         print(f"config.model.path={name}: its newest checkpoint now, {found.name}, is the base")
@@ -124,6 +129,10 @@ def read(settings: Mapping[str, Any], trainable: Mapping[str, Any]) -> dict[str,
     """
     name = settings["init_from"]
     path = pathlib.Path(name)
+    if not path.exists():
+        raise UserError(
+            f"config.init_from={name}, which the run begins from, is not there: put it back"
+        )
     if checkpoint.is_run(path):
         _check_base(path, settings["model"]["path"])
     elif peft.is_adapter(path):

@@ -102,6 +102,7 @@ def _replay(config, settings: dict[str, Any]) -> dict[str, float]:
     checkpoint.check_continues(config.output, settings)
     settings["init_from"] = initial.resolve(config.output, settings["init_from"], replays=True)
     run = _open(config, settings)
+    checkpoint.check_data(config.output, run.data.fingerprint(), keep=False)
     trainable = run.trainable
     if settings["init_from"]:
         if not checkpoint.has_begun(config.output, before=config.train.replay):

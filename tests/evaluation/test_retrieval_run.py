@@ -237,9 +237,16 @@ def test_a_comparison_replaces_no_evaluation(tmp_path):
     runs = [mmeb_report(tmp_path / name, 0.5, ["GQA"]) for name in "ab"]
     for output in (runs[1], mmeb_report(tmp_path / "c", 0.5, [])):
         before = (pathlib.Path(output) / "report.json").read_text()
-        with pytest.raises(UserError, match="is the output of an evaluation"):
+        with pytest.raises(UserError, match="report.json is no comparison's; name another dir"):
             compare.compare(runs, output)
         assert (pathlib.Path(output) / "report.json").read_text() == before
+    (tmp_path / "smol").mkdir()
+    for content in ('{"title": "UniME", "models": {}, "split": "test", "tables": {}}', "5", "null",
+                    "{", "[]"):  # fmt: skip
+        (tmp_path / "smol" / "report.json").write_text(content)
+        with pytest.raises(UserError, match="--output=.*smol: its report.json is no comparison's"):
+            compare.compare(runs, tmp_path / "smol")
+        assert (tmp_path / "smol" / "report.json").read_text() == content
     for _ in range(2):  # a comparison is replaced
         compare.compare(runs, tmp_path / "out")
 

@@ -1,5 +1,6 @@
 """What runs and conversions leave on the disk: checkpoints, run and model directories."""
 
+from unime_jax.checkpoint.kept import keep
 from unime_jax.checkpoint.model_directory import (
     is_model,
     read_model,
@@ -15,7 +16,6 @@ from unime_jax.checkpoint.run_directory import (
     check_files,
     has_begun,
     is_run,
-    keep,
     locate,
     lock,
     open_run,

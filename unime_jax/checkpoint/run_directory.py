@@ -6,7 +6,8 @@ files.json        hashes of the other files that the run reads: its base, its te
 run.lock          held by the process that trains there
 checkpoints/N/    see `runs`
 damaged/          checkpoints that were found damaged, moved here
-kept/N            which other runs need checkpoint N: it is never removed
+kept/N            which other runs need checkpoint N: it is never removed (see `kept`)
+begins_from       checkpoints of others that a start has marked so, until run.json names them
 metrics.jsonl     one line a logged step
 """
 
@@ -27,7 +28,7 @@ from unime_jax.checkpoint import integrity
 from unime_jax.types import UserError
 
 RUN_FILE, DATA_FILE, FILES_FILE, LOCK_FILE = "run.json", "data.json", "files.json", "run.lock"
-CHECKPOINTS, DAMAGED, KEPT = "checkpoints", "damaged", "kept"
+CHECKPOINTS, DAMAGED, BEGINS = "checkpoints", "damaged", "begins_from"
 # Keys that may change between a run and its continuation without changing what is computed.
 FREE_KEYS = (
     "checkpoint.",
@@ -46,6 +47,10 @@ FREE_KEYS = (
 )
 # Keys that runs of old lack, and what they did.
 NEW_KEYS = {"data.joint_bins": False, "optim.spike_factor": 0.0, "optim.spike_window": 32}
+# Keys of paths: what lies there is known by its contents from files.json; by its rows from
+# data.json, which tells data that were moved but not one copy from another one's pictures.
+_BY_FILES = ("model.path", "teacher.vectors")
+_BY_ROWS = ("data.path", "data.images", "data.features")
 # Files that runs of old read as well and kept no hashes of.
 NEW_FILES = ("processor_config.json",)
 
@@ -56,68 +61,6 @@ def locate(path: str | os.PathLike) -> tuple[pathlib.Path, int | None]:
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
     return path, None
-
-
-def keep(checkpoint: str | os.PathLike, output: str | os.PathLike) -> bool:
-    """Has a run keep a checkpoint for another one that is built on it; says whether it will.
-
-    Args:
-      checkpoint: RUN/checkpoints/STEP.
-      output: the other run. What it was to be built on when it was started before and saved nothing
-        is no longer kept for it; what another run under its name needs is.
-    """
-    run, step = locate(checkpoint)
-    place, line = run / KEPT, str(pathlib.Path(output).absolute())
-    before = _begins_from(output)
-    with contextlib.suppress(OSError):
-        place.mkdir(exist_ok=True)
-        with open(place / "lock", "a") as lock:  # others may mark theirs
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.lockf(lock, fcntl.LOCK_EX)
-            _mark(place / str(step), line, True)
-            there = pathlib.Path(checkpoint).is_dir()  # not removed before it was marked
-            for number in integrity.steps(place):
-                if not there if number == step else (run, number) in before:
-                    _mark(place / str(number), line, False)
-        return there
-    return False
-
-
-def _begins_from(output: str | os.PathLike) -> set[tuple[pathlib.Path, int | None]]:
-    """Returns the runs and steps that a run without checkpoints was to begin from; {} of others."""
-    if has_begun(output):
-        return set()
-    try:
-        config = read_run(output)
-    except UserError:
-        return set()
-    model = config.get("model")
-    names = config.get("init_from"), model.get("path") if isinstance(model, dict) else None
-    return {locate(name) for name in names if isinstance(name, str)}
-
-
-def kept_for_none(path: str | os.PathLike) -> dict[int, list[str]]:
-    """Returns the runs that checkpoints are kept for, by step, where none of them is there."""
-    place = pathlib.Path(path) / KEPT
-    runs = {step: _lines(place / str(step)) for step in integrity.steps(place)}
-    return {step: lines for step, lines in runs.items() if not any(map(os.path.exists, lines))}
-
-
-def _lines(path: pathlib.Path) -> list[str]:
-    return os.fsdecode(path.read_bytes()).splitlines() if path.is_file() else []
-
-
-def _mark(path: pathlib.Path, line: str, wanted: bool) -> None:
-    """Puts a line into a file or takes it out; without any the file goes."""
-    lines = _lines(path)
-    kept = [other for other in lines if wanted or other != line]
-    kept += [line] * (wanted and line not in lines)
-    if not kept:
-        path.unlink(missing_ok=True)
-    elif kept != lines:
-        part = path.with_name(f"{path.name}.part")
-        part.write_bytes(os.fsencode("".join(f"{other}\n" for other in kept)))
-        os.replace(part, path)
 
 
 def is_run(path: str | os.PathLike) -> bool:
@@ -151,7 +94,9 @@ def check_continues(path: str | os.PathLike, config: dict[str, Any]) -> None:
     differing = [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key) and not key.startswith(FREE_KEYS)
+        if old.get(key) != new.get(key)
+        and not key.startswith(FREE_KEYS)
+        and not _is_same_place(pathlib.Path(path), key, old.get(key), new.get(key))
     ]
     if differing:
         raise UserError(
@@ -159,6 +104,21 @@ def check_continues(path: str | os.PathLike, config: dict[str, Any]) -> None:
             "go on with what it has (--config.KEY=VALUE), choose another config.output or remove "
             "that directory"
         )
+
+
+def _is_same_place(run: pathlib.Path, key: str, then: Any, now: Any) -> bool:
+    """Says whether a path is the same one, or what lies there is yet to be compared with a record.
+
+    `check_files` and `check_data` do, of every run that goes on.
+    """
+    if key not in _BY_FILES + _BY_ROWS or not (isinstance(then, str) and then and now):
+        return False
+    there, here = (pathlib.Path(place).expanduser().resolve() for place in (then, now))
+    if there == here:
+        return True
+    if key in _BY_ROWS:
+        return not there.exists() and (run / DATA_FILE).is_file()
+    return (run / FILES_FILE).is_file() and bool(_read(run / FILES_FILE).get(f"config.{key}"))
 
 
 def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
@@ -175,6 +135,7 @@ def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
         if runtime.is_main():
             path.mkdir(parents=True, exist_ok=True)
             integrity.write_json(path / RUN_FILE, config)
+            (path / BEGINS).unlink(missing_ok=True)
     if not is_run(path):
         raise UserError(
             f"config.output={path}: what process 0 writes there is not seen here; all processes "
@@ -190,12 +151,15 @@ def has_begun(path: str | os.PathLike, *, before: float = math.inf) -> bool:
     return any(step < before for step in integrity.steps(pathlib.Path(path) / CHECKPOINTS))
 
 
-def check_data(path: str | os.PathLike, found: dict[str, dict[str, Any]]) -> None:
+def check_data(
+    path: str | os.PathLike, found: dict[str, dict[str, Any]], *, keep: bool = True
+) -> None:
     """Keeps what a run's data are, or checks that they are those that it began with.
 
     Args:
       path: the run directory.
       found: by data set, its number of rows and a digest of them, as this process read them.
+      keep: False to check alone.
 
     Raises:
       UserError: they differ, or processes read other ones; every data set that does is named.
@@ -209,13 +173,14 @@ def check_data(path: str | os.PathLike, found: dict[str, dict[str, Any]]) -> Non
             )
     with _by_main():
         if runtime.is_main():
-            _check_data(pathlib.Path(path), found)
+            _check_data(pathlib.Path(path), found, keep)
 
 
-def _check_data(path: pathlib.Path, found: dict[str, dict[str, Any]]) -> None:
+def _check_data(path: pathlib.Path, found: dict[str, dict[str, Any]], keep: bool) -> None:
     file = path / DATA_FILE
-    if not file.is_file() or not has_begun(path):
-        integrity.write_json(file, found)
+    if not file.is_file() or (keep and not has_begun(path)):
+        if keep:
+            integrity.write_json(file, found)
         return
     there = _read(file)
     for name, entry in there.items():

@@ -30,6 +30,7 @@ import numpy as np
 
 from unime_jax import runtime
 from unime_jax.checkpoint import integrity, orbax_arrays, run_directory
+from unime_jax.checkpoint.kept import KEPT, kept_for_none
 from unime_jax.types import UserError
 
 # What a kill leaves of a save or of a removal; other names are the user's.
@@ -77,9 +78,9 @@ class Checkpoints:
         self._pending: concurrent.futures.Future | None = None
         if runtime.is_main():
             self._directory.mkdir(parents=True, exist_ok=True)
-            for path in self._directory.iterdir():
+            for path in [*self._directory.iterdir()]:
                 if _LEFT.fullmatch(path.name):
-                    shutil.rmtree(path, ignore_errors=True)
+                    self._undo_or_remove(path)
         self._latest = int(
             runtime.by_main(lambda: str(max(integrity.steps(self._directory), default=-1)))
         )
@@ -204,15 +205,22 @@ class Checkpoints:
         if not runtime.is_main():
             return
         integrity.to_disk(self._directory)  # the new one's name, before older ones go
-        kept = self._run / run_directory.KEPT
+        kept = self._run / KEPT
         for step in self._surplus() - {*integrity.steps(kept)}:
             path = self._directory / str(step)
             doomed = path.with_name(f"{step}.removed")  # never half a checkpoint under its name
             os.replace(path, doomed)
-            if (kept / str(step)).exists():  # marked meanwhile by a run that saw it in its place
-                os.replace(doomed, path)
-            else:
-                shutil.rmtree(doomed, ignore_errors=True)
+            self._undo_or_remove(doomed)
+
+    def _undo_or_remove(self, left: pathlib.Path) -> None:
+        """Removes what is left of a checkpoint, unless it is one that another run needs."""
+        step, _, how = left.name.partition(".")
+        place = left.with_name(step)
+        # Marked meanwhile by a run that saw it in its place.
+        if how == "removed" and (self._run / KEPT / step).exists() and not place.exists():
+            os.replace(left, place)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
     def _surplus(self) -> set[int]:
         """Returns the steps that are neither of the newest nor of the best."""
@@ -271,12 +279,12 @@ class Checkpoints:
             self._say_kept_for_none()
 
     def _say_kept_for_none(self) -> None:
-        kept = run_directory.kept_for_none(self._run) if runtime.is_main() else {}
+        kept = kept_for_none(self._run) if runtime.is_main() else {}
         for step in sorted(kept.keys() & self._surplus()):
             print(
                 f"{self._directory / str(step)} is kept for {', '.join(kept[step])}, which is not "
                 "there any more; if that was removed, not moved, and nothing else is built on it, "
-                f"remove it and {self._run / run_directory.KEPT / str(step)}"
+                f"remove it and {self._run / KEPT / str(step)}"
             )
 
 

@@ -24,6 +24,7 @@ from unime_jax.evaluation.retrieval_report import (
 from unime_jax.types import UserError
 
 DEFAULT_OUTPUT = "runs/compare"
+_TITLE = "Comparison"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,17 +44,14 @@ def compare(runs: Sequence[str], output) -> pathlib.Path:
 
     Args:
       runs: output directories of evaluations of one benchmark, or NAME=DIRECTORY.
-      output: directory of the comparison.
+      output: directory of the comparison; an earlier one's is replaced.
 
     Raises:
       UserError: a run without results, or of another benchmark than the first; an output that
-        would replace an evaluation's.
+        holds another report.
     """
     runtime.check_output(output, "--output")
-    with contextlib.suppress(OSError, ValueError):
-        there = pathlib.Path(output).expanduser() / "report.json"
-        if "results" in json.loads(there.read_text()):
-            raise UserError(f"--output={output}: is the output of an evaluation; name another")
+    _check_free(output)
     found = _read(runs)
     kinds = {each["results"]["benchmark"] for each in found.values()}
     if len(kinds) > 1:
@@ -63,10 +61,22 @@ def compare(runs: Sequence[str], output) -> pathlib.Path:
     sections = make(found, output)
     sections += _cosines(found, output)
     path = report.write_report(
-        output, "Comparison", sections, runs={name: each["model"] for name, each in found.items()}
+        output, _TITLE, sections, runs={name: each["model"] for name, each in found.items()}
     )
     report.print_report(path, sections)
     return path
+
+
+def _check_free(output) -> None:
+    """Raises `UserError` where the output holds a report of anything else."""
+    there = pathlib.Path(output).expanduser() / "report.json"
+    found = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        found = json.loads(there.read_text())
+    if there.exists() and not (isinstance(found, dict) and found.get("title") == _TITLE):
+        raise UserError(
+            f"--output={output}: its report.json is no comparison's; name another directory"
+        )
 
 
 def _read(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
