@@ -106,7 +106,16 @@ def test_a_second_run_does_nothing(tmp_path, registry, capsys):
     assert "is up to date" in out and table in out
     assert len(registry) == count
     assert before == {p: p.stat().st_mtime_ns for p in before}
-    run(tmp_path, "--layers", "1")
+    mine = packages.jsonl(tmp_path, 3)
+    for flags, said in (
+        (("--layers", "1"), "layers 2 there, 1 now"),
+        (("--seed", "7", "--layers", "1"), "layers 2 there, 1 now; seed 0 there, 7 now"),
+        (("--pairs", mine), f"pairs of the packages there, of {mine} now"),
+    ):
+        message = fails(capsys, "--cache", tmp_path, "--layers", "2", *flags)
+        assert f"smol was prepared in another way ({said}): --again replaces it, or " in message
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    run(tmp_path, "--layers", "1", "--again")
     assert len(registry) == count
     config = json.loads((tmp_path / "smol/student/config.json").read_text())
     assert config["text_config"]["num_hidden_layers"] == 1
@@ -206,7 +215,7 @@ def test_nothing_half_done_is_left_by_a_failure(tmp_path, registry, capsys, monk
         raise UserError("stopped")
 
     monkeypatch.setattr(smol_builders, "write", stop)
-    assert "stopped" in fails(capsys, "--cache", tmp_path, "--layers", "1")
+    assert "stopped" in fails(capsys, "--cache", tmp_path, "--layers", "1", "--again")
     assert there() == before
     assert not [path.name for path in (tmp_path / "smol").iterdir() if path.name.startswith(".")]
 
@@ -241,7 +250,9 @@ def test_own_pairs_without_apt(tmp_path, registry, monkeypatch, capsys):
     run(tmp_path / "cache", "--pairs", str(listed), "--again")
     assert sum(len(sources.pairs(data, split)) for split in sizes) == 60
     listed.write_text(listed.read_text().replace("thing 3", "gadget 3"))
-    run(tmp_path / "cache", "--pairs", str(listed))
+    message = fails(capsys, "--cache", tmp_path / "cache", "--layers", "2", "--pairs", listed)
+    assert f"prepared in another way (pairs of another {listed}): --again replaces it" in message
+    run(tmp_path / "cache", "--pairs", str(listed), "--again")
     assert "gadget 3" in {c for s in sizes for c in sources.pairs(data, s).captions()}
 
 

@@ -164,6 +164,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--layers is {args.layers}: give 1 to {_LAYERS}")
     smol.check_extras(own_pairs=bool(args.pairs))
     own = smol.own_pairs(pathlib.Path(args.pairs), args.image_root) if args.pairs else None
+    if known and not args.again:
+        _check_same(target, known.get("wanted"), wanted)
     with assets.Cache(cache_dir / "packages") as cache:
         files = _fetch(cache, own_pairs=own is not None)
         target.mkdir(parents=True, exist_ok=True)
@@ -179,6 +181,29 @@ def run(args: argparse.Namespace) -> None:
         content = {"wanted": wanted, "table": table, "skipped": skipped}
         assets.write_json(target / "prepared.json", content)
     print(f"{table}\ndone: {target}")
+
+
+def _check_same(target: pathlib.Path, there, now: dict) -> None:
+    """Raises `UserError` where what is there was prepared in another way."""
+    if not isinstance(there, dict) or there.get("format") != _FORMAT:
+        return
+    told = [
+        f"{key} {there.get(key)} there, {now[key]} now"
+        for key in ("layers", "seed")
+        if there.get(key) != now[key]
+    ]
+    if there.get("pairs") != now["pairs"]:
+        one, other = (
+            (pairs or ["the packages"])[0] for pairs in (there.get("pairs"), now["pairs"])
+        )
+        told.append(
+            f"pairs of {one} there, of {other} now" if one != other else f"pairs of another {one}"
+        )
+    if told:
+        raise UserError(
+            f"{target} was prepared in another way ({'; '.join(told)}): --again replaces it, or "
+            "choose another --cache"
+        )
 
 
 def _file(pair) -> str:
