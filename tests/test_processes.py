@@ -146,6 +146,13 @@ def test_what_two_processes_began_one_goes_on_with(name, changes, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_process_0_said_outlives_it_until_the_others_have_heard():
+    for number, said in enumerate(
+        processes.finish(processes.start_program("failing_together.py"), [2, 2])
+    ):
+        assert f"error (process {number} of 2): what process 0 found is no good" in said
+
+
 def test_a_fault_of_one_ends_all(root, tmp_path):
     """The second start finds another run there."""
     a = flags(root, tmp_path / "run")

@@ -1,5 +1,6 @@
 """The process: start, exit codes, signals, what processes tell each other, platform and cache."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -75,6 +76,9 @@ def run_entry(main: Callable[[list[str]], None], argv: list[str] | None = None) 
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        if code == 2:  # others may meet the same, and what process 0 told them goes with it
+            with contextlib.suppress(Exception):
+                _messages().wait_at_barrier("unime_jax_failed", _LAST_WORDS_MS)
         # A regular exit would wait for the other processes, and they wait for this one.
         os._exit(code)
 
@@ -241,6 +245,7 @@ def _without_late_news(found) -> None:
 
 
 _WAIT_MS = 600_000
+_LAST_WORDS_MS = 10_000
 HASHING_MS = 3_600_000  # until process 0 alone has read what is large: `by_main(wait=...)`
 _CALLS, _GENERATION = itertools.count(), 0  # of messages; how many barriers there were
 _ALONE = False  # whether process 0 is in `by_main`, where the others only wait
