@@ -21,6 +21,7 @@ def main(argv: list[str]) -> None:
     import jax
 
     from unime_jax import embedder, loop, train, train_data
+    from unime_jax.planning import flops
 
     parts = {"imports": time.perf_counter() - START}
     spent = {"trace": 0.0, "lower": 0.0, "compile": 0.0, "cache": 0.0}
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
 
     timed(embedder, "build", "model")
     timed(train, "open_data", "data")
-    timed(loop.Loop, "_count", "counting operations")
+    timed(flops, "count", "counting operations")
     timed(train_data.TrainData, "batches", "batches")
     before_steps = {}
     steps = loop.Loop._steps
