@@ -16,6 +16,7 @@ import numpy as np
 
 SIDES = ("ours", "torch")
 LEFT_OUT, FAILED = "left out", "failed"  # keys of notes
+_TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "transformers", "peft")
 
 
@@ -167,7 +168,10 @@ def write_json(path: pathlib.Path, where: dict[str, Any], results: Sequence[Resu
 
 
 def plot(path: pathlib.Path, results: Sequence[Result], where: dict[str, Any]) -> None:
-    """Draws how many times better ours is in every test that has another side, or had to have."""
+    """Draws how many times better ours is in every test that has another side, or had to have.
+
+    Logarithmic: twice as good is as long to the right as half as good is to the left.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -184,7 +188,7 @@ def plot(path: pathlib.Path, results: Sequence[Result], where: dict[str, Any]) -
         if ratio is not None:
             middle, low, high = ratio
             color = "#2a6f97" if middle >= 1 else "#b5651d"
-            axes.barh(place, middle, color=color, height=0.6)
+            axes.barh(place, middle - 1, left=1, color=color, height=0.6)
             axes.plot([low, high], [place, place], color="black", linewidth=1.2)
             ours, torch = (short(median(result.samples[side])) for side in SIDES)
             words = [f"x {middle:.2f}   {ours} against {torch} {result.unit}"]
@@ -192,7 +196,12 @@ def plot(path: pathlib.Path, results: Sequence[Result], where: dict[str, Any]) -
         axes.text(1.02, place, text, va="center", fontsize=9, color=color, transform=beside)
     axes.axvline(1, color="grey", linewidth=1, linestyle="--")
     axes.set_yticks(range(len(found)), [result.title for result, _ in found])
-    axes.set_xlim(0, 1.05 * max([1.0, *(ratio[2] for _, ratio in found if ratio)]))
+    ends = [end for _, ratio in found if ratio for end in ratio[1:]]
+    axes.set_xscale("log")
+    axes.set_xlim(min([0.5, *ends]) / 1.05, max([2.0, *ends]) * 1.05)
+    ticks = [tick for tick in _TICKS if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel("times better than PyTorch (line: the extremes of all rounds)")
     axes.set_title(f"{where['gpu'] or where['processor']}, {where['cores']} cores", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

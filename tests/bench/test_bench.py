@@ -137,9 +137,10 @@ def test_a_side_that_fails_says_why(tmp_path):
 @pytest.mark.slow
 def test_both_sides_run_and_compute_the_same(tmp_path):
     pytest.importorskip("peft")
+    parts = ("tiny", "pipeline", "load", "save", "startup")
     done = subprocess.run(
-        [sys.executable, str(HERE / "run.py"), "--tiny", "--quick", "--only", "tiny", "pipeline"]
-        + ["--output", str(tmp_path)],
+        [sys.executable, str(HERE / "run.py"), "--tiny", "--quick", "--output", str(tmp_path)]
+        + ["--only", *parts],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
