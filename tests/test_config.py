@@ -251,6 +251,8 @@ def test_a_sound_config_passes(runnable):
         ("model.path", "/no/such/place"),
         ("data.path", ""),
         ("data.image_size", -1),
+        ("data.length_bins", 9),
+        ("data.length_bins", 0),
         ("data.image_crops", -4),
         ("data.directions", ("sideways",)),
         ("output", ""),

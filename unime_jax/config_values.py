@@ -12,9 +12,10 @@ _PATTERNS = ("train.adapters.targets", "train.trainable", "optim.multipliers")
 _ENDLESS = ("data.temperature", "loss.margin")  # may be inf: equal shares, nothing filtered
 _SEEDS = 2**31
 _AT_LEAST_1 = (
-    *("train.steps", "train.batch_size", "data.max_tokens", "data.length_bins", "data.variants"),
+    *("train.steps", "train.batch_size", "data.max_tokens", "data.variants"),
     *("data.threads", "checkpoint.keep", "log.every_steps", "optim.spike_window"),
 )
+LENGTH_BINS = 8  # at most
 _ABOVE_0 = ("loss.temperature", "optim.learning_rate", "data.temperature")
 _NOT_NEGATIVE = (
     *("loss.k", "train.chunk", "train.adapters.rank", "train.epochs", "train.replay"),
@@ -133,6 +134,11 @@ def _problems(flat: dict[str, Any]) -> Iterator[str]:
         (_ABOVE_0, lambda value: value > 0, "must be above 0"),
         (_NOT_NEGATIVE, lambda value: value >= 0, "must not be negative"),
         (_SHARES, lambda value: 0 <= value < 1, "must be in [0, 1)"),
+        (
+            ("data.length_bins",),
+            lambda value: 1 <= value <= LENGTH_BINS,
+            f"must be from 1 to {LENGTH_BINS}",
+        ),
     ):
         for key in keys:
             if key in flat and not fits(flat[key]):

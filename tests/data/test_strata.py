@@ -59,6 +59,20 @@ def test_sides_share_their_bins():
     assert {s.tokens for s in found} == {(40, 40, 0)}, "a side that is not encoded has no bin"
 
 
+def test_a_side_is_looked_through_once():
+    """Not for every stratum: sources have millions of rows."""
+
+    class Lengths(np.ndarray):
+        def any(self, *args, **kwargs):
+            seen.append(self.shape)
+            return super().any(*args, **kwargs)
+
+    seen = []
+    rows = np.random.default_rng(0).integers(1, 90, (400, 3)).astype(np.int32)
+    found, _ = strata.divide({0: rows.view(Lengths)}, {0: (False,) * 3}, [80], 4)
+    assert len(found) > 3 and seen == [(400,)] * 3
+
+
 def test_images_and_texts_have_bins_of_their_own():
     image = np.array([[300, 8, 0]] * 20 + [[320, 8, 0]] * 20, np.int32)
     text = np.array([[8, 8, 0]] * 20 + [[40, 8, 0]] * 20, np.int32)

@@ -11,26 +11,10 @@ os.environ.setdefault("TFDS_LOG_LEVEL", "error")
 import numpy as np
 import tensorflow_datasets as tfds
 
+from unime_jax.data.mmeb_sets import Pair
 from unime_jax.types import UserError
 
 IMAGES, PAIRS, SPLIT = "images", "pairs", "train"
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """One row; images are places among the set's images, -1 where a side has none.
-
-    Attributes:
-      target_key: equal for equal targets, text and image content alike.
-      row: its number in the published files.
-    """
-
-    query_text: str
-    query_image: int
-    target_text: str
-    target_image: int
-    target_key: str
-    row: int
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):

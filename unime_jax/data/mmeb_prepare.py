@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from unime_jax.data import image_files, mmeb_builder, mmeb_sets, pictures
+from unime_jax.data import image_files, mmeb_sets, pictures
 from unime_jax.types import UserError, reason
 
 SKIPPED, SUMMARY, SIDES = "skipped.jsonl", "prepared.json", "has_image.npy"
@@ -126,6 +126,8 @@ def prepare(
     Raises:
       UserError: files missing or not as published, more bad rows than the settings allow.
     """
+    from unime_jax.data import mmeb_builder  # with tfds, which training does not need
+
     files = parquet_files(source, name, settings.split)
     wanted = _wanted(files, settings)
     done = None if again else _read_summary(output / name, wanted)
@@ -268,7 +270,7 @@ class _Reader:
         self._reasons = dict.fromkeys(
             ("missing_images", "unreadable_images", "empty_pairs", "refused_paths"), 0
         )
-        self.pairs: list[mmeb_builder.Pair] = []
+        self.pairs: list[mmeb_sets.Pair] = []
         self.skipped: list[dict] = []
 
     def images(self) -> Iterator[bytes]:
@@ -315,7 +317,7 @@ class _Reader:
         image = self._by_path[row["pos_image_path"]] if row["pos_image_path"] else ""
         key = _digest(f"{row['pos_text']}\0{image}".encode())
         self.pairs.append(
-            mmeb_builder.Pair(row["qry"], numbers[0], row["pos_text"], numbers[1], key, self._read)
+            mmeb_sets.Pair(row["qry"], numbers[0], row["pos_text"], numbers[1], key, self._read)
         )
 
     def _load(self, path: str) -> bytes | _Bad:

@@ -1,4 +1,4 @@
-"""The 20 training sets of MMEB, as published (Hugging Face: TIGER-Lab/MMEB-train)."""
+"""The 20 training sets of MMEB, as published (Hugging Face: TIGER-Lab/MMEB-train), and a row."""
 
 import dataclasses
 
@@ -29,6 +29,23 @@ class TrainSet:
     def used(self) -> int:
         """Rows that the recipe takes."""
         return min(self.rows, ROWS_PER_SET)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One row; images are places among the set's images, -1 where a side has none.
+
+    Attributes:
+      target_key: equal for equal targets, text and image content alike.
+      row: its number in the published files.
+    """
+
+    query_text: str
+    query_image: int
+    target_text: str
+    target_image: int
+    target_key: str
+    row: int
 
 
 SETS = (

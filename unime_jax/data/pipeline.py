@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 
 import numpy as np
 
+from unime_jax.config_values import LENGTH_BINS
 from unime_jax.data import bad_rows, batch_info, encoding, mixture, strata, text_keys
 from unime_jax.data.ahead import ahead_of_time
 from unime_jax.data.preprocess import Preprocessor
@@ -78,8 +79,8 @@ class Batches:
         cache: pathlib.Path | None = None,
         progress: Callable[[int], None] = lambda rows: None,
     ):
-        if not 1 <= bins <= 8:
-            raise UserError(f"config.data.length_bins={bins}: 1 to 8")
+        if not 1 <= bins <= LENGTH_BINS:
+            raise UserError(f"config.data.length_bins={bins}: must be from 1 to {LENGTH_BINS}")
         self._data = list(data)
         self._preprocessor = preprocessor
         self._encoder = encoding.ItemEncoder(

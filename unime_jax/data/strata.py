@@ -118,24 +118,24 @@ def divide(
     """
     sides = next(iter(lengths.values())).shape[1]
 
-    def kind(number: int, side: int) -> tuple[int, bool]:  # of rows that share bins
-        if not joint:
-            return side, bool(has_image[number][side])
-        encoded = lengths[number][:, side].any()
-        return 0 if encoded else 1 + side, bool(has_image[number][side])
+    kinds = {}  # (source, side) -> of rows that share bins
+    for number, measured in lengths.items():
+        for side in range(sides):
+            shared = joint and measured[:, side].any()  # what is not encoded has a bin of its own
+            kinds[number, side] = -1 if shared else side, bool(has_image[number][side])
 
     sharing = collections.defaultdict(list)  # kind -> lengths, and how often a batch has each
     for number, measured in lengths.items():
         often = np.full(len(measured), per_source[number] / len(measured))
         for side in range(sides):
-            sharing[kind(number, side)].append((measured[:, side], often))
+            sharing[kinds[number, side]].append((measured[:, side], often))
     edges = {}
     for key, found in sharing.items():
         rows, often = (np.concatenate(column) for column in zip(*found, strict=True))
         edges[key] = mixture.bin_edges(rows, often, bins)
     found, counts = [], []  # (source, members, bin of each side)
     for number, measured in lengths.items():
-        own = [edges[kind(number, side)] for side in range(sides)]
+        own = [edges[kinds[number, side]] for side in range(sides)]
         least = -(-len(measured) // per_source[number])
         cells = _cells(np.arange(len(measured)), measured, own, least)
         found += [(number, members, places) for members, places in cells]
@@ -143,12 +143,12 @@ def divide(
     longest = collections.defaultdict(int)
     for number, members, places in found:
         for side, place in enumerate(places):
-            key = kind(number, side), place
+            key = kinds[number, side], place
             longest[key] = max(longest[key], int(lengths[number][members, side].max()))
     strata = []
     for number, members, places in found:
         tokens = tuple(
-            -(-longest[kind(number, side), place] // mixture.ROUND) * mixture.ROUND
+            -(-longest[kinds[number, side], place] // mixture.ROUND) * mixture.ROUND
             for side, place in enumerate(places)
         )
         strata.append(Stratum(number, members, tokens, lengths[number][members]))
