@@ -1,7 +1,11 @@
 """`config.init_from`: a run starts from what another run or an adapter trained."""
 
+import functools
+import json
+import os
 import shutil
 import weakref
+from unittest import mock
 
 import fabricated
 import jax.numpy as jnp
@@ -9,7 +13,8 @@ import miniature
 import numpy as np
 import pytest
 
-from unime_jax import checkpoint, convert, initial, runtime, steps, train, weights
+from unime_jax import checkpoint, convert, initial, runtime, steps, train, train_data, weights
+from unime_jax.data import batch_info, fingerprint, sources
 from unime_jax.types import UserError
 
 
@@ -164,10 +169,154 @@ def test_a_base_that_was_moved_is_its_checkpoint_of_then(root, tmp_path):
     shutil.copytree(moved / "checkpoints" / "1", moved / "checkpoints" / "9")
     assert initial.base(output, str(moved)) == f"{moved}/checkpoints/1"
     assert initial.base(output, f"{moved}/checkpoints/9") == f"{moved}/checkpoints/9"
-    output = tmp_path / "other"
+    assert (moved / "kept" / "9").read_text() == f"{output}\n"
+    assert initial.base(output, str(moved), replays=True) == f"{moved}/checkpoints/1"
+
+
+def copied(run, place):
+    return shutil.copytree(run, place, ignore=shutil.ignore_patterns("kept"))
+
+
+def test_a_copy_of_a_base_is_its_checkpoint_of_then_and_keeps_it(root, tmp_path):
+    output, copy = tmp_path / "run", copied(root / "first", tmp_path / "copy")
     checkpoint.open_run(output, {"model": {"path": f"{root}/first/checkpoints/1"}})
     (output / "checkpoints" / "2").mkdir(parents=True)
-    assert initial.base(output, str(moved)) == str(moved), "the other one is still there"
+    shutil.copytree(copy / "checkpoints" / "1", copy / "checkpoints" / "9")
+    assert initial.base(output, str(copy), replays=True) == f"{copy}/checkpoints/1"
+    assert not (copy / "kept").exists()
+    assert initial.base(output, str(copy)) == f"{copy}/checkpoints/1"
+    assert (copy / "kept" / "1").read_text() == f"{output}\n"
+    # Refused, for what lies there is another one: the next start takes the mark back.
+    checkpoint.release(output, [f"{root}/first/checkpoints/1"])
+    assert not (copy / "kept" / "1").exists()
+
+
+@pytest.fixture
+def start(root, tmp_path, monkeypatch):
+    """Starts a run without a model and without steps; what it says if it is refused."""
+
+    def open_run(config, settings):
+        found, keep = weights.find(settings["model"]["path"]), not config.train.replay
+        checkpoint.check_files(config.output, lambda: train._hashes(found, settings), keep=keep)
+        if settings["data"]["path"].endswith("tasks.jsonl"):
+            rows = train_data._open_tasks(settings, [])
+        else:
+            folder = train_data._images(settings["data"])
+            rows = sources.pairs(settings["data"]["path"], folder=folder)
+            rows = rows.directed("text_to_image").by_source()
+        found = functools.partial(fingerprint.fingerprint, rows)
+        return mock.Mock(data=mock.Mock(spec=train_data.TrainData, fingerprint=found))
+
+    def train_on(*_, **__):
+        (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True, exist_ok=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_open", open_run)
+    monkeypatch.setattr(checkpoint, "Checkpoints", train_on)
+    monkeypatch.setattr(train.replay, "run", train_on)
+    monkeypatch.setattr(steps, "create_state", lambda *_, **__: None)
+
+    def begin(base, data="data/pairs.jsonl", **changes):
+        monkeypatch.chdir(tmp_path)
+        paths = {"output": tmp_path / "run", "model.path": base, "data.path": data}
+        c = miniature.config("smol_stage2", root, **{**paths, "data.features": "", **changes})
+        try:
+            train.run(c)
+        except KeyboardInterrupt:
+            return ""
+        except UserError as error:
+            return str(error)
+
+    miniature.write_pairs(tmp_path / "data")
+    return begin
+
+
+def test_a_start_that_is_refused_changes_no_setting(start, root, tmp_path):
+    first, other = (copied(root / "first", tmp_path / name) for name in ("first", "other"))
+    pinned = f"{first}/checkpoints/1"
+    shutil.copytree(first / "checkpoints" / "1", first / "checkpoints" / "9")
+    trained = checkpoint.read_trainable
+    text = (tmp_path / "data" / "pairs.jsonl").read_text()
+    (tmp_path / "data" / "typo.jsonl").write_text(text.replace("cat", "kitten"))
+    assert start(pinned) == ""
+    before = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.MonkeyPatch.context() as patch:  # the others were trained on
+
+        def read(path):
+            return {key: x + (str(path) != pinned) for key, x in trained(path).items()}
+
+        patch.setattr(checkpoint, "read_trainable", read)
+        for base in (root / "student", f"{first}/checkpoints/9", other):
+            said = start(base)
+            assert said.startswith("not the files that"), said
+            assert (tmp_path / "run" / "run.json").read_bytes() == before
+    (tmp_path / "data" / "pairs.jsonl").rename(tmp_path / "data" / "kept.jsonl")
+    assert "not the rows that" in start(pinned, "data/typo.jsonl")
+    assert (tmp_path / "run" / "run.json").read_bytes() == before
+    (tmp_path / "data" / "kept.jsonl").rename(tmp_path / "data" / "pairs.jsonl")
+    assert start(first) == start(pinned, **{"log.every_steps": 7}) == ""
+    assert checkpoint.read_run(tmp_path / "run")["log"]["every_steps"] == 7
+    assert sorted(os.listdir(first / "kept")) == ["1", "lock"]
+    assert not (other / "kept" / "1").exists()
+
+
+def test_a_start_that_saved_nothing_leaves_no_mark(start, root, tmp_path):
+    """Another one may begin from elsewhere."""
+    one, other = (copied(root / "first", tmp_path / name) for name in ("one", "other"))
+    for base in (one, other, root / "student"):
+        assert start(base) == ""
+        for run in (one, other):
+            assert (run / "kept" / "1").exists() == (run == base)
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize("name", ["pairs", "tasks"])
+def test_own_pairs_with_pictures_may_move(name, start, root, tmp_path):
+    here, there = tmp_path / "data", tmp_path / "there"
+    task = {"query_text": "a cat", "query_image": "0.png", "target_image": "sub/../1.png"}
+    (here / "tasks.jsonl").write_text(json.dumps(task))
+    assert start(root / "student", f"data/{name}.jsonl") == ""
+    assert start(root / "student", f"{here}/{name}.jsonl") == "", "spelled another way"
+    shutil.move(here, there)
+    assert start(root / "student", f"{there}/{name}.jsonl") == ""
+    text = (there / f"{name}.jsonl").read_text()
+    (there / f"{name}.jsonl").write_text(text.replace('"0.png', '"./2.png'))
+    assert "not the rows that" in start(root / "student", f"{there}/{name}.jsonl")
+
+
+@pytest.mark.parametrize("name", ["pairs", "tasks"])
+def test_rows_that_an_earlier_version_recorded_may_move(name, start, root, tmp_path, monkeypatch):
+    """It counted a picture by its path, as it was spelled then."""
+    task = {"query_text": "a cat", "query_image": "0.png", "target_image": "./1.png"}
+    (tmp_path / "data" / "tasks.jsonl").write_text(json.dumps(task))
+    name_row = batch_info.name_row
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_info, "name_row", lambda source, number, _: name_row(source, number))
+        assert start(root / "student", f"data/{name}.jsonl") == ""
+    record = tmp_path / "run" / "data.json"
+    before = record.read_text()
+    shutil.move(tmp_path / "data", tmp_path / "there")
+    there = f"{tmp_path}/there/{name}.jsonl"
+    assert start(root / "student", there, **{"train.replay": 1}) == ""
+    assert record.read_text() == before
+    assert start(root / "student", there) == "" and record.read_text() != before
+    shutil.move(tmp_path / "there", tmp_path / "data")
+    assert start(root / "student", f"data/{name}.jsonl") == ""
+
+
+def test_keys_that_a_run_was_begun_without_do_what_was_done_then(start, root, tmp_path, capsys):
+    assert start(root / "student") == ""
+    file = tmp_path / "run" / "run.json"
+    config = json.loads(file.read_text())
+    del config["data"]["joint_bins"], config["optim"]["spike_factor"]
+    config["my"] = {"own": 3}
+    config["init_from"] = config["data"]["images"] = None
+    file.write_text(json.dumps(config))
+    for _ in range(2):
+        assert start(root / "student", **{"data.joint_bins": True}) == ""
+        said = f"config.data.joint_bins=False: {tmp_path}/run was begun before there was this key"
+        assert said in capsys.readouterr().out
+    assert "data.max_tokens: 64 there" in start(root / "student", **{"data.max_tokens": 63})
 
 
 def test_a_step_taken_again_before_the_first_checkpoint_is_of_the_run_that_was(

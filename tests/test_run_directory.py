@@ -6,7 +6,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from unime_jax import checkpoint, steps
+from unime_jax import checkpoint, runtime, steps
 from unime_jax.checkpoint import run_directory, runs
 from unime_jax.types import UserError
 
@@ -225,3 +225,16 @@ def test_files_of_a_run_that_has_saved_nothing_are_those_that_it_recorded(tmp_pa
         checkpoint.check_files(
             tmp_path, lambda: {"config.model.path": {"a.safetensors": "1"}}, keep=False
         )
+
+
+def test_process_0_alone_says_whether_settings_continue_a_run(tmp_path, monkeypatch):
+    """Each sees its own disk, and one that stops leaves the others waiting."""
+    checkpoint.open_run(tmp_path, {"seed": 1})
+    begin(tmp_path)
+    checkpoint.check_continues(tmp_path, {"seed": 1, "teacher": {"path": "moved"}})
+    for check in (checkpoint.check_continues, checkpoint.open_run):
+        with pytest.raises(UserError, match="seed: 1 there, 2 now"):
+            check(tmp_path, {"seed": 2})
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "is_main", lambda: False)
+            check(tmp_path, {"seed": 2})

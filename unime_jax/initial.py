@@ -39,17 +39,24 @@ def _base(output: str | os.PathLike, name: str, replays: bool) -> str:
     if replays or _has_begun(output):
         model = checkpoint.read_run(output).get("model")
         recorded = model.get("path") if isinstance(model, dict) else None
-        if step is not None or not isinstance(recorded, str):
-            return name
-        then, number = checkpoint.locate(recorded)
-        if then == run:
-            return recorded
-        moved = run / pathlib.Path(recorded).relative_to(then)  # its checkpoint of then
-        return str(moved) if number is not None and not then.exists() and moved.is_dir() else name
+        meant = _of_then(name, recorded) if isinstance(recorded, str) and step is None else name
+        if not replays and meant != recorded and checkpoint.locate(meant)[1] is not None:
+            _pinned(output, meant)
+        return meant
     found = _pinned(output, name)
     if step is None:
         print(f"config.model.path={name}: its newest checkpoint now, {found.name}, is the base")
     return str(found)
+
+
+def _of_then(name: str, recorded: str) -> str:
+    """Returns what a run as the base means where another path of it was recorded."""
+    run, _ = checkpoint.locate(name)
+    then, number = checkpoint.locate(recorded)
+    if then == run:
+        return recorded
+    moved = run / pathlib.Path(recorded).relative_to(then)  # its checkpoint of then, or a copy
+    return str(moved) if number is not None and moved.is_dir() else name
 
 
 def _pinned(output: str | os.PathLike, name: str) -> pathlib.Path:

@@ -36,7 +36,7 @@ from unime_jax.config import describe, parse, validate_train
 from unime_jax.data import teacher_vectors
 from unime_jax.evaluation import smol
 from unime_jax.train_checks import check_run
-from unime_jax.train_data import TrainData, open_data, reads_images
+from unime_jax.train_data import TrainData, image_start, open_data, reads_images
 from unime_jax.types import UserError, flatten, unflatten
 
 
@@ -60,18 +60,22 @@ def run(config) -> dict[str, float]:
             section[key] = str(pathlib.Path(section[key]).expanduser().resolve())
     if not config.data.fusion:
         settings["data"]["fusion"] = "together" if reads_images(settings) else "sum"
+    checkpoint.take_old_values(config.output, settings)
     if config.train.replay:
         return _replay(config, settings)
     with checkpoint.lock(config.output):
         settings["init_from"] = initial.resolve(config.output, settings["init_from"])
         settings["model"]["path"] = initial.base(config.output, settings["model"]["path"])
+        wanted = settings["init_from"], settings["model"]["path"]
+        checkpoint.release(config.output, wanted)
         checkpoint.open_run(config.output, settings)
         return _train(config, settings)
 
 
 def _train(config, settings: dict[str, Any]) -> dict[str, float]:
     run = _open(config, settings)
-    checkpoint.check_data(config.output, run.data.fingerprint())
+    _check_data(config, settings, run.data)
+    checkpoint.record(config.output, settings)
     saves = checkpoint.Checkpoints(
         config.output,
         config=settings,
@@ -102,13 +106,24 @@ def _replay(config, settings: dict[str, Any]) -> dict[str, float]:
     checkpoint.check_continues(config.output, settings)
     settings["init_from"] = initial.resolve(config.output, settings["init_from"], replays=True)
     run = _open(config, settings)
-    checkpoint.check_data(config.output, run.data.fingerprint(), keep=False)
+    _check_data(config, settings, run.data)
     trainable = run.trainable
     if settings["init_from"]:
         if not checkpoint.has_begun(config.output, before=config.train.replay):
             trainable = initial.read(settings, trainable)
     state = steps.create_state(trainable, run.optimizer, mesh=run.mesh)
     return replay.run(settings, run.graphdef, run.train_step, run.frozen, run.data, state, run.mesh)
+
+
+def _check_data(config, settings: dict[str, Any], data: TrainData) -> None:
+    """Checks that the rows are those that the run began with; versions before counted paths."""
+
+    def earlier(recorded: dict[str, Any]) -> list[checkpoint.Found]:
+        starts = dict.fromkeys(image_start(each["data"]) for each in (recorded, settings))
+        return [data.fingerprint(start) for start in starts]
+
+    keep = not config.train.replay
+    checkpoint.check_data(config.output, data.fingerprint(), keep=keep, earlier=earlier)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ class TrainData:
         note: str = "",
         bad_file: pathlib.Path | None = None,
         mesh=None,
-        fingerprint: Callable[[], dict[str, Any]] = dict,
+        fingerprint: Callable[..., dict[str, Any]] = dict,
     ):
         self._batches, self._threads, self._note = batches, threads, note
         self._workers, self._bad_file, self._begun = workers, bad_file, False
@@ -255,11 +255,15 @@ def open_data(settings: dict[str, Any], embedder: Embedder) -> TrainData:
     )
 
 
+def image_start(data: dict[str, Any]) -> pathlib.Path:
+    """Returns the directory that image paths of own pairs start from."""
+    return pathlib.Path(data.get("images") or pathlib.Path(data["path"]).parent).expanduser()
+
+
 def _images(data: dict[str, Any]) -> image_files.Folder:
     """Returns where the images of own pairs lie."""
-    start = data["images"] or pathlib.Path(data["path"]).expanduser().parent
     root = data.get("image_root") or None  # runs of old lack the key
-    return image_files.Folder(start, root, option="config.data.image_root")
+    return image_files.Folder(image_start(data), root, option="config.data.image_root")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What runs and conversions leave on the disk: checkpoints, run and model directories."""
 
-from unime_jax.checkpoint.kept import keep
+from unime_jax.checkpoint.kept import keep, release
 from unime_jax.checkpoint.model_directory import (
     is_model,
     read_model,
@@ -10,6 +10,7 @@ from unime_jax.checkpoint.model_directory import (
 )
 from unime_jax.checkpoint.run_directory import (
     RUN_FILE,
+    Found,
     Hashes,
     check_continues,
     check_data,
@@ -20,12 +21,15 @@ from unime_jax.checkpoint.run_directory import (
     lock,
     open_run,
     read_run,
+    record,
+    take_old_values,
 )
 from unime_jax.checkpoint.runs import Checkpoints, newest, read_state, read_trainable
 
 __all__ = [
     "RUN_FILE",
     "Checkpoints",
+    "Found",
     "Hashes",
     "check_continues",
     "check_data",
@@ -44,5 +48,8 @@ __all__ = [
     "read_run",
     "read_state",
     "read_trainable",
+    "record",
+    "release",
+    "take_old_values",
     "write_model",
 ]

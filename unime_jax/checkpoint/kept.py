@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import os
 import pathlib
+from collections.abc import Iterable, Iterator
 
+from unime_jax import runtime
 from unime_jax.checkpoint import integrity, run_directory
 from unime_jax.types import UserError
 
@@ -24,10 +26,7 @@ def keep(checkpoint: str | os.PathLike, output: str | os.PathLike) -> bool:
     place, line = run / KEPT, str(output.absolute())
     before = _begins_from(output)
     with contextlib.suppress(OSError):
-        place.mkdir(exist_ok=True)
-        with open(place / "lock", "a") as lock:  # others may mark theirs
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.lockf(lock, fcntl.LOCK_EX)
+        with _locked(place):
             with contextlib.suppress(OSError), open(output / run_directory.BEGINS, "ab") as begins:
                 begins.write(os.fsencode(f"{checkpoint}\n"))  # should this start end here
             _mark(place / str(step), line, True)
@@ -39,17 +38,47 @@ def keep(checkpoint: str | os.PathLike, output: str | os.PathLike) -> bool:
     return False
 
 
+def release(output: str | os.PathLike, wanted: Iterable[str]) -> None:
+    """Takes back the marks of earlier starts of a run, but for those that it needs now.
+
+    Args:
+      output: the run.
+      wanted: what it is built on.
+    """
+    runtime.by_main(lambda: _release(pathlib.Path(output), set(map(run_directory.locate, wanted))))
+
+
+def _release(output: pathlib.Path, wanted: set[tuple[pathlib.Path, int | None]]) -> str:
+    for run, step in _begins_from(output) - wanted:
+        if (run / KEPT / str(step)).is_file():
+            with contextlib.suppress(OSError), _locked(run / KEPT):
+                _mark(run / KEPT / str(step), str(output.absolute()), False)
+    return ""
+
+
+@contextlib.contextmanager
+def _locked(place: pathlib.Path) -> Iterator[None]:
+    """Keeps others from marking theirs meanwhile."""
+    place.mkdir(exist_ok=True)
+    with open(place / "lock", "a") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _begins_from(output: pathlib.Path) -> set[tuple[pathlib.Path, int | None]]:
-    """Returns the runs and steps that a run without checkpoints was to begin from; {} of others."""
-    if run_directory.has_begun(output):
-        return set()
+    """Returns the runs and steps that starts of a run have marked, and that it does not need.
+
+    It needs what run.json names once it has begun: before, another start may change all.
+    """
     config = {}
     with contextlib.suppress(UserError):
         config = run_directory.read_run(output)
     model = config.get("model")
     names = config.get("init_from"), model.get("path") if isinstance(model, dict) else None
-    names = *names, *_lines(output / run_directory.BEGINS)
-    return {run_directory.locate(name) for name in names if isinstance(name, str)}
+    named = {run_directory.locate(name) for name in names if isinstance(name, str)}
+    marked = set(map(run_directory.locate, _lines(output / run_directory.BEGINS)))
+    return marked - named if run_directory.has_begun(output) else marked | named
 
 
 def kept_for_none(path: str | os.PathLike) -> dict[int, list[str]]:

@@ -37,6 +37,7 @@ FREE_KEYS = (
     "mesh.",
     "output",
     "init_from",  # was read before the first checkpoint
+    "teacher.path",  # measures held-out sentences; what is trained on are its vectors
     "data.threads",
     "data.workers",
     "data.max_bad_share",
@@ -87,16 +88,20 @@ def check_continues(path: str | os.PathLike, config: dict[str, Any]) -> None:
     """Checks that a configuration continues the run that a directory holds.
 
     Raises:
-      UserError: it is another one; every differing key is named.
+      UserError: it is another one; every differing key is named. All processes raise it.
     """
+    runtime.by_main(lambda: _check_continues(pathlib.Path(path), config))
+
+
+def _check_continues(path: pathlib.Path, config: dict[str, Any]) -> str:
     old = {**NEW_KEYS, **_flat(read_run(path))}
     new = {**NEW_KEYS, **_flat(json.loads(json.dumps(config)))}
     differing = [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
-        for key in sorted(old | new)
-        if old.get(key) != new.get(key)
+        f"{key}: {old.get(key)!r} there, {new[key]!r} now"
+        for key in sorted(new)  # others of old were a user's own
+        if _or_empty(old.get(key)) != _or_empty(new[key])
         and not key.startswith(FREE_KEYS)
-        and not _is_same_place(pathlib.Path(path), key, old.get(key), new.get(key))
+        and not _is_same_place(path, key, old.get(key), new[key])
     ]
     if differing:
         raise UserError(
@@ -104,6 +109,31 @@ def check_continues(path: str | os.PathLike, config: dict[str, Any]) -> None:
             "go on with what it has (--config.KEY=VALUE), choose another config.output or remove "
             "that directory"
         )
+    return ""
+
+
+def _or_empty(value: Any) -> Any:
+    return "" if value is None else value  # they used to mean the same
+
+
+def take_old_values(path: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Sets the keys that a run lacks, for it was begun before they were there, to what it did then.
+
+    Args:
+      path: the run directory; one that has not begun takes all as it is.
+      config: the configuration of a start, which is changed.
+    """
+    for key in json.loads(runtime.by_main(lambda: json.dumps(_lacking(path)))):
+        section, name = key.split(".")
+        if config.get(section, {}).get(name, NEW_KEYS[key]) != NEW_KEYS[key]:
+            print(f"config.{key}={NEW_KEYS[key]}: {path} was begun before there was this key")
+            config[section][name] = NEW_KEYS[key]
+
+
+def _lacking(path: str | os.PathLike) -> list[str]:
+    """Returns the keys that were not there yet when a run was begun, if it was."""
+    begun = is_run(path) and has_begun(path)
+    return sorted(NEW_KEYS.keys() - _flat(read_run(path)).keys()) if begun else []
 
 
 def _is_same_place(run: pathlib.Path, key: str, then: Any, now: Any) -> bool:
@@ -117,30 +147,51 @@ def _is_same_place(run: pathlib.Path, key: str, then: Any, now: Any) -> bool:
     if there == here:
         return True
     if key in _BY_ROWS:
-        return not there.exists() and (run / DATA_FILE).is_file()
+        return not os.path.exists(there) and (run / DATA_FILE).is_file()
     return (run / FILES_FILE).is_file() and bool(_read(run / FILES_FILE).get(f"config.{key}"))
 
 
 def open_run(path: str | os.PathLike, config: dict[str, Any]) -> None:
     """Creates a run directory, or checks that the configuration continues the run that is there.
 
+    A run that has begun keeps its settings until `record`: files and rows are yet to be checked.
+
     Raises:
       UserError: the directory holds a run of another configuration, or cannot be written.
     """
     path = pathlib.Path(path)
-    if is_run(path) and has_begun(path):
-        check_continues(path, config)
-    runtime.barrier()  # all have looked at what was there
-    with _by_main(), _writable(path):
+    with _by_main():
         if runtime.is_main():
-            path.mkdir(parents=True, exist_ok=True)
-            integrity.write_json(path / RUN_FILE, config)
-            (path / BEGINS).unlink(missing_ok=True)
+            begun = is_run(path) and has_begun(path)
+            (_check_continues if begun else _write_settings)(path, config)
     if not is_run(path):
         raise UserError(
             f"config.output={path}: what process 0 writes there is not seen here; all processes "
             "need one directory, on a file system that they share"
         )
+
+
+def record(path: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Keeps the settings of a start whose files and rows are those of the run.
+
+    Keys that the run lacks stay so, that `take_old_values` finds them the next time as well.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    config = json.loads(json.dumps(config))
+    with _by_main():
+        if runtime.is_main():
+            for section, name in (key.split(".") for key in _lacking(path)):
+                config.get(section, {}).pop(name, None)
+            _write_settings(pathlib.Path(path), config)
+
+
+def _write_settings(path: pathlib.Path, config: dict[str, Any]) -> None:
+    with _writable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        integrity.write_json(path / RUN_FILE, config)
+        (path / BEGINS).unlink(missing_ok=True)
 
 
 def has_begun(path: str | os.PathLike, *, before: float = math.inf) -> bool:
@@ -151,8 +202,15 @@ def has_begun(path: str | os.PathLike, *, before: float = math.inf) -> bool:
     return any(step < before for step in integrity.steps(pathlib.Path(path) / CHECKPOINTS))
 
 
+Found = dict[str, dict[str, Any]]  # rows of data sets and a digest of them, by name
+
+
 def check_data(
-    path: str | os.PathLike, found: dict[str, dict[str, Any]], *, keep: bool = True
+    path: str | os.PathLike,
+    found: Found,
+    *,
+    keep: bool = True,
+    earlier: Callable[[dict[str, Any]], list[Found]] | None = None,
 ) -> None:
     """Keeps what a run's data are, or checks that they are those that it began with.
 
@@ -160,6 +218,8 @@ def check_data(
       path: the run directory.
       found: by data set, its number of rows and a digest of them, as this process read them.
       keep: False to check alone.
+      earlier: what earlier versions found in the same rows, from the settings that the run has
+        recorded; process 0 calls it.
 
     Raises:
       UserError: they differ, or processes read other ones; every data set that does is named.
@@ -173,10 +233,10 @@ def check_data(
             )
     with _by_main():
         if runtime.is_main():
-            _check_data(pathlib.Path(path), found, keep)
+            _check_data(pathlib.Path(path), found, keep, earlier)
 
 
-def _check_data(path: pathlib.Path, found: dict[str, dict[str, Any]], keep: bool) -> None:
+def _check_data(path: pathlib.Path, found: Found, keep: bool, earlier: Callable | None) -> None:
     file = path / DATA_FILE
     if not file.is_file() or (keep and not has_begun(path)):
         if keep:
@@ -186,7 +246,11 @@ def _check_data(path: pathlib.Path, found: dict[str, dict[str, Any]], keep: bool
     for name, entry in there.items():
         if not isinstance(entry, dict) or not {"rows", "digest"} <= entry.keys():
             raise UserError(f"{file}: {name!r} is {entry!r}; is the file damaged? remove it")
-    if differing := _differing(there, found, ("then", "now")):
+    differing = _differing(there, found, ("then", "now"))
+    if differing and earlier and there in earlier(read_run(path)):
+        if keep:  # whoever goes on from elsewhere cannot tell any more
+            integrity.write_json(file, found)
+    elif differing:
         raise UserError(
             f"config.data.path: not the rows that {path} was trained on so far ({differing}); put "
             "them back or choose another config.output"

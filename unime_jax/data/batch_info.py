@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from unime_jax.data import prompts
-from unime_jax.data.sources import Source, sides_of
+from unime_jax.data.sources import ImageRef, Source, sides_of
 from unime_jax.data.strata import Stratum
 
 SIDES = ("query", "target", "negatives")
@@ -116,7 +116,9 @@ def describe(
     )
 
 
-def name_row(source: Source, number: int) -> dict[str, Any]:
+def name_row(
+    source: Source, number: int, name_image: Callable[[ImageRef], str] = lambda image: image.name
+) -> dict[str, Any]:
     """Returns what finds a row again: data set, number in it, texts and names of images."""
     named: dict[str, Any] = {"set": source.name, "row": number}
     for name, items in zip(SIDES, sides_of(source[number]), strict=True):
@@ -124,7 +126,7 @@ def name_row(source: Source, number: int) -> dict[str, Any]:
             text, image = item.text, item.image
             if isinstance(text, prompts.Slotted):
                 text = f"{text.before}<image>{text.after}"
-            entry = {"text": text, "image": None if image is None else image.name}
+            entry = {"text": text, "image": None if image is None else name_image(image)}
             entry = {key: value for key, value in entry.items() if value is not None}
             if name == "negatives":
                 named.setdefault(name, []).append(entry)

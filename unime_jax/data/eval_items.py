@@ -59,7 +59,7 @@ class ImageFolder:
         except UserError as error:
             refusal = error  # the name is gone behind this block
             return ImageRef(-1, path, lambda: _refuse(refusal))
-        return ImageRef(-1, path, lambda: image_files.read_file(file), file)
+        return ImageRef(-1, path, lambda: image_files.read_file(file), file=file)
 
 
 def _refuse(error: UserError) -> bytes:

@@ -21,12 +21,14 @@ class ImageRef:
       number: its place among the source's images; cached features lie under it.
       name: what messages call it.
       load: returns the encoded bytes.
+      path: as the row gives it, where it gives one.
       file: holds them and nothing else; None where there is no such file.
     """
 
     number: int
     name: str
     load: Callable[[], bytes]
+    path: str = ""
     file: pathlib.Path | None = None
 
 
@@ -119,7 +121,8 @@ class Pairs:
         name: str,
         direction: str = "image_to_text",
         members: Sequence[int] | None = None,
-        labels: Sequence[str] | None = None,
+        paths: Sequence[str] | None = None,
+        start: pathlib.Path | None = None,
         files: Callable[[], Sequence[pathlib.Path | None]] = tuple,
     ):
         if direction not in DIRECTIONS:
@@ -129,7 +132,7 @@ class Pairs:
         self.direction = direction
         self._load = load
         self._members = list(range(len(rows))) if members is None else list(members)
-        self._labels = labels
+        self._paths, self._start = paths, start
         self.files = files
 
     def __len__(self) -> int:
@@ -138,8 +141,9 @@ class Pairs:
     def __getitem__(self, index: int) -> Example:
         number = self._members[index]
         row = self.rows[number]
-        label = self._labels[number] if self._labels else f"{self.name} row {number}"
-        image = ImageRef(number, label, lambda: self._load(number))
+        path = self._paths[number] if self._paths else ""
+        label = str(self._start / path) if self._start else f"{self.name} row {number}"
+        image = ImageRef(number, label, lambda: self._load(number), path)
         others = (*row.keywords, *([row.gloss] if row.gloss else []))
         if self.direction == "image_to_text":
             return Example(
@@ -175,7 +179,8 @@ class Pairs:
             "name": self.name,
             "direction": self.direction,
             "members": self._members,
-            "labels": self._labels,
+            "paths": self._paths,
+            "start": self._start,
             "files": self.files,
         }
         return Pairs(self.rows, self._load, **{**given, **changes})
@@ -287,7 +292,6 @@ def _jsonl_pairs(path: pathlib.Path, folder: image_files.Folder, faults: list[st
         for row in found
     ]
     names = [row["image"] for row in found]
-    labels = [str(folder.start / name) for name in names]
 
     def load(number: int) -> bytes:
         return folder.read(names[number])
@@ -295,7 +299,7 @@ def _jsonl_pairs(path: pathlib.Path, folder: image_files.Folder, faults: list[st
     def files() -> list[pathlib.Path | None]:
         return [_allowed(folder, name) for name in names]
 
-    return Pairs(rows, load, name="pairs", labels=labels, files=files)
+    return Pairs(rows, load, name="pairs", paths=names, start=folder.start, files=files)
 
 
 def _allowed(folder: image_files.Folder, name: str) -> pathlib.Path | None:

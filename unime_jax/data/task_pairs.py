@@ -83,7 +83,7 @@ class TaskPairs:
             return Item(text, None)
         name = str(self._folder.start / image)
         load = functools.partial(self._folder.read, image)
-        return Item(prompts.slotted(text) if text else None, ImageRef(-1, name, load))
+        return Item(prompts.slotted(text) if text else None, ImageRef(-1, name, load, image))
 
 
 def reads(path: pathlib.Path) -> bool:
