@@ -296,12 +296,13 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def compile_ahead(step, *arguments) -> None:
+def compile_ahead(step, *arguments) -> jax.stages.Compiled:
     """Compiles a jitted function for its next call, and gives back the memory that this took.
 
     Called at once, it is run on top of what its compiler has freed, which the C library keeps: some
     0.4 GiB of the newcomer's stage 2.
     """
     # The call finds this program. It is not called itself: it refuses 4-bit arrays (their layouts).
-    step.lower(*arguments).compile()
+    program = step.lower(*arguments).compile()
     allocator.give_back()
+    return program

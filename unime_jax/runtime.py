@@ -217,11 +217,11 @@ def start(*, preemptible: bool = False) -> None:
     cluster.join()
     try:
         devices = jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # an assertion: no plugin for it is installed
         if "gloo" in str(error):  # what processes on CPUs talk through
             cluster.check_own_name()
         asked = os.environ.get("JAX_PLATFORMS", "")
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] or "JAX has no plugin for them"
         raise UserError(
             f"JAX_PLATFORMS={asked}: no such devices here ({reason}); install the extra cuda12 or "
             "tpu, or unset it"

@@ -10,7 +10,6 @@ import workers
 from workers import Worker, WorkerError
 
 PLAIN = ("eager", "compile")
-# Without checkpoints the chunks that fill a GPU do not fit; the shorter rows of stage 1 may.
 CHECKPOINTS = ("checkpoint", "checkpoint_compile")
 # Shares of a card for ours: where it is alone there, and beside another process.
 ALONE, LEAST = 0.92, 0.1
@@ -63,19 +62,22 @@ class Bench:
         return done.stdout
 
     def variants(self, case: dict[str, Any]) -> tuple[str, ...]:
-        """Lists the ways in which PyTorch may take a step of a case; the fastest counts."""
-        if self.device == "cpu" or case["forward"]:
-            found = PLAIN
-        else:
-            found = CHECKPOINTS + (PLAIN if case["stage"] == "distill" else ())
-        return found[: 1 if self.quick else None]
+        """Lists the ways in which PyTorch may take a step of a case; the fastest counts.
+
+        Those for which a GPU's memory does not do are left out when they are tried.
+        """
+        checkpoints = self.device == "gpu" and not case["forward"]
+        found = (CHECKPOINTS if checkpoints else ()) + PLAIN
+        return tuple(way for way in found if not (self.quick and way.endswith("compile")))
 
     @property
     def platform(self) -> dict[str, str]:
         found = {workers.REPORTS: "1"} if self.device == "gpu" else {}
         if self.torch_device == "cpu":
             return found | workers.TWO_THREADS | {"JAX_PLATFORMS": "cpu"}
-        return found | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{self.share:.3f}"}
+        # Left to itself, JAX goes on with the CPU where it finds no GPU.
+        demanded = {"JAX_PLATFORMS": "cuda"}
+        return found | demanded | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{self.share:.3f}"}
 
     def side(self, name: str, variant: str = "", limit: float = workers.LIMIT) -> Worker:
         """Starts a side of a training step: ours, or PyTorch's in one of its ways.

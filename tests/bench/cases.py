@@ -46,6 +46,7 @@ class Case:
       settings: "section.key" -> value, over `base_config()`.
       forward: embed the rows rather than train on them.
       torch: whether PyTorch can do the same.
+      one_pass: PyTorch with checkpoints needs no chunks.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Case:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     forward: bool = False
     torch: bool = True
+    one_pass: bool = False
 
 
 def llava(
@@ -196,6 +198,7 @@ def prepare(case: Case, folder: pathlib.Path, models: pathlib.Path) -> None:
         "stage": case.stage,
         "forward": case.forward,
         "torch": case.torch,
+        "one_pass": case.one_pass,
         "rows": count,
         "unit": unit,
         "tokens": rows.tokens,

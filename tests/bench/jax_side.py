@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,46 +45,63 @@ def setup(folder: pathlib.Path):
         trainable = {path: jax.numpy.asarray(file[path]) for path in trainable}
     batch = as_batch(rows_files.load(folder / "rows.npz"))
     if settings["case"]["forward"]:
-        act = forward(graphdef, frozen, batch, mesh)
-        return _said(act, load_seconds), act
+        act, at_once = forward(graphdef, frozen, batch, mesh)
+        return _said(act, load_seconds) | {"at_once": at_once}, act
     optimizer, step = steps.from_settings(settings, graphdef, steps=1000, mesh=mesh)
     state = steps.create_state(trainable, optimizer, mesh=mesh)
-    ahead = False
+    program = None
 
     def act():
-        nonlocal state, ahead
+        nonlocal state, program
         placed = steps.place_batch(batch, mesh)
-        if not ahead:  # as the loop does
-            loop.compile_ahead(step, state, frozen, placed)
-            ahead = True
+        if program is None:  # as the loop does
+            program = loop.compile_ahead(step, state, frozen, placed)
         state, metrics = step(state, frozen, placed)
         jax.block_until_ready(state)
         return {name: float(metrics[name]) for name in ("loss", "gradient_norm")}
 
     said = _said(act, load_seconds)
     if os.environ.get(workers.REPORTS):
-        said |= _report(step, state, frozen, steps.place_batch(batch, mesh), settings)
+        dtype = settings["model"]["dtype"]
+        said |= report(
+            lambda: _operations(dtype, step, state, frozen, steps.place_batch(batch, mesh)),
+            lambda: _planned(program),
+        )
     return said, act
 
 
-def _report(step, *arguments_and_settings) -> dict[str, Any]:
-    """Returns what `plan` would say of the step: its operations, and its peak on an accelerator."""
+def report(*parts: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns what `plan` would say of the step; no figure is lost for a part that fails."""
+    found, failed = {}, []
+    for part in parts:
+        try:
+            found |= part()
+        except Exception as error:
+            failed.append(f"{type(error).__name__}: {workers.last_line(error)}")
+    return found | ({"not reported": "; ".join(failed)} if failed else {})
+
+
+def _operations(dtype: str, step, *arguments) -> dict[str, Any]:
     import jax
 
     from unime_jax.planning import flops, topology
 
-    *arguments, settings = arguments_and_settings
-    device = jax.devices()[0]
     counted = flops.count(step, *arguments)
-    chip = topology.of_device(device.device_kind)
-    found = {
+    chip = topology.of_device(jax.devices()[0].device_kind)
+    return {
         "operations": {"model": counted.model, "hardware": counted.total},
-        "peak_rate": chip and chip.rate(settings["model"]["dtype"]),
+        "peak_rate": chip and chip.rate(dtype),
     }
-    if device.platform != "cpu":
-        program = step.lower(*arguments).compile()
-        found["planned_gib"] = program.memory_analysis().peak_memory_in_bytes / 2**30
-    return found
+
+
+def _planned(program) -> dict[str, Any]:
+    """Returns the peak that the compiler planned, where it says one: on accelerators."""
+    import jax
+
+    if jax.devices()[0].platform == "cpu":
+        return {}
+    peak = program.memory_analysis().peak_memory_in_bytes
+    return {"planned_gib": peak / 2**30} if peak else {}
 
 
 def _said(act, load_seconds: float):
@@ -99,7 +117,10 @@ def _said(act, load_seconds: float):
 
 
 def forward(graphdef, flat, batch, mesh):
-    """Returns what embeds all rows as `unime_jax.embed` does, in groups of the library's size."""
+    """Returns what embeds all rows as `unime_jax.embed` does, in groups of the library's size.
+
+    And how many rows that is: positions of a row -> rows.
+    """
     import jax
 
     from unime_jax import runner
@@ -108,24 +129,29 @@ def forward(graphdef, flat, batch, mesh):
     size = sum(leaf.size for leaf in flat.values())
     run, params = runner.Runner(graphdef, size=size, mesh=mesh), unflatten(flat)
 
-    def groups(side):
-        for group in getattr(batch, side):
-            step = run.limits.full(group.tokens.shape[1], group.tiles.shape[1])
+    def full(group):
+        return run.limits.full(group.tokens.shape[1], group.tiles.shape[1])
+
+    def groups():
+        for group in batch.query:  # of all sides
+            step = full(group)
             for start in range(0, group.rows, step):
                 part = slice(start, start + step)
                 yield jax.tree.map(operator.itemgetter(part), group), None
 
     def act():
-        found = {}
-        for side in ("query", "target"):
-            vectors = [vectors for _, vectors in run.run(params, groups(side))]
-            found[side] = np.concatenate(vectors)[getattr(batch, f"{side}_order")]
-        return rows_files.fingerprint(found)
+        vectors = np.concatenate([vectors for _, vectors in run.run(params, groups())])
+        orders = {side: getattr(batch, f"{side}_order") for side in rows_files.SIDES}
+        return rows_files.fingerprint(
+            {side: vectors[order] for side, order in orders.items() if order is not None}
+        )
 
-    return act
+    return act, {str(x.tokens.shape[1]): min(x.rows, full(x)) for x in batch.query}
 
 
 def as_batch(rows: rows_files.Rows):
+    """Returns a batch whose groups of one shape are merged, as PyTorch's side has them."""
+    from unime_jax import chunks
     from unime_jax.types import Batch, Inputs
 
     def inputs(group):
@@ -134,7 +160,8 @@ def as_batch(rows: rows_files.Rows):
     sides = {side: tuple(map(inputs, groups)) for side, groups in rows.sides.items()}
     orders = {f"{side}_order": order for side, order in rows.orders.items()}
     empty = {"target": (), "target_order": None}
-    return Batch(**{**empty, **sides, **orders}, vectors=rows.vectors, target_ids=rows.target_ids)
+    batch = Batch(**{**empty, **sides, **orders}, vectors=rows.vectors, target_ids=rows.target_ids)
+    return chunks.merge(batch)[0]
 
 
 def peak() -> dict[str, float]:

@@ -15,6 +15,7 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import bench  # noqa: E402
+import gpu_cases  # noqa: E402
 import kernels  # noqa: E402
 import measure  # noqa: E402
 import rows  # noqa: E402
@@ -158,16 +159,36 @@ def test_both_sides_run_and_compute_the_same(tmp_path):
 
 
 def test_pytorch_may_take_plain_steps_where_they_may_fit():
-    def variants(device, stage, *, forward=False):
+    def variants(device, *, forward=False, quick=False):
         args = argparse.Namespace(
-            repeats=1, tiny=True, quick=False, device=device, compile_limit=None
+            repeats=1, tiny=True, quick=quick, device=device, compile_limit=None
         )
-        case = {"stage": stage, "forward": forward}
-        return bench.Bench(args, pathlib.Path("unused")).variants(case)
+        return bench.Bench(args, pathlib.Path("unused")).variants({"forward": forward})
 
-    assert variants("cpu", "contrast") == variants("gpu", "contrast", forward=True) == bench.PLAIN
-    assert variants("gpu", "contrast") == bench.CHECKPOINTS
-    assert {*variants("gpu", "distill")} == {*bench.CHECKPOINTS, *bench.PLAIN}
+    assert variants("cpu") == variants("gpu", forward=True) == ("eager", "compile")
+    assert variants("gpu") == ("checkpoint", "checkpoint_compile", "eager", "compile")
+    assert variants("gpu", quick=True) == ("checkpoint", "eager")
+    assert variants("cpu", quick=True) == variants("gpu", quick=True, forward=True) == ("eager",)
+
+
+def test_a_part_that_failed_in_part_keeps_its_figures_and_ends_in_an_error(monkeypatch, capsys):
+    found = [measure.Result("a", "a: FAILED", "s", {"ours": [1.0]}, {measure.FAILED: "differ"})]
+    monkeypatch.setattr(run, "training", lambda name, bench: found)
+    ended = argparse.Namespace(end_workers=lambda: None)
+    assert run.run_part("a", ended) == (found, False) and "differ" in capsys.readouterr().out
+    found[0].notes.clear()
+    assert run.run_part("a", ended) == (found, True)
+
+
+def test_a_gpu_case_has_settings_of_its_own_and_says_which(monkeypatch):
+    monkeypatch.setattr(gpu_cases, "card_memory", lambda: 85.0)
+    case = gpu_cases.case("gpu_llava_stage1")
+    assert (case.settings["train.chunk"], case.settings["model.remat"]) == (128, "dots")
+    assert case.title == "llava16_stage1, 768 sentences, chunks of 128, remat dots"
+    assert case.one_pass and not gpu_cases.case("gpu_llava_pairs").one_pass
+    assert "chunks" not in gpu_cases.case("gpu_llava_embed").title
+    monkeypatch.setattr(gpu_cases, "card_memory", lambda: 150.0)
+    assert "chunks of 192" in gpu_cases.case("gpu_llava_stage1").title
 
 
 def test_a_profiler_that_fails_loses_no_figures(monkeypatch):

@@ -12,14 +12,13 @@ HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import bench  # noqa: E402
-import jax_side  # noqa: E402
 import measure  # noqa: E402
 import process_memory  # noqa: E402
-import rows  # noqa: E402
 import training  # noqa: E402
 import workers  # noqa: E402
 
 CASE = {"stage": "contrast", "forward": False, "torch": True, "rows": 8, "title": "t", "unit": "u"}
+WAYS = (*bench.CHECKPOINTS, *bench.PLAIN)
 
 
 def new_bench(device="gpu", *, tiny=False) -> bench.Bench:
@@ -32,6 +31,7 @@ class Card:
 
     def __init__(self, monkeypatch, device, **held):
         self.bench, self.held, self.running, self.log = new_bench(device), held, [], []
+        self.first, self.fails = {}, {}  # what a first step says; the step that is a side's last
         monkeypatch.setattr(self.bench, "side", self.side)
         monkeypatch.setattr(self.bench, "end_workers", self.running.clear)
 
@@ -42,8 +42,19 @@ class Card:
         if sum(map(self.held.get, self.running)) > 80:
             self.running.remove(who)
             raise workers.WorkerError("torch.OutOfMemoryError: CUDA out of memory. Tried\nto")
-        ready = {"first": {}, "first_seconds": 1.0, "start_gib": 2.0, "known": ""}
+        first = self.first.get(who, {"loss": 1.0, "gradient_norm": 1.0})
+        ready = {"first": first, "first_seconds": 1.0, "start_gib": 2.0, "known": ""}
         memory = {f"{key}_gib": self.held[who] for key in ("peak", "reserved")} | {"card_gib": 80.0}
+
+        taken = 0
+
+        def step():
+            nonlocal taken
+            taken += 1
+            if taken == self.fails.get(who):
+                self.running.remove(who)
+                raise workers.WorkerError("CUDA error: an\nillegal access")
+            return {"seconds": self.held[who] / 10, **first}
 
         def end():
             self.running.remove(who)
@@ -54,8 +65,7 @@ class Card:
             raise workers.WorkerError("CUPTI\nended by signal 11")
 
         return types.SimpleNamespace(
-            ready=ready, step=lambda: {"seconds": self.held[who] / 10}, memory=lambda: memory,
-            close=end, kill=end, trace=trace,
+            ready=ready, step=step, memory=lambda: memory, close=end, kill=end, trace=trace
         )  # fmt: skip
 
 
@@ -72,17 +82,19 @@ def test_each_way_of_pytorch_has_the_card_for_itself(monkeypatch):
     assert "left out" not in measure.table([measure.Result("b", "b", "s", {})])
 
 
-def test_ours_is_timed_alone_where_pytorch_has_no_memory_and_not_where_it_fails(monkeypatch):
-    card = Card(monkeypatch, "gpu", checkpoint=90, checkpoint_compile=90)
+def test_pytorch_without_memory_is_left_out_and_else_has_failed(monkeypatch):
+    card = Card(monkeypatch, "gpu", checkpoint=90, checkpoint_compile=90, eager=99, compile=99)
     ways = training._ways("x", CASE, card.bench)
-    assert not ways.best and set(ways.left_out) == {*bench.CHECKPOINTS}
+    assert not ways.best and not ways.failed
+    assert set(ways.left_out) == {*bench.CHECKPOINTS, *bench.PLAIN}
 
     def side(*_, **__):
         raise workers.WorkerError("No module named peft")
 
     monkeypatch.setattr(card.bench, "side", side)
-    with pytest.raises(workers.WorkerError, match="no way of PyTorch runs"):
-        training._ways("x", CASE, card.bench)
+    ways = training._ways("x", CASE, card.bench)
+    assert ways.notes[measure.FAILED] == "no way of PyTorch runs"
+    assert {*ways.left_out.values()} == {"No module named peft"}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +124,61 @@ def test_ours_alone_is_a_row_of_its_own(monkeypatch):
     assert speed.notes == {
         "seconds a step": 3.0, "first call, s": 1.0, "not traced": "ended by signal 11"
     }  # fmt: skip
+
+
+def timed(monkeypatch, card, dtype="bfloat16", **first) -> tuple[list[measure.Result], float]:
+    """Times a case; `first`: loss of a side's first step."""
+    settings = {"case": CASE, "model": {"dtype": dtype}}
+    monkeypatch.setattr(card.bench, "prepare", lambda *_: None)
+    monkeypatch.setattr(workers, "read_json", lambda path: settings)
+    card.first = {who: {"loss": loss, "gradient_norm": 1.0} for who, loss in first.items()}
+    return training.training("x", card.bench)
+
+
+def test_ours_is_timed_where_the_sides_differ(monkeypatch):
+    card = Card(monkeypatch, "gpu", ours=30, **dict.fromkeys(WAYS, 40))
+    speed, memory = timed(monkeypatch, card, ours=1.05)
+    assert speed.samples == {"ours": [8 / 3.0] * 2} and memory.samples == {"ours": [30]}
+    assert speed.title == "t: FAILED"
+    assert speed.notes[measure.FAILED] == "the sides differ by 5.0e-02, more than 2e-02"
+    assert measure.FAILED not in timed(monkeypatch, card, ours=1.01)[0].notes
+    (speed, _), said = timed(monkeypatch, card, ours=1.01, dtype="float32"), "more than 1e-04"
+    assert said in speed.remark and "torch" not in speed.samples
+    (speed, _) = timed(monkeypatch, card, ours=np.nan)
+    assert "differ by nan" in speed.remark and speed.samples["ours"]
+
+
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
+def test_ours_is_kept_where_pytorch_fails_after_it_began(monkeypatch, device):
+    """On a GPU after ours has acted already; on CPU while both take turns."""
+    held = {"gpu": 50, "cpu": 30}[device]
+    card = Card(monkeypatch, device, ours=held, **dict.fromkeys(WAYS, 40))
+    card.fails = {way: 2 for way in WAYS}  # the step that each process does not survive
+    speed, memory = timed(monkeypatch, card)
+    assert speed.samples == {"ours": [80 / held] * 2} and memory.samples == {"ours": [held]}
+    said = {"gpu": "PyTorch, checkpoint: illegal access", "cpu": "while both took turns: illegal"}
+    assert speed.title == "t: FAILED" and speed.notes[measure.FAILED].startswith(said[device])
+    assert card.running == []
+
+
+def test_ours_tells_each_figure_as_it_comes(monkeypatch, capsys):
+    """A run that is cut short has said them."""
+    card = Card(monkeypatch, "gpu", ours=30)
+    card.fails = {"ours": 2}
+    with pytest.raises(workers.WorkerError):
+        training._alone("x", CASE, training.Ways(), card.bench)
+    assert capsys.readouterr().out.split("\n")[:2] == [
+        "  ours: first call 1 s, peak 30 GiB", "  ours: 3 s a step"
+    ]  # fmt: skip
+
+
+def test_rows_at_a_time_of_both_sides_are_noted_where_rows_are_embedded():
+    said = {"ours": {"at_once": {"64": 8}}, "torch": {"at_once": {"64": 16}}}
+    timed = training.Timed({"ours": [{"seconds": 2.0}]}, said)
+    found = {"ours": {"64": 8}, "torch": {"64": 16}}
+    assert training._notes(timed) == {"rows at a time, by positions": found}
+    del said["ours"]["at_once"]
+    assert training._notes(timed) == {}
 
 
 def test_long_steps_are_not_traced(monkeypatch):
@@ -149,54 +216,18 @@ def test_starts_are_told_by_what_was_compiled():
     }  # fmt: skip
 
 
+def test_a_gpu_is_demanded_where_one_is_timed():
+    """JAX goes on with the CPU where it finds none, and steps models of full size there."""
+    assert new_bench("gpu").platform["JAX_PLATFORMS"] == "cuda"
+    assert new_bench("gpu", tiny=True).platform["JAX_PLATFORMS"] == "cpu"
+
+
 def test_two_threads_are_the_rule_on_cpu_alone():
     assert new_bench("cpu").platform["OMP_NUM_THREADS"] == "2"
+    assert new_bench("cpu").platform["JAX_PLATFORMS"] == "cpu"
     assert new_bench(tiny=True).platform["TORCHINDUCTOR_COMPILE_THREADS"] == "1"
     assert not {*workers.TWO_THREADS} & {*new_bench().platform}
     assert not {*workers.TWO_THREADS} & ({*workers.environment({})} - {*workers.os.environ})
-
-
-def test_vectors_that_differ_are_told_apart():
-    rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((6, 32)).astype(np.float32)
-    same, mixed = ({"query": x} for x in (vectors[:4], vectors[3::-1]))
-    target = {"target": vectors[4:]}
-    first, other = (rows.fingerprint(sides | target) for sides in (same, mixed))
-    assert training._parity(first, first) < 1e-12 and training._parity(first, other) > 0.1
-    assert np.isnan(
-        training._parity({"loss": np.nan, "gradient_norm": 1}, {"loss": 1, "gradient_norm": 1})
-    )
-
-
-def test_ours_embeds_as_the_library_does(monkeypatch):
-    """In its groups, and through `Runner`, which narrows the last layer."""
-    from unime_jax import runner
-
-    class Runner:
-        limits = types.SimpleNamespace(full=lambda tokens, tiles: 2)
-
-        def __init__(self, graphdef, *, size, mesh):
-            assert (graphdef, size) == ("model", 3)
-
-        def run(self, params, groups):
-            assert [*params] == ["a"]
-            for group, places in groups:
-                sizes.append(len(group.tokens))
-                yield places, group.tokens[:, :1].astype(np.float32)
-
-    monkeypatch.setattr(runner, "Runner", Runner)
-    sizes = []
-
-    def side(count):
-        tokens = np.arange(count)[:, None] + np.zeros((1, 4), int)
-        return [rows.Group(tokens, np.full(count, 4), tokens, np.zeros((count, 0, 2, 2, 3)))]
-
-    orders = {"query": np.array([4, 3, 2, 1, 0]), "target": np.arange(1)}
-    batch = jax_side.as_batch(rows.Rows({"query": side(5), "target": side(1)}, orders))
-    found = jax_side.forward("model", {"a/b": np.zeros(3)}, batch, None)()
-    wanted = {"query": np.arange(5.0)[::-1, None], "target": np.zeros((1, 1))}
-    wanted = {side: x.astype(np.float32) for side, x in wanted.items()}
-    assert found == rows.fingerprint(wanted) and sizes == [2, 2, 1, 1]
 
 
 CHILD = """

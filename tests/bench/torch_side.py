@@ -97,6 +97,7 @@ class Model:
 
         for parameter in self.language.parameters():
             parameter.requires_grad_(False)
+        self.adapted = None
         if not adapters["rank"]:
             return
         root = self.language if self.whole is None else self.whole
@@ -146,9 +147,10 @@ class Model:
     def embed(self, group: rows_files.Group, chosen: slice):
         """Embeds rows of a group; unit rows, f32."""
         torch = self.torch
-        # In bfloat16 the adapters are f32, as peft leaves them, and autocast keeps them fast.
-        half = self.dtype == torch.bfloat16
-        with torch.autocast(self.device, torch.bfloat16, enabled=half):
+        # In bfloat16 the adapters are f32, as peft leaves them, and autocast keeps them fast;
+        # without adapters it would only turn what is bfloat16 already into f32 and back.
+        mixed = self.dtype == torch.bfloat16 and self.adapted is not None
+        with torch.autocast(self.device, torch.bfloat16, enabled=mixed):
             return self._embed(group, chosen)
 
     def _embed(self, group: rows_files.Group, chosen: slice):
@@ -211,6 +213,9 @@ class Step:
             size = rows_files.chunk_of(settings["train"]["chunk"], group.tokens.shape[1], longest)
             for start in range(0, count, size or count):
                 self.parts.append((group, slice(start, start + (size or count))))
+        lengths = [(group.tokens.shape[1], len(group.lengths[part])) for group, part in self.parts]
+        # Positions of a row -> rows of the largest chunk.
+        self.at_once = {str(t): max(n for other, n in lengths if other == t) for t, _ in lengths}
 
     def __call__(self) -> dict[str, float]:
         torch, model = self.torch, self.model
@@ -294,6 +299,8 @@ def setup(folder: pathlib.Path, variant: str, device: str):
     settings = rows_files.read_case(folder)
     dtype = getattr(torch, settings["model"]["dtype"])
     model = Model(folder, settings, variant, device, dtype)
+    if settings["case"]["one_pass"] and variant.startswith("checkpoint"):
+        settings["train"]["chunk"] = 0
     step = Step(model, rows_files.load(folder / "rows.npz"), settings)
 
     def act():
@@ -305,7 +312,7 @@ def setup(folder: pathlib.Path, variant: str, device: str):
     start = time.perf_counter()
     first = act()
     said = {"load_seconds": model.load_seconds, "first_seconds": time.perf_counter() - start}
-    return {**said, "first": first}, act
+    return {**said, "first": first, "at_once": step.at_once}, act
 
 
 def peak(device: str) -> dict[str, float]:

@@ -26,15 +26,18 @@ class Ways:
       best: the fastest; "": none.
       tried: way -> what its process said, and `seconds` of a step.
       left_out: way -> why it did not run.
+      failed: why nothing is compared, where something but memory is to blame; "": nothing is.
     """
 
     best: str = ""
     tried: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    failed: str = ""
 
     @property
     def notes(self) -> dict[str, Any]:
-        return {measure.LEFT_OUT: self.left_out} if self.left_out else {}
+        found = {measure.FAILED: self.failed, measure.LEFT_OUT: self.left_out}
+        return {key: value for key, value in found.items() if value}
 
 
 @dataclasses.dataclass
@@ -50,6 +53,11 @@ class Timed:
     found: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     said: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {side: measure.median([x["seconds"] for x in found])
+                for side, found in self.found.items()}  # fmt: skip
 
 
 def training(name: str, bench: Bench) -> list[Result]:
@@ -67,54 +75,49 @@ def training(name: str, bench: Bench) -> list[Result]:
     limit = PARITY if settings["model"]["dtype"] == "float32" else HALF_PARITY
     said = first["first"], ways.tried[ways.best]["first"]
     if not _parity(*said) <= limit:  # so that NaN does not pass
-        raise WorkerError(
-            f"the sides differ by {_parity(*said):.1e} ({said[0]} and {said[1]}): nothing was timed"
-        )
+        ways.failed = f"the sides differ by {_parity(*said):.1e}, more than {limit:.0e}"
+        print(f"  {ways.failed}: ours {said[0]}, PyTorch's {said[1]}"[:500], flush=True)
+        return _alone(name, case, ways, bench)
     timed = _timed(name, first, ways, bench)
-    found = timed.found
-    speeds = {side: [case["rows"] / x["seconds"] for x in found[side]] for side in found}
     notes = {
         "PyTorch's fastest": ways.best,
         **ways.notes,
-        "seconds a step": {side: measure.median([x["seconds"] for x in found[side]])
-                           for side in found},
+        "seconds a step": timed.seconds,
         "first step differs by": _parity(*said),
-        f"step {bench.repeats + 2} by": _parity(*(found[side][-1] for side in measure.SIDES)),
+        **_last(timed, bench),
         **_starts(first, timed.said, ways),
-        **_shares(timed.said["ours"], found["ours"]),
-        **timed.notes,
-    }  # fmt: skip
-    memory = {side: [timed.said[side]["peak_gib"]] for side in measure.SIDES}
+        **_notes(timed),
+    }
+    return _results(name, case, timed, notes)
+
+
+def _alone(name: str, case: dict[str, Any], ways: Ways, bench: Bench) -> list[Result]:
+    """Times a step that PyTorch's side does not have, or fails at, after the one that compiled."""
+    timed = _steps(name, (("ours",),), "", bench, warm=0)
+    said = timed.said["ours"]
+    notes = {
+        **ways.notes,
+        "seconds a step": timed.seconds["ours"],
+        f"first call{said['known']}, s": said["first_seconds"],
+        **_notes(timed),
+    }
+    return _results(name, case, timed, notes)
+
+
+def _results(name: str, case: dict[str, Any], timed: Timed, notes: dict[str, Any]) -> list[Result]:
+    """Returns a row of the speed and one of the memory, of the sides that were timed."""
+    speeds = {side: [case["rows"] / x["seconds"] for x in found]
+              for side, found in timed.found.items()}  # fmt: skip
+    memory = {side: [timed.said[side]["peak_gib"]] for side in timed.found}
+    title = case["title"] + (": FAILED" if measure.FAILED in notes else "")
     return [
-        Result(name, case["title"], case["unit"], speeds, notes),
+        Result(name, title, case["unit"], speeds, notes),
         Result(f"{name}_memory", "  its peak memory", "GiB", memory),
     ]
 
 
-def _alone(name: str, case: dict[str, Any], ways: Ways, bench: Bench) -> list[Result]:
-    """Times a step that PyTorch's side does not have, after the one that compiled."""
-    timed = _steps(name, (("ours",),), "", bench, warm=0)
-    found, said = timed.found["ours"], timed.said["ours"]
-    speeds = {"ours": [case["rows"] / x["seconds"] for x in found]}
-    notes = {
-        **ways.notes,
-        "seconds a step": measure.median([x["seconds"] for x in found]),
-        f"first call{said['known']}, s": said["first_seconds"],
-        **_shares(said, found),
-        **timed.notes,
-    }
-    return [
-        Result(name, case["title"], case["unit"], speeds, notes),
-        Result(f"{name}_memory", "  its peak memory", "GiB", {"ours": [said["peak_gib"]]}),
-    ]
-
-
 def _ways(name: str, case: dict[str, Any], bench: Bench) -> Ways:
-    """Tries PyTorch's ways, one after the other: together they would not fit a card.
-
-    Raises:
-      WorkerError: none runs, and not for want of memory.
-    """
+    """Tries PyTorch's ways, one after the other: together they would not fit a card."""
     ways = Ways()
     for variant in bench.variants(case):
         limit = bench.compile_limit if variant.endswith("compile") else workers.LIMIT
@@ -130,14 +133,20 @@ def _ways(name: str, case: dict[str, Any], bench: Bench) -> Ways:
     if ways.tried:
         ways.best = min(ways.tried, key=lambda way: ways.tried[way]["seconds"])
     elif set(ways.left_out.values()) != {workers.OUT_OF_MEMORY}:
-        raise WorkerError(f"no way of PyTorch runs: {ways.left_out}")
+        ways.failed = "no way of PyTorch runs"
     return ways
 
 
 def _timed(name: str, first: dict[str, Any], ways: Ways, bench: Bench) -> Timed:
     """Lets the sides take turns, or one act after the other where a card does not hold both."""
     if bench.torch_device == "cpu":
-        return _steps(name, TOGETHER, ways.best, bench)
+        try:
+            return _steps(name, TOGETHER, ways.best, bench)
+        except WorkerError as error:
+            bench.end_workers()
+            timed = _steps(name, (("ours",),), "", bench)
+            timed.notes[measure.FAILED] = f"while both took turns: {workers.why(error)}"
+            return timed
     best = ways.tried[ways.best]
     card, held = best["card_gib"], {"ours": first["peak_gib"], "torch": best["reserved_gib"]}
     share = shared.share(card, **held)
@@ -158,7 +167,7 @@ def _timed(name: str, first: dict[str, Any], ways: Ways, bench: Bench) -> Timed:
 
 
 def _steps(name: str, turns, best: str, bench: Bench, warm: int = 1) -> Timed:
-    """Lets sides act.
+    """Lets sides act; where ours has acted already, it is not lost for what fails then.
 
     Args:
       turns: sides that take turns, and then other sides.
@@ -167,14 +176,38 @@ def _steps(name: str, turns, best: str, bench: Bench, warm: int = 1) -> Timed:
     """
     timed = Timed()
     for sides in turns:
-        pair = {side: bench.side(name, best if side == "torch" else "") for side in sides}
-        timed.found |= workers.take_turns(pair, bench.repeats, warm=warm)
-        for side in reversed(sides):  # what is traced comes last and has the card for itself
-            timed.said[side] = pair[side].ready | pair[side].memory()
-            if bench.device == "gpu" and side == "ours":
-                timed.notes |= _traced(pair[side], timed.found[side])
-            pair[side].kill()
+        try:
+            _act(name, sides, best, bench, warm, timed)
+        except WorkerError as error:
+            if "ours" not in timed.said:
+                raise
+            timed.notes[measure.FAILED] = f"PyTorch, {best}: {workers.why(error)}"
+            bench.end_workers()
     return timed
+
+
+def _act(name: str, sides, best: str, bench: Bench, warm: int, timed: Timed) -> None:
+    """Lets sides take turns; each figure is printed as it comes, for a run may be cut short."""
+    pair = {}
+    for side in sides:
+        pair[side] = bench.side(name, best if side == "torch" else "")
+        said = pair[side].ready | pair[side].memory()
+        print(
+            f"  {side}: first call {said['first_seconds']:.3g} s{said['known']}, "
+            f"peak {said['peak_gib']:.3g} GiB",
+            flush=True,
+        )
+    found = workers.take_turns(
+        pair,
+        bench.repeats,
+        warm=warm,
+        tell=lambda side, x: print(f"  {side}: {x['seconds']:.3g} s a step", flush=True),
+    )
+    for side in reversed(sides):  # what is traced comes last and has the card for itself
+        timed.said[side], timed.found[side] = pair[side].ready | pair[side].memory(), found[side]
+        if bench.device == "gpu" and side == "ours":
+            timed.notes |= _traced(pair[side], found[side])
+        pair[side].kill()
 
 
 def _traced(worker: Worker, found) -> dict[str, Any]:
@@ -190,7 +223,8 @@ def _traced(worker: Worker, found) -> dict[str, Any]:
 def _starts(first: dict[str, Any], said: dict[str, Any], ways: Ways) -> dict[str, Any]:
     """Says what first steps took, of every side and way."""
     found = {way + one["known"]: one for way, one in ways.tried.items()}
-    found[ways.best + said["torch"]["known"]] = said["torch"]
+    if "torch" in said:
+        found[ways.best + said["torch"]["known"]] = said["torch"]
     found = {f"ours{one['known']}": one for one in (first, said["ours"])} | found
     names = {
         "first call, s": "first_seconds",
@@ -203,17 +237,29 @@ def _starts(first: dict[str, Any], said: dict[str, Any], ways: Ways) -> dict[str
     }
 
 
-def _shares(said: dict[str, Any], found) -> dict[str, Any]:
+def _last(timed: Timed, bench: Bench) -> dict[str, float]:
+    """Says how far apart the sides are after the steps that both took."""
+    if not all(side in timed.found for side in measure.SIDES):
+        return {}
+    last = (timed.found[side][-1] for side in measure.SIDES)
+    return {f"step {bench.repeats + 2} by": _parity(*last)}
+
+
+def _notes(timed: Timed) -> dict[str, Any]:
     """Says what was planned, and what share of the device's peak rate a step of ours reached."""
-    seconds = measure.median([x["seconds"] for x in found])
-    notes = {"planned peak, GiB": said["planned_gib"]} if "planned_gib" in said else {}
+    said, seconds = timed.said["ours"], timed.seconds["ours"]
+    kept = {"planned_gib": "planned peak, GiB", "not reported": "not reported"}
+    notes = {text: said[key] for key, text in kept.items() if key in said}
+    at_once = {side: said["at_once"] for side, said in timed.said.items() if "at_once" in said}
+    if "at_once" in said:  # ours chooses, where rows are embedded
+        notes["rows at a time, by positions"] = at_once
     if "operations" in said:
         notes["PFLOP a step"] = {kind: one / 1e15 for kind, one in said["operations"].items()}
     if said.get("peak_rate"):
         notes["MFU"] = {
             kind: one / seconds / said["peak_rate"] for kind, one in said["operations"].items()
         }
-    return notes
+    return notes | timed.notes
 
 
 def _parity(ours: dict[str, Any], torch: dict[str, Any]) -> float:

@@ -209,13 +209,24 @@ def process_peak() -> float:
 
 
 def take_turns(
-    workers: dict[str, Worker], repeats: int, *, warm: int = 1
+    workers: dict[str, Worker],
+    repeats: int,
+    *,
+    warm: int = 1,
+    tell: Callable[[str, dict[str, Any]], None] = lambda name, answer: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Lets the workers act A B A B ...; returns what each answered, without the warm-up."""
+    """Lets the workers act A B A B ...; returns what each answered, without the warm-up.
+
+    Args:
+      workers: by name.
+      repeats, warm: rounds that count, and those before.
+      tell: called with each answer that counts, as it comes.
+    """
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for number in range(warm + repeats):
         for name, worker in workers.items():
             answer = worker.step()
             if number >= warm:
                 found[name].append(answer)
+                tell(name, answer)
     return found
