@@ -239,6 +239,18 @@ def test_what_process_0_does_alone_talks_to_nobody():
     assert runtime.by_main(lambda: "all is as before") == runtime.from_main("all is as before")
 
 
+def test_devices_that_jax_has_no_plugin_for_are_one_line(monkeypatch):
+    """JAX says so by an assertion without words."""
+
+    def fail():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(UserError, match="^JAX_PLATFORMS=cuda: no such devices here .JAX has no pl"):
+        runtime.start()
+
+
 def test_gpu_programs_overlap_what_xla_knows_to_overlap(monkeypatch):
     monkeypatch.setattr(os.path, "exists", lambda path: path == "/dev/nvidiactl")
     monkeypatch.delenv("JAX_PLATFORMS")
