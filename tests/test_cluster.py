@@ -5,6 +5,8 @@ import socket
 import subprocess
 import sys
 import time
+import types
+from unittest import mock
 
 import jax
 import processes
@@ -172,9 +174,6 @@ def test_a_machine_that_does_not_know_its_own_name_is_told_so(monkeypatch):
     def devices():
         raise RuntimeError("Unable to initialize backend 'cpu': gloo/transport/tcp/device.cc -2")
 
-    def unknown(*_):
-        raise socket.gaierror(-2, "Name or service not known")
-
     monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the cache of the tests stays
     monkeypatch.setattr(jax, "devices", devices)
     monkeypatch.setattr(socket, "gethostname", lambda: "nobody")
@@ -182,8 +181,22 @@ def test_a_machine_that_does_not_know_its_own_name_is_told_so(monkeypatch):
         known.setattr(socket, "getaddrinfo", lambda *_: [])
         with pytest.raises(UserError, match="no such devices here .*gloo"):
             runtime.start()
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(UserError, match="name, nobody, has no address.*not known.*etc/hosts"):
+    for error, said in (
+        (socket.gaierror(-2, "Name or service not known"), "not known"),
+        (UnicodeError("label empty or too long"), "label empty"),  # of no possible name
+    ):
+        monkeypatch.setattr(socket, "getaddrinfo", mock.Mock(side_effect=error))
+        with pytest.raises(UserError, match=f"name, nobody, has no address.*{said}.*etc/hosts"):
+            runtime.start()
+
+
+def test_gpus_that_were_asked_for_and_are_not_seen_are_told(monkeypatch):
+    """JAX goes on with the CPU."""
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)  # the cache of the tests stays
+    devices = [types.SimpleNamespace(platform="cpu")]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    with pytest.raises(UserError, match="^JAX_PLATFORMS=cuda,cpu: no such devices .*cuda12 or tpu"):
         runtime.start()
 
 

@@ -190,10 +190,27 @@ def test_a_config_file_that_returns_none_is_named(tmp_path, text, said):
         ({"a": 1, "b": {}, "d": {}}, "config.b.c is missing"),
         ({"a": 1, "b": {"c": 2}}, "config.d is missing"),
         ({"a": 1, "b": {"c": None}, "d": {}}, "config.b.c=None: give a value"),
+        ({"a": 1, "b": {"c": 2}, "d": {"x": None}}, 'config.d.x=None: give "" to leave it out'),
     ],
 )
 def test_keys_of_a_config_that_is_whole_in_itself(found, said):
-    assert config_values.misnamed(found, ("a", "b.c", "d")) == said
+    assert config_values.misnamed(found, ("a", "b.c", "d"), ("d.",)) == said
+
+
+def test_none_for_nothing_is_nothing(tmp_path):
+    """As configurations of before have it."""
+    text = (
+        "from unime_jax.config import base_config\ndef get_config(arg=''):\n    c = base_config()\n"
+    )
+    text += (
+        "    c.init_from = c.data.images = c.data.features = c.teacher.path = None\n    return c\n"
+    )
+    (tmp_path / "c.py").write_text(text)
+    config = parse("--config.output=x", file=tmp_path / "c.py")
+    config_lib.validate_values(config)
+    assert (
+        config.init_from == config.data.images == config.data.features == config.teacher.path == ""
+    )
 
 
 def test_missing_config_file_is_named():

@@ -46,7 +46,9 @@ def test_scripts_are_valid(path):
 @pytest.mark.parametrize("path", STARTERS, ids=lambda path: path.name)
 def test_a_dry_run_prints_exports_and_one_command(path):
     assert len(STARTERS) == 3
-    done = bash(path, "--dry-run", *FLAGS)
+    done = bash(path, "--dry-run", *FLAGS, JAX_PLATFORMS="")
+    chips = "tpu" if path.name == "tpu_pod.sh" else "cuda"
+    assert f'export JAX_PLATFORMS="{chips},cpu"\n' in done.stdout
     *exports, command = done.stdout.splitlines()
     assert exports and all(line.startswith("export ") for line in exports)
     found = shlex.split(command)
@@ -55,14 +57,24 @@ def test_a_dry_run_prints_exports_and_one_command(path):
     module = found[at + 2].split(".")
     assert ROOT.joinpath(*module).with_suffix(".py").is_file()
     assert "config" not in path.read_text().split("run ")[-1], "no hyper-parameters in scripts"
-    assert bash(path, *FLAGS, DRY_RUN="1").stdout == done.stdout
-    other = bash(path, *FLAGS, DRY_RUN="1", ENTRY="teach").stdout
+    env = {"DRY_RUN": "1", "JAX_PLATFORMS": ""}
+    assert bash(path, *FLAGS, **env).stdout == done.stdout
+    other = bash(path, *FLAGS, **env, ENTRY="teach").stdout
     assert other == done.stdout.replace("unime_jax.train", "unime_jax.teach")
 
 
 def test_what_is_exported_already_stays():
-    done = bash(ROOT / "launch/gpu_node.sh", "--dry-run", XLA_PYTHON_CLIENT_MEM_FRACTION=".5")
-    assert "MEM_FRACTION" not in done.stdout and "NCCL_DEBUG" in done.stdout
+    done = bash(
+        ROOT / "launch/gpu_node.sh",
+        "--dry-run",
+        XLA_PYTHON_CLIENT_MEM_FRACTION=".5",
+        JAX_PLATFORMS="x",
+    )
+    assert (
+        "JAX_PLATFORMS" not in done.stdout
+        and "MEM_FRACTION" not in done.stdout
+        and "NCCL_DEBUG" in done.stdout
+    )
 
 
 @pytest.mark.parametrize("code, queued", [(0, False), (85, True), (2, False)])

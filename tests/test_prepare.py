@@ -249,6 +249,12 @@ def test_own_pairs_without_apt(tmp_path, registry, monkeypatch, capsys):
     assert sum(len(sources.pairs(data, split)) for split in sizes) == 59
     run(tmp_path / "cache", "--pairs", str(listed), "--again")
     assert sum(len(sources.pairs(data, split)) for split in sizes) == 60
+    capsys.readouterr()
+    run(tmp_path / "cache")  # as launch/smol.sh does
+    assert "is up to date" in capsys.readouterr().out
+    assert sum(len(sources.pairs(data, split)) for split in sizes) == 60
+    message = fails(capsys, "--cache", tmp_path / "cache", "--layers", "1")
+    assert "prepared in another way (layers 2 there, 1 now): --again" in message
     listed.write_text(listed.read_text().replace("thing 3", "gadget 3"))
     message = fails(capsys, "--cache", tmp_path / "cache", "--layers", "2", "--pairs", listed)
     assert f"prepared in another way (pairs of another {listed}): --again replaces it" in message

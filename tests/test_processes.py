@@ -153,6 +153,7 @@ def test_what_process_0_said_outlives_it_until_the_others_have_heard():
         assert f"error (process {number} of 2): what process 0 found is no good" in said
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_ends_all(root, tmp_path):
     """The second start finds another run there."""
     a = flags(root, tmp_path / "run")

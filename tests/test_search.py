@@ -200,6 +200,26 @@ def test_a_sheet_replaces_no_picture(root, tmp_path, monkeypatch):
     assert before == {path: path.read_bytes() for path in pairs.glob("*.png")}
 
 
+def test_a_sheet_of_before_is_compared_with_pictures_of_its_name_alone(tmp_path, monkeypatch):
+    """Of an index with many, each of which would be looked at."""
+    asked, samefile = [], os.path.samefile
+    monkeypatch.setattr(
+        search.os.path, "samefile", lambda one, other: asked.append(one) or samefile(one, other)
+    )
+    sheet = tmp_path / "v.npz.search.png"
+    sheet.touch()
+    vectors, rows = np.eye(4, dtype=np.float32), np.arange(4)
+    names = ["a.png", "", "sub/v.npz.search.png", "link.png"]
+    about = {"folder": str(tmp_path)}
+    index = vector_files.Vectors(vectors, rows, ids=names, texts=names, images=names, about=about)
+    args = argparse.Namespace(index=str(tmp_path / "v.npz"), sheet=None, image=None)
+    search._check_sheet(args, index)
+    assert asked == [f"{tmp_path}/sub/v.npz.search.png"]
+    (tmp_path / "link.png").hardlink_to(sheet)
+    with pytest.raises(UserError, match="is a picture of .*v.npz; name another file"):
+        search._check_sheet(args, index)
+
+
 def test_the_search_is_exact():
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((500, 16)).astype(np.float32)

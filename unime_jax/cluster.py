@@ -95,10 +95,11 @@ def check_own_name() -> None:
     name = socket.gethostname()
     try:
         socket.getaddrinfo(name, None)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the second of a part that is empty or too long
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"this machine's name, {name}, has no address, at which the other processes would find "
-            f"it ({error.strerror}): add a line with both to /etc/hosts"
+            f"it ({reason}): add a line with both to /etc/hosts"
         ) from None
 
 

@@ -236,9 +236,9 @@ def check(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_keys(config: ConfigDict, known: tuple[str, ...]) -> None:
-    """Checks that there is every key of those known, and no other."""
-    problem = config_values.misnamed(config.to_dict(), known)
+def check_keys(config: ConfigDict, known: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Checks keys as `config_values.misnamed` does."""
+    problem = config_values.misnamed(config.to_dict(), known, optional)
     check(not problem, problem)
 
 
@@ -302,7 +302,10 @@ def validate_keys(config: ConfigDict) -> None:
       UserError: the first key or value that no run could use, named.
     """
     check("stage" in config, "this is no configuration of a training run: it has no config.stage")
-    check_like(config, base_config())
+    known = base_config()
+    for key in config_values.nothings(config.to_dict(), known.to_dict()):
+        config.update_from_flattened_dict({key: ""})
+    check_like(config, known)
     for key in ("sets", "directions"):
         config.data[key] = config_values.split(config.data[key])
     problem = config_values.problem(config.to_dict())

@@ -47,12 +47,13 @@ def problem(settings: dict[str, Any]) -> str:
     return next(_problems(dict(_leaves(settings))), "")
 
 
-def misnamed(settings: dict[str, Any], known: Sequence[str]) -> str:
+def misnamed(settings: dict[str, Any], known: Sequence[str], optional: tuple[str, ...] = ()) -> str:
     """Returns which key is none of the known ones, is missing or None, "" if all are sound.
 
     Args:
       settings: nested dicts.
       known: "key", "section.key", or "section" whose keys have any names.
+      optional: what keys begin with that may be "".
     """
     values = dict(_leaves(settings))
     for key in values:
@@ -63,7 +64,15 @@ def misnamed(settings: dict[str, Any], known: Sequence[str]) -> str:
     for name in known:
         if name not in settings and not any(f"{key}.".startswith(f"{name}.") for key in values):
             return f"config.{name} is missing"
-    return next((f"config.{key}=None: give a value" for key in values if values[key] is None), "")
+    ways = {key: 'give "" to leave it out' if key.startswith(optional) else "give a value"
+            for key in values if values[key] is None}  # fmt: skip
+    return next((f"config.{key}=None: {way}" for key, way in ways.items()), "")
+
+
+def nothings(settings: dict[str, Any], known: dict[str, Any]) -> Iterator[str]:
+    """Yields the keys that are None where no value is "", as configurations of old have it."""
+    defaults = dict(_leaves(known))
+    return (key for key, value in _leaves(settings) if value is None and defaults.get(key) == "")
 
 
 def unlike(settings: dict[str, Any], known: dict[str, Any], name: str = "config") -> str:

@@ -15,7 +15,8 @@ mmeb reads a copy of TIGER-Lab/MMEB-train and its unpacked images, and writes th
 tensorflow-datasets (array_record), images encoded as they are and each stored once a set. Rows that
 cannot be used are left out and listed. The same command goes on where an earlier one stopped.
 
-What is prepared stays as it is, smol's for the same flags; if a picture that was missing or damaged
+What is prepared stays as it is, smol's for the same flags (and pairs of your own where --pairs is
+left out, so that launch/smol.sh goes on with them); if a picture that was missing or damaged
 can be read by now, that is said, and --again prepares all anew.
 """
 
@@ -149,9 +150,11 @@ def run(args: argparse.Namespace) -> None:
         path = pathlib.Path(args.pairs).expanduser()
         wanted["pairs"] = [str(path.resolve()), assets.sha256(path) if path.is_file() else ""]
     known = assets.read_json(target / "prepared.json")
+    if known and not args.pairs and not args.again:
+        wanted["pairs"] = _pairs_there(known.get("wanted"))
     if known and known.get("wanted") == wanted and not args.again:
         print(f"{known['table']}\n{target} is up to date")
-        if unread := set(known.get("skipped", [])):
+        if args.pairs and (unread := set(known.get("skipped", []))):
             own = smol.own_pairs(pathlib.Path(args.pairs), args.image_root)
             read, _, _ = smol.decode_pairs([p for p in own if _file(p) in unread], None)
             if read:
@@ -181,6 +184,12 @@ def run(args: argparse.Namespace) -> None:
         content = {"wanted": wanted, "table": table, "skipped": skipped}
         assets.write_json(target / "prepared.json", content)
     print(f"{table}\ndone: {target}")
+
+
+def _pairs_there(there) -> list[str] | None:
+    """Returns the pairs of your own that were prepared: they stay where none are named."""
+    same = isinstance(there, dict) and there.get("format") == _FORMAT
+    return there.get("pairs") if same else None
 
 
 def _check_same(target: pathlib.Path, there, now: dict) -> None:

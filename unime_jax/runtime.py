@@ -215,12 +215,14 @@ def start(*, preemptible: bool = False) -> None:
     gpu_flags.add()
     handler = signal.getsignal(signal.SIGTERM)
     cluster.join()
+    asked = os.environ.get("JAX_PLATFORMS", "")
     try:
         devices = jax.devices()
+        if asked.startswith("cuda") and devices[0].platform == "cpu":
+            raise RuntimeError("no NVIDIA GPU is seen")  # JAX goes on without a word
     except (RuntimeError, AssertionError) as error:  # an assertion: no plugin for it is installed
         if "gloo" in str(error):  # what processes on CPUs talk through
             cluster.check_own_name()
-        asked = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split())[:200] or "JAX has no plugin for them"
         raise UserError(
             f"JAX_PLATFORMS={asked}: no such devices here ({reason}); install the extra cuda12 or "

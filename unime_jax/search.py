@@ -112,10 +112,12 @@ def _check_sheet(args: argparse.Namespace, index: vector_files.Vectors) -> None:
         except (OSError, ValueError):  # it is not there, or no name of a file
             return False
 
-    what = ""
+    what, names = "", filter(None, index.images)
+    if not args.sheet and sheet.stat().st_nlink == 1:  # nobody links to it: it has one name
+        names = (name for name in names if os.path.basename(name) == sheet.name)
     if args.image is not None and is_sheet(os.path.expanduser(args.image)):
         what = "the picture that is looked for"
-    elif any(is_sheet(_place(index, name)) for name in index.images if name):
+    elif any(is_sheet(_place(index, name)) for name in names):
         what = f"a picture of {args.index}"
     if what:
         raise UserError(f"--sheet={sheet}: is {what}; name another file")

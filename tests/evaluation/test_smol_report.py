@@ -305,6 +305,7 @@ def test_unreadable_pictures_of_training_are_left_out(world, config, tmp_path):
         ("data.path", "/nowhere", "config.data.path=/nowhere: no such file or directory"),
         ("models.stage2", "/nowhere", "config.models.stage2=/nowhere: no such file"),
         ("teacher.path", "/nowhere", "config.teacher.path=/nowhere: no such file"),
+        ("models.stage2", None, 'config.models.stage2=None: give "" to leave it out'),
         ("runs.align", "/nowhere", "config.runs.align=/nowhere: no such run directory"),
     ],
 )

@@ -21,6 +21,7 @@ KEYS = (
     *("benchmark", "output", "dtype", "limit", "models", "teacher.path", "runs"),
     *("data.path", "data.split", "data.features", "data.variants"),
 )
+OPTIONAL = ("models.", "teacher.path", "runs.", "data.features")
 KS = (1, 5, 10)
 MATRIX_PAIRS, SHEET_IMAGES = 50, 12
 RUN_TITLES = {
@@ -37,7 +38,7 @@ def validate(config) -> None:
     Raises:
       UserError: the first impossible value, named with its key.
     """
-    check_keys(config, KEYS)
+    check_keys(config, KEYS, OPTIONAL)
     check(bool(config.output), "config.output is empty; name a directory with --config.output=DIR")
     runtime.check_output(config.output, "config.output")
     check(config.limit >= 0, f"config.limit={config.limit}: must not be negative; 0 means all")
