@@ -251,7 +251,7 @@ def test_own_pairs_without_apt(tmp_path, registry, monkeypatch, capsys):
     assert sum(len(sources.pairs(data, split)) for split in sizes) == 60
     capsys.readouterr()
     run(tmp_path / "cache")  # as launch/smol.sh does
-    assert "is up to date" in capsys.readouterr().out
+    assert f"is up to date, with the pairs of {listed}\n" in capsys.readouterr().out
     assert sum(len(sources.pairs(data, split)) for split in sizes) == 60
     message = fails(capsys, "--cache", tmp_path / "cache", "--layers", "1")
     assert "prepared in another way (layers 2 there, 1 now): --again" in message

@@ -153,7 +153,8 @@ def run(args: argparse.Namespace) -> None:
     if known and not args.pairs and not args.again:
         wanted["pairs"] = _pairs_there(known.get("wanted"))
     if known and known.get("wanted") == wanted and not args.again:
-        print(f"{known['table']}\n{target} is up to date")
+        whose = f", with the pairs of {wanted['pairs'][0]}" if wanted["pairs"] else ""
+        print(f"{known['table']}\n{target} is up to date{whose}")
         if args.pairs and (unread := set(known.get("skipped", []))):
             own = smol.own_pairs(pathlib.Path(args.pairs), args.image_root)
             read, _, _ = smol.decode_pairs([p for p in own if _file(p) in unread], None)
