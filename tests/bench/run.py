@@ -10,23 +10,29 @@
 On a GPU each of PyTorch's ways is tried alone; then both sides take turns in shares of the card by
 what they held, or one acts after the other where it does not hold both. How to run it on a machine
 that is lent by the minute, with minutes as they are expected, of an H100 (a command that is cut
-short loses the figures of the part it was in; weights, 24 GB, and programs stay in DIR, and the
-next command finds them; results are those of one command, so give each its `--output`):
+short has printed the figures of the part it was in; weights, 24 GB, and programs stay in DIR, and
+the next command finds them; results are those of one command, so give each its `--output`):
 
-    run.py --device gpu --scratch DIR --quick --only gpu_llava_pairs attention     # 9, writes 15 GB
+    run.py --device gpu --scratch DIR --quick --only gpu_llava_pairs               # 9, writes 15 GB
     run.py --device gpu --scratch DIR --repeats 1 --only gpu_phi                   # 6
     run.py --device gpu --scratch DIR --repeats 1 --only gpu_llava                 # 8, two steps
-    run.py --device gpu --scratch DIR --quick --only gpu_llava_embed               # 4
+    run.py --device gpu --scratch DIR --quick --only gpu_llava_embed attention     # 5
 
 `--quick` is without torch.compile, which takes PyTorch minutes at these shapes, each time it
-starts; with it, gpu_llava_pairs and gpu_llava_stage1 take some 20 minutes each.
+starts; with it, gpu_llava_pairs and gpu_llava_stage1 take some 30 minutes each.
 
 Both sides compute the same thing: same weights, rows, padding and dtype, and the losses and
-gradient norms of their first steps agree to 1e-4, or the run fails. PyTorch's side is transformers
-and peft with its fastest of eager and torch.compile (on a GPU with gradient checkpointing in
-stage 2, with and without in stage 1). Each side is a process of its own with two
-threads; they take turns. Written to --output: results.json (machine, versions, every sample),
+gradient norms of their first steps agree to 1e-4, in bfloat16 (all that is timed on a GPU) to 2e-2.
+Where they do not, or PyTorch's side fails, the row says FAILED and why, with ours alone. PyTorch's
+side is transformers and peft with its fastest of eager and torch.compile (of a training step on a
+GPU with gradient checkpointing and without). On CPU each side has two threads; each is a process of
+its own, and they take turns. Written to --output: results.json (machine, versions, every sample),
 results.md and results.png. Needs torch, transformers and peft (the extra `dev`).
+
+The part on a GPU needs no installation, only these to import: jax with its CUDA plugin, flax,
+optax, jaxtyping, ml_collections, numpy, Pillow, safetensors, matplotlib, torch, transformers, peft.
+What of it is pure Python and missing (ml_collections, say) may be unpacked from its wheel into a
+directory on PYTHONPATH.
 """
 
 import argparse
