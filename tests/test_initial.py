@@ -315,7 +315,10 @@ def test_keys_that_a_run_was_begun_without_do_what_was_done_then(start, root, tm
     for _ in range(2):
         assert start(root / "student", **{"data.joint_bins": True}) == ""
         said = f"config.data.joint_bins=False: {tmp_path}/run was begun before there was this key"
-        assert said in capsys.readouterr().out
+        assert f"{said}\n" in capsys.readouterr().out
+    dropout = {"train.feature_dropout": 0.1}
+    assert "feature_dropout" in start(root / "student", **dropout)
+    assert f"{said}; from here on it draws other dropout masks\n" in capsys.readouterr().out
     assert "data.max_tokens: 64 there" in start(root / "student", **{"data.max_tokens": 63})
 
 

@@ -183,3 +183,20 @@ def test_k_zero_is_plain_info_nce():
     loss, _ = objective([query, target], batch, jax.random.key(0))
     expected, _ = losses.info_nce(query, target, temperature=0.1)
     np.testing.assert_allclose(loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "drawn"),
+    [
+        ({}, ""),
+        ({"negatives": "random"}, "random negatives"),
+        ({"negatives": "random", "k": 0}, ""),
+        ({"negatives": "random", "feature_dropout": 0.1}, "dropout masks and random negatives"),
+    ],
+)
+def test_what_is_drawn_by_groups(changes, drawn):
+    loss = {"k": 8, "negatives": "hard"}
+    train = {"feature_dropout": 0.0, "adapters": {"rank": 8, "dropout": 0.0}}
+    for section in (loss, train):
+        section |= {key: changes[key] for key in section.keys() & changes.keys()}
+    assert steps.drawn_by_groups({"stage": "contrast", "loss": loss, "train": train}) == drawn

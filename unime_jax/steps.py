@@ -279,6 +279,14 @@ def from_settings(
     return optimizer, step
 
 
+def drawn_by_groups(settings: Mapping[str, Any]) -> str:
+    """Names what a step draws by keys that depend on how its rows are grouped, "" if nothing is."""
+    loss = settings["loss"]
+    draws = settings["stage"] == "contrast" and loss["k"] and loss["negatives"] == "random"
+    found = ["dropout masks"] * drops(settings) + ["random negatives"] * bool(draws)
+    return " and ".join(found)
+
+
 def drops(settings: Mapping[str, Any]) -> bool:
     """Says whether a configuration has dropout."""
     train, adapters = settings["train"], settings["train"]["adapters"]

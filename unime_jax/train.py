@@ -60,7 +60,7 @@ def run(config) -> dict[str, float]:
             section[key] = str(pathlib.Path(section[key]).expanduser().resolve())
     if not config.data.fusion:
         settings["data"]["fusion"] = "together" if reads_images(settings) else "sum"
-    checkpoint.take_old_values(config.output, settings)
+    checkpoint.take_old_values(config.output, settings, steps.drawn_by_groups(settings))
     if config.train.replay:
         return _replay(config, settings)
     with checkpoint.lock(config.output):

@@ -116,18 +116,21 @@ def _or_empty(value: Any) -> Any:
     return "" if value is None else value  # they used to mean the same
 
 
-def take_old_values(path: str | os.PathLike, config: dict[str, Any]) -> None:
+def take_old_values(path: str | os.PathLike, config: dict[str, Any], drawn: str = "") -> None:
     """Sets the keys that a run lacks, for it was begun before they were there, to what it did then.
 
     Args:
       path: the run directory; one that has not begun takes all as it is.
       config: the configuration of a start, which is changed.
+      drawn: what steps draw in another way since groups are merged, and "joint_bins" is there.
     """
     for key in json.loads(runtime.by_main(lambda: json.dumps(_lacking(path)))):
         section, name = key.split(".")
-        if config.get(section, {}).get(name, NEW_KEYS[key]) != NEW_KEYS[key]:
-            print(f"config.{key}={NEW_KEYS[key]}: {path} was begun before there was this key")
-            config[section][name] = NEW_KEYS[key]
+        old = NEW_KEYS[key]
+        since = f"; from here on it draws other {drawn}" if drawn and name == "joint_bins" else ""
+        if since or config.get(section, {}).get(name, old) != old:
+            print(f"config.{key}={old}: {path} was begun before there was this key{since}")
+            config[section][name] = old
 
 
 def _lacking(path: str | os.PathLike) -> list[str]:
