@@ -93,27 +93,22 @@ def test_every_module_has_a_level():
     assert {unit(path) for path in modules()} <= known
 
 
+def loaded(imports: str, packages: list[str]) -> list[str]:
+    """Returns which of the packages a fresh process has after these imports."""
+    code = f"{imports}\nimport sys\nprint(*[m for m in {packages!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
 def test_training_loads_no_readers_of_data_before_it_reads_some():
     """They take a second, and training steps alone need none of them."""
     heavy = ["tensorflow_datasets", "grain", "array_record", "pyarrow", "transformers", "orbax"]
-    code = (
-        "import sys, unime_jax.train, unime_jax.tiny, unime_jax.planning.composition\n"
-        f"print(*[m for m in {heavy!r} if m in sys.modules])"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert out == [], f"import unime_jax.train loads {out}"
+    imports = "import unime_jax.train, unime_jax.tiny, unime_jax.planning.composition"
+    assert loaded(imports, heavy) == []
 
 
 def test_importing_the_package_loads_nothing_heavy():
     heavy = ["torch", "tensorflow", "transformers", "grain", "orbax", "PIL", "matplotlib", "flax"]
-    code = (
-        "import sys, jax, jax.numpy, unime_jax\n"
-        "from unime_jax import losses\n"
-        f"print(*[m for m in {heavy!r} if m in sys.modules])"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert out == [], f"import unime_jax loads {out}"
+    imports = "import jax, jax.numpy, unime_jax\nfrom unime_jax import losses"
+    assert loaded(imports, heavy) == []
+    assert loaded(imports, ["jax"]) == ["jax"]
