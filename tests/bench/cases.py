@@ -127,7 +127,6 @@ CASES = {
         {
             "train.chunk": 32,
             "train.trainable": (r"^multi_modal_projector/",),
-            "model.remat": "full",  # as PyTorch's checkpoints do: "dots" is faster and takes more
             "train.batch_size": 64,
         },
     ),

@@ -1,7 +1,7 @@
 """PyTorch's side of a training step: `python torch_side.py FOLDER VARIANT`, then see workers.
 
 transformers and peft, SDPA, right-padded rows without a mask (its fastest path), two passes over
-chunks as VLM2Vec's gradient cache takes them, AdamW. VARIANT is "eager", "compile" (every layer of
+chunks as VLM2Vec's gradient cache takes them (one where a group is a chunk), AdamW. VARIANT is "eager", "compile" (every layer of
 the decoder and of the tower by torch.compile), "checkpoint" (eager with gradient checkpointing) or
 "checkpoint_compile".
 Nothing of unime_jax is imported: this process's memory is measured.
@@ -186,7 +186,7 @@ class Model:
 
 
 class Step:
-    """A training step with a two-pass gradient cache; without chunks, in one pass."""
+    """A training step with a two-pass gradient cache; what needs no chunks goes in one pass."""
 
     def __init__(self, model: Model, rows: rows_files.Rows, settings):
         import torch
@@ -227,13 +227,19 @@ class Step:
             loss = self._loss(found)
             loss.backward()
         else:
-            with torch.no_grad():
-                found = [model.embed(group, chosen) for group, chosen in self.parts]
-            found = [vectors.requires_grad_() for vectors in found]
+            kept = []  # of a group that is one chunk its graph, so that it is encoded once
+            for group, chosen in self.parts:
+                alone = chosen.stop - chosen.start >= len(group.lengths)
+                with torch.set_grad_enabled(alone):
+                    kept.append(model.embed(group, chosen))
+            found = [vectors.detach().requires_grad_() for vectors in kept]
             loss = self._loss(found)
             loss.backward()
-            for (group, chosen), vectors in zip(self.parts, found, strict=True):
-                (model.embed(group, chosen) * vectors.grad).sum().backward()
+            for (group, chosen), vectors, graph in zip(self.parts, found, kept, strict=True):
+                if graph.requires_grad:
+                    graph.backward(vectors.grad)
+                else:
+                    (model.embed(group, chosen) * vectors.grad).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.trained, self.settings["optim"]["clip_norm"])
         self.optimizer.step()
         return {"loss": float(loss.detach()), "gradient_norm": float(norm)}
