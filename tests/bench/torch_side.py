@@ -1,9 +1,9 @@
 """PyTorch's side of a training step: `python torch_side.py FOLDER VARIANT`, then see workers.
 
 transformers and peft, SDPA, right-padded rows without a mask (its fastest path), two passes over
-chunks as VLM2Vec's gradient cache takes them (one where a group is a chunk), AdamW. VARIANT is "eager", "compile" (every layer of
-the decoder and of the tower by torch.compile), "checkpoint" (eager with gradient checkpointing) or
-"checkpoint_compile".
+chunks as VLM2Vec's gradient cache takes them (one over a group that is a single chunk), AdamW.
+VARIANT is "eager", "compile" (every layer of the decoder and of the tower by torch.compile),
+"checkpoint" (eager with gradient checkpointing) or "checkpoint_compile".
 Nothing of unime_jax is imported: this process's memory is measured.
 """
 
